@@ -1,0 +1,28 @@
+"""The one error that a user's input can cause. The command line prints it without a traceback and exits with 2."""
+
+from __future__ import annotations
+
+
+class InputError(ValueError):
+    """Something a user wrote is wrong: a recipe key, a line of a question file, a model folder.
+
+    Args:
+        place: where it is wrong: a key, a file with its line, a folder.
+        value: what stands there, as the user would recognise it.
+        rule: what must hold.
+        fix: what to do.
+    """
+
+    def __init__(self, place: str, value: object, rule: str, fix: str) -> None:
+        self.place, self.value, self.rule, self.fix = place, value, rule, fix
+        super().__init__(f"{place}: {shorten(value)}: {rule}. {fix}")
+
+
+def shorten(value: object, limit: int = 120) -> str:
+    """`repr(value)`, or the text itself for a string that is already a phrase, cut to `limit` characters."""
+    text = value if isinstance(value, Phrase) else repr(value)
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+class Phrase(str):
+    """A value that describes what was found ("nothing", "2 of 5 lines") and is printed without quotes."""
