@@ -96,19 +96,18 @@ class Prompter:
             [document.text for document in documents], add_special_tokens=False, return_offsets_mapping=True
         )
         ends = [[end for _, end in offsets] for offsets in encoded["offset_mapping"]]
-        cap = _even_cap([len(end) for end in ends], excess=len(ids) - self.max_prompt_length)
+        cap = max(0, _even_cap([len(end) for end in ends], excess=len(ids) - self.max_prompt_length))
         while cap >= 0:
             cut = [
                 document if len(end) <= cap else replace(document, text=document.text[: end[cap - 1] if cap else 0])
                 for document, end in zip(documents, ends, strict=True)
             ]
             ids = self._encode(self.render(question.question, cut, **variables))
-            if len(ids) <= self.max_prompt_length:
-                return Prompt(ids, cut=True)
-            # Tokens of a text cut short are not exactly the first tokens of the whole: give back what is still over.
             over = len(ids) - self.max_prompt_length
-            cap -= -(-over // len(documents)) if cap else 1
-            cap = max(cap, -1) if over > 0 and cap < 0 else cap
+            if over <= 0:
+                return Prompt(ids, cut=True)
+            # A text cut short need not give the first tokens of the whole: give back what is still over.
+            cap = max(0, cap + (-over // len(documents))) if cap else -1
         raise InputError(
             f"question {question.id}",
             Phrase(f"{len(ids)} tokens with every document cut to its title"),
