@@ -87,7 +87,9 @@ class Rollout:
         selection_logp: log p(z|x) under the selector at temperature 1, nats.
         answer_logp: log p(y|x, d_z), nats; NaN for an invalid selection, which is never scored.
         weight: importance weight; sums to 1 over the group unless every rollout is invalid.
-        baseline: what the control variate subtracts from the weight, 0 without one.
+        selector_coefficient: what multiplies ∇ log p(z|x): the weight, less its control variate and regularisers.
+        ess: effective sample size of the group's weights.
+        weight_temperature: the temperature its weights were computed at.
     """
 
     question: int
@@ -99,7 +101,9 @@ class Rollout:
     selection_logp: float
     answer_logp: float
     weight: float
-    baseline: float
+    selector_coefficient: float
+    ess: float
+    weight_temperature: float
 
     @property
     def proposal_logp(self) -> float:

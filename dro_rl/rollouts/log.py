@@ -1,0 +1,165 @@
+"""The rollout log: Parquet files under `output_dir/rollouts/`, one or more an iteration.
+
+The command line, the report and resuming read the same files. Columns are described in `SCHEMA`; a file says its
+version, and a reader refuses another one.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dro_rl.errors import InputError, Phrase
+from dro_rl.records import Question, Rollout, Selection
+
+VERSION = "1"
+
+
+def _column(name: str, kind: pa.DataType, description: str) -> pa.Field:
+    return pa.field(name, kind, metadata={"description": description})
+
+
+SCHEMA = pa.schema(
+    [
+        _column("iteration", pa.int32(), "1-based iteration: one E-step and its M-step"),
+        _column("step", pa.int64(), "optimizer steps taken before the rollouts were sampled"),
+        _column("position", pa.int32(), "0-based place of the question in the iteration"),
+        _column("question_index", pa.int64(), "0-based place of the question in the training set"),
+        _column("question_id", pa.string(), "id of the question"),
+        _column("question", pa.string(), "text of the question"),
+        _column("answers", pa.list_(pa.string()), "accepted answers; the first is trained on by default"),
+        _column("sample", pa.int32(), "0..m-1 in the question's group"),
+        _column("text", pa.string(), "what the selector wrote, without special tokens"),
+        _column("token_ids", pa.list_(pa.int32()), "the sampled tokens, end-of-sequence included when reached"),
+        _column("selection", pa.list_(pa.int32()), "1-based document numbers, best first"),
+        _column("valid", pa.bool_(), "at least one valid document is named"),
+        _column("problems", pa.list_(pa.string()), "format, out_of_range, repeated, too_few, too_many"),
+        _column("document_ids", pa.list_(pa.string()), "ids of the selected documents"),
+        _column("document_titles", pa.list_(pa.string()), "titles of the selected documents, or how their texts start"),
+        _column("supporting", pa.list_(pa.bool_()), "whether each selected document is labelled as supporting"),
+        _column("num_supporting", pa.int32(), "labelled documents among the candidates; 0 where there are no labels"),
+        _column("proposal_logps", pa.list_(pa.float64()), "log q of each sampled token, nats"),
+        _column("proposal_logp", pa.float64(), "log q of the rollout, nats"),
+        _column("selection_logp", pa.float64(), "log p of the rollout under the selector, nats"),
+        _column("answer_logp", pa.float64(), "log p(answer | question, selected documents), nats; NaN when invalid"),
+        _column("weight", pa.float64(), "importance weight, sums to 1 over the group"),
+        _column("selector_coefficient", pa.float64(), "what multiplies the gradient of log p of the rollout"),
+        _column("ess", pa.float64(), "effective sample size of the group's weights, 0..m"),
+        _column("weight_temperature", pa.float64(), "temperature of the group's weights"),
+    ],
+    metadata={"dro_rl.rollouts.version": VERSION},
+)
+
+
+def part_path(output_dir: str | Path, iteration: int, part: int) -> Path:
+    """Where a part of an iteration's rollouts is kept."""
+    return Path(output_dir) / "rollouts" / f"iteration-{iteration:05d}-part-{part:05d}.parquet"
+
+
+def part_paths(output_dir: str | Path, iteration: int | None = None) -> list[Path]:
+    """The parts on disk, in order: of one iteration, or of all."""
+    pattern = "iteration-*.parquet" if iteration is None else f"iteration-{iteration:05d}-part-*.parquet"
+    return sorted((Path(output_dir) / "rollouts").glob(pattern))
+
+
+def to_table(
+    rollouts: Sequence[Rollout], questions: Sequence[Question], iteration: int, step: int, first_position: int, m: int
+) -> pa.Table:
+    """Rows of the log for whole groups of rollouts, in order: `rollouts[i]` is sample i % m of its question.
+
+    Args:
+        questions: the training set, indexed by `Rollout.question`.
+        first_position: place of the first group in the iteration.
+    """
+    rows = []
+    for i, rollout in enumerate(rollouts):
+        question = questions[rollout.question]
+        selected = [question.documents[number - 1] for number in rollout.selection.numbers]
+        rows.append(
+            {
+                "iteration": iteration,
+                "step": step,
+                "position": first_position + i // m,
+                "question_index": rollout.question,
+                "question_id": question.id,
+                "question": question.question,
+                "answers": question.answers,
+                "sample": rollout.sample,
+                "text": rollout.text,
+                "token_ids": rollout.token_ids,
+                "selection": rollout.selection.numbers,
+                "valid": rollout.selection.valid,
+                "problems": rollout.selection.problems,
+                "document_ids": [document.id for document in selected],
+                "document_titles": [document.title or document.text[:60] for document in selected],
+                "supporting": [document.id in question.supporting for document in selected],
+                "num_supporting": len(question.supporting),
+                "proposal_logps": rollout.proposal_logps,
+                "proposal_logp": rollout.proposal_logp,
+                "selection_logp": rollout.selection_logp,
+                "answer_logp": rollout.answer_logp,
+                "weight": rollout.weight,
+                "selector_coefficient": rollout.selector_coefficient,
+                "ess": rollout.ess,
+                "weight_temperature": rollout.weight_temperature,
+            }
+        )
+    return pa.Table.from_pylist(rows, schema=SCHEMA)
+
+
+def write(table: pa.Table, path: Path) -> None:
+    """Write a part whole: beside its place, then renamed into it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.tmp")
+    pq.write_table(table, beside, compression="zstd")
+    os.replace(beside, path)
+
+
+def read(paths: Sequence[Path], columns: Sequence[str] | None = None) -> pa.Table:
+    """Read parts into one table.
+
+    Raises:
+        InputError: for a file that is not Parquet, or not of this version.
+    """
+    tables = []
+    for path in paths:
+        try:
+            schema = pq.read_schema(path)
+            found = (schema.metadata or {}).get(b"dro_rl.rollouts.version", b"none").decode()
+            if found != VERSION:
+                raise InputError(
+                    str(path), f"version {found}", f"this release reads version {VERSION}", "Use the release that wrote it."
+                )
+            tables.append(pq.read_table(path, columns=None if columns is None else list(columns)))
+        except (pa.ArrowInvalid, OSError) as error:
+            raise InputError(
+                str(path), Phrase(str(error).splitlines()[0]), "a rollout file is whole Parquet", "Delete it and resume."
+            ) from None
+    if not tables:
+        return SCHEMA.empty_table()
+    return pa.concat_tables(tables)
+
+
+def to_rollouts(table: pa.Table) -> list[Rollout]:
+    """The records that `to_table` was given, bit for bit."""
+    return [
+        Rollout(
+            question=row["question_index"],
+            sample=row["sample"],
+            token_ids=tuple(row["token_ids"]),
+            proposal_logps=tuple(row["proposal_logps"]),
+            text=row["text"],
+            selection=Selection(tuple(row["selection"]), row["valid"], tuple(row["problems"])),
+            selection_logp=row["selection_logp"],
+            answer_logp=row["answer_logp"],
+            weight=row["weight"],
+            selector_coefficient=row["selector_coefficient"],
+            ess=row["ess"],
+            weight_temperature=row["weight_temperature"],
+        )
+        for row in table.to_pylist()
+    ]
