@@ -67,6 +67,18 @@ def row_logps(model: Model, rows: Sequence[Row], *, shared_prefix: bool = True) 
     return [[next(flat)[0] for _ in row.completions] for row in rows]
 
 
+@torch.no_grad()
+def score_rows(model: Model, rows: Sequence[Row], batch_size: int, shared_prefix: bool = True) -> list[list[Tensor]]:
+    """`row_logps` without gradient for any number of rows: rows of similar length share a pass, results keep the order."""
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+    scored: list[list[Tensor]] = [[] for _ in rows]
+    for start in range(0, len(order), batch_size):
+        chunk = order[start : start + batch_size]
+        for i, logps in zip(chunk, row_logps(model, [rows[i] for i in chunk], shared_prefix=shared_prefix), strict=True):
+            scored[i] = [each.cpu() for each in logps]
+    return scored
+
+
 def shares_prefix(config: PretrainedConfig, length: int) -> bool:
     """Whether one row with an attention mask of our own is exact for this architecture, up to `length` positions.
 
@@ -154,3 +166,20 @@ def _tree_mask(rows: Sequence[Row], width: int, dtype: torch.dtype, device: torc
     visible |= torch.eye(width, dtype=torch.bool, device=device)
     mask = torch.zeros(visible.shape, dtype=dtype, device=device)
     return mask.masked_fill_(~visible, torch.finfo(dtype).min).unsqueeze(1)
+
+
+def answer_logp(token_logps: Sequence[Tensor], likelihood: str = "sum", aliases: str = "first") -> Tensor:
+    """ℓ, one log-likelihood of the accepted answers, from the token log-probabilities of each.
+
+    Args:
+        token_logps: one tensor an alias, end-of-sequence included.
+        likelihood: `sum` over tokens is log p(y|x, d_z); `mean` is another posterior, p^(1/|y|).
+        aliases: `first`, `max`, or `logsumexp` (the probability of any of them).
+
+    Returns:
+        A scalar, nats, with gradient.
+    """
+    totals = torch.stack([logps.sum() if likelihood == "sum" else logps.mean() for logps in token_logps])
+    if aliases == "first":
+        return totals[0]
+    return totals.max() if aliases == "max" else totals.logsumexp(dim=0)

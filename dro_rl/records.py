@@ -85,6 +85,7 @@ class Rollout:
         text: the decoded tokens.
         selection: what the text says.
         selection_logp: log p(z|x) under the selector at temperature 1, nats.
+        reference_logp: log p(z|x) under the initial selector, nats; NaN without `beta`.
         answer_logp: log p(y|x, d_z), nats; NaN for an invalid selection, which is never scored.
         weight: importance weight; sums to 1 over the group unless every rollout is invalid.
         selector_coefficient: what multiplies ∇ log p(z|x): the weight, less its control variate and regularisers.
@@ -99,6 +100,7 @@ class Rollout:
     text: str
     selection: Selection
     selection_logp: float
+    reference_logp: float
     answer_logp: float
     weight: float
     selector_coefficient: float
@@ -169,7 +171,8 @@ def parse_question(row: Any, place: str) -> Question:
         raise InputError(
             f"{place}: answers", Phrase("empty list"), "a question has at least one answer", "Add one, or drop the line."
         )
-    supporting = _texts(row.get("supporting") or [], f"{place}: supporting")
+    supporting = row.get("supporting")
+    supporting = () if supporting is None else _texts(supporting, f"{place}: supporting")
     known = {document.id for document in documents}
     for support in supporting:
         if support not in known:
@@ -209,6 +212,7 @@ def _documents(value: Any, place: str) -> tuple[Document, ...]:
         title = item.get("title")
         if title is not None and not isinstance(title, str):
             raise InputError(f"{where}.title", title, "a title is text, empty when there is none", "Write a string.")
+        _check_unicode(title or "", f"{where}.title")
         document = Document(_text(item["id"], f"{where}.id"), title or "", _text(item["text"], f"{where}.text"))
         if document.id in seen:
             raise InputError(
@@ -224,7 +228,18 @@ def _text(value: Any, place: str) -> str:
         raise InputError(place, value, "this is text", "Write a JSON string.")
     if not value.strip():
         raise InputError(place, value, "this is not empty", "Fill it in, or drop the line.")
+    _check_unicode(value, place)
     return value
+
+
+def _check_unicode(value: str, place: str) -> None:
+    """Half of a surrogate pair, which JSON can spell, can be neither tokenized nor logged."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            place, value, f"this is Unicode text, and character {error.start + 1} is not", "Remove the character."
+        ) from None
 
 
 def _texts(value: Any, place: str) -> tuple[str, ...]:
@@ -251,12 +266,15 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
                 if not text.strip():
                     continue
                 try:
-                    yield place, json.loads(text)
-                except json.JSONDecodeError as error:
+                    yield place, json.loads(text.rstrip())
+                except (ValueError, RecursionError) as error:
+                    why = str(error)
+                    if isinstance(error, json.JSONDecodeError):
+                        why = f"column {error.colno}: {error.msg}"
                     raise InputError(
                         place,
                         text.strip()[:60],
-                        f"each line is one JSON object, and column {error.colno} is not ({error.msg})",
+                        f"each line is one JSON object, and this is not ({why})",
                         "Write one object a line, not an array over many lines.",
                     ) from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -266,14 +284,16 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        table = pq.ParquetFile(path)
-    except pa.ArrowInvalid as error:
-        raise InputError(
-            str(path), Phrase(str(error).splitlines()[0]), "this is a Parquet file", "Write it again."
-        ) from None
     number = 0
-    for batch in table.iter_batches(batch_size=1024):
-        for row in batch.to_pylist():
-            number += 1
-            yield f"{path}: row {number}", row
+    try:
+        for batch in pq.ParquetFile(path).iter_batches(batch_size=1024):
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path}: row {number}", row
+    except (pa.ArrowInvalid, OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"{path}: after row {number}",
+            Phrase(str(error).splitlines()[0]),
+            "this is a whole Parquet file, its text UTF-8",
+            "Write it again.",
+        ) from None

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dro_rl.records import Selection
 
 SEPARATOR = " > "
-# Brackets are required: digits in prose ("the top 5 of 2018") are not document numbers. Nine digits bound int().
-_NUMBER = re.compile(r"\[\s*([0-9]{1,9})\s*\]")
+# Brackets are required: digits in prose ("the top 5 of 2018") are not document numbers.
+_NUMBER = re.compile(r"\[\s*([0-9]+)\s*\]")
 _WELL_FORMED = re.compile(r"\[\s*[0-9]+\s*\](\s*>\s*\[\s*[0-9]+\s*\])*")
 
 
@@ -32,7 +32,8 @@ def parse_selection(text: str, num_documents: int, k: int) -> Selection:
     problems: list[str] = []
     if not _WELL_FORMED.fullmatch(text.strip()):
         problems.append("format")
-    named = [int(number) for number in _NUMBER.findall(text)]
+    # Ten digits bound int(), and are out of range for any list of candidates.
+    named = [int(number.lstrip("0")[:10] or 0) for number in _NUMBER.findall(text)]
     in_range = [number for number in named if 1 <= number <= num_documents]
     distinct = list(dict.fromkeys(in_range))
     if len(in_range) < len(named):

@@ -1,8 +1,8 @@
 """The toy world: a closed world of people and places, made by code, on which the whole method runs in minutes.
 
-A document is one fact (`mira lives_in oslo`). A question names one fact without its object (`mira lives_in ?`) or
-follows one person to the next (`mira knows lives_in ?`: where the one whom mira knows lives). Facts are drawn
-afresh for every question, so an answer can be had from the documents alone. Knows of records; of no model.
+A document is one fact (`home_of mira oslo`: the home of Mira is Oslo). A question names one fact without its object
+(`home_of mira ?`), or goes from one person to the next (`home_of friend_of mira ?`). Facts are drawn afresh for
+every question, so an answer can be had from the documents alone. Knows of records; of no model.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ PLACES: tuple[str, ...] = tuple(
     utah vaduz vilna wuhan york zadar zagreb
     """.split()  # noqa: SIM905
 )
-TO_PERSON: tuple[str, ...] = ("knows", "teaches", "employs", "trusts")
-TO_PLACE: tuple[str, ...] = ("lives_in", "works_in", "born_in", "visits")
+TO_PERSON: tuple[str, ...] = ("friend_of", "teacher_of", "boss_of", "sister_of")
+TO_PLACE: tuple[str, ...] = ("home_of", "birthplace_of", "office_of", "school_of")
 RELATIONS: tuple[str, ...] = TO_PERSON + TO_PLACE
 MIN_DOCUMENTS, MAX_DOCUMENTS = 4, 20
 
@@ -46,8 +46,8 @@ MIN_DOCUMENTS, MAX_DOCUMENTS = 4, 20
 class Fact(NamedTuple):
     """One fact, and as text one document."""
 
-    subject: str
     relation: str
+    subject: str
     object: str
 
     @property
@@ -61,7 +61,7 @@ def fact_split(fact: Fact) -> Split:
     Any subject and relation have objects in every split, six people or places in dev and in test.
     """
     place = objects_of(fact.relation).index(fact.object)
-    bucket = (zlib.crc32(f"{fact.subject} {fact.relation}".encode()) + place) % 10
+    bucket = (zlib.crc32(f"{fact.relation} {fact.subject}".encode()) + place) % 10
     return "test" if bucket == 9 else "dev" if bucket == 8 else "train"
 
 
@@ -73,7 +73,7 @@ def objects_of(relation: str) -> tuple[str, ...]:
 def draw_fact(rng: Random, split: Split, subject: str, relation: str, taken: Collection[str]) -> Fact:
     """A fact of the split about `subject`, its object neither the subject nor among the names `taken`."""
     while True:
-        fact = Fact(subject, relation, rng.choice(objects_of(relation)))
+        fact = Fact(relation, subject, rng.choice(objects_of(relation)))
         if fact.object != subject and fact.object not in taken and fact_split(fact) == split:
             return fact
 
@@ -151,7 +151,7 @@ def _make_question(
     documents = tuple(Document(id="-".join(fact), title="", text=fact.text) for fact in candidates)
     return Question(
         id=f"toy-{split}-{seed}-{index}",
-        question=" ".join([subject, *asked, "?"]),
+        question=" ".join([*reversed(asked), subject, "?"]),
         answers=(needed[-1].object,),
         documents=documents,
         supporting=tuple("-".join(fact) for fact in needed),

@@ -1,6 +1,6 @@
 """Pre-trains the tiny base model of the toy world: `python -m dro_rl.data.toy_pretrain --output DIR`, a few minutes.
 
-The base learns to *read*: to look up what stands in its context, in both directions. It never sees a question of the
+The base learns to *read*: to copy, and to look up what stands in its context, in both directions. It never sees a question of the
 toy world, a prompt of the selector or the generator, or a list of documents. Its result is shipped as `TOY_BASE`, so
 no run needs this file.
 """
@@ -25,7 +25,8 @@ SPECIAL = ("<pad>", "<eos>", "<unk>")
 # The words of the prompts have embeddings from the start, but no meaning: they never occur in pre-training.
 PROMPT_WORDS = ("question", "answer", "select", ":", "?", ">")
 READING_WORDS = ("=", "in")
-KINDS = ("object", "number", "content", "chain")
+KINDS = ("object", "number", "object later", "number later", "chain")
+LENGTH = {"object": 3, "number": 4, "object later": 4, "number later": 5, "chain": 4}
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -65,42 +66,63 @@ def build_model(tokenizer: PreTrainedTokenizerFast, layers: int = 3, width: int 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """Facts and look-ups among them: text, and which of its words are the answers of which kind."""
+    """Texts of one shape: which of their words are to be predicted, and what kind of reading each of these is."""
 
     texts: list[str]
     answers: list[int]
     kinds: list[str]
 
 
-def reading_batch(rng: Random, rows: int, num_facts: int, lookups: list[str]) -> Reading:
-    """Numbered facts, then look-ups in them, drawn with replacement; all rows have the same shape.
+def copy_batch(rng: Random, rows: int, length: int) -> Reading:
+    """Words without meaning, then the same words again: onwards after `=`, backwards after `in`."""
+    texts = []
+    for row in range(rows):
+        words = rng.sample(
+            [*PEOPLE, *PLACES, *RELATIONS, *(f"[{n}]" for n in range(1, MAX_DOCUMENTS + 1))], length
+        )
+        texts.append(" ".join([*words, "=", *words] if row % 2 else [*words, "in", *reversed(words)]))
+    # The first word of a copy cannot be known.
+    return Reading(texts, list(range(length + 2, 2 * length + 1)), ["copy"] * (length - 1))
 
-    Kinds of look-up: `object` (mira lives_in = oslo), `number` of a fact (mira lives_in in [3]), `content` of a
-    number ([3] = oslo), and `chain` over two facts (mira knows lives_in = oslo).
+
+def lookup_batch(rng: Random, rows: int, num_facts: int, kinds: list[str], linked: bool) -> Reading:
+    """Numbered facts, then look-ups in them, drawn with replacement.
+
+    Args:
+        rng: draws everything.
+        rows: how many texts.
+        num_facts: facts in each text.
+        kinds: of the look-ups, in order: `object` (home_of mira oslo), `number` of a fact (in home_of mira [3]), both
+            also with a word in between (`object later`: home_of mira = oslo), and `chain` over two facts
+            (home_of friend_of mira oslo).
+        linked: some facts share a subject, and some tell of another's object. Otherwise all subjects differ and the
+            relation is the same, so that look-ups go by the subject.
     """
-    answers = []
-    position = 4 * num_facts
-    for kind in lookups:
-        position += {"object": 4, "number": 4, "content": 3, "chain": 5}[kind]
-        answers.append(position - 1)
-    return Reading([_reading(rng, num_facts, lookups) for _ in range(rows)], answers, lookups)
+    answers, end = [], 4 * num_facts
+    for kind in kinds:
+        end += LENGTH[kind]
+        answers.append(end - 1)
+    return Reading([_lookups(rng, num_facts, kinds, linked) for _ in range(rows)], answers, kinds)
 
 
-def _reading(rng: Random, num_facts: int, lookups: list[str]) -> str:
+def _lookups(rng: Random, num_facts: int, kinds: list[str], linked: bool) -> str:
     people = rng.sample(PEOPLE, len(PEOPLE))
     chains: list[tuple[Fact, Fact]] = []
     facts: list[Fact] = []
     taken: set[str] = set()
+    relations = RELATIONS if linked else (rng.choice(RELATIONS),)
 
-    def tell(subject: str, relations: tuple[str, ...]) -> Fact:
+    def tell(subject: str, among: tuple[str, ...]) -> Fact:
         told = {fact.relation for fact in facts if fact.subject == subject}
-        relation = rng.choice([relation for relation in relations if relation not in told])
+        relation = rng.choice([relation for relation in among if relation not in told])
         facts.append(draw_fact(rng, "train", subject, relation, taken))
         return facts[-1]
 
     while len(facts) < num_facts:
         left = num_facts - len(facts)
-        shape = "chain" if not chains else rng.choice(("chain", "twins", "single", "single"))
+        shape = "single"
+        if linked:
+            shape = "chain" if not chains else rng.choice(("chain", "twins", "single", "single"))
         subject = people.pop()
         taken.add(subject)
         if shape == "chain" and left > 1:
@@ -108,85 +130,95 @@ def _reading(rng: Random, num_facts: int, lookups: list[str]) -> str:
             if first.object in people:
                 people.remove(first.object)
             taken.add(first.object)
-            chains.append((first, tell(first.object, RELATIONS)))
+            chains.append((first, tell(first.object, relations)))
         elif shape == "twins" and left > 1:
-            tell(subject, RELATIONS)
-            tell(subject, RELATIONS)
+            tell(subject, relations)
+            tell(subject, relations)
         else:
-            tell(subject, RELATIONS)
+            tell(subject, relations)
     rng.shuffle(facts)
     parts = [f"[{n}] {fact.text}" for n, fact in enumerate(facts, start=1)]
-    for kind in lookups:
+    for kind in kinds:
         n = rng.randrange(num_facts)
         fact = facts[n]
-        if kind == "object":
-            parts.append(f"{fact.subject} {fact.relation} = {fact.object}")
-        elif kind == "number":
-            parts.append(f"{fact.subject} {fact.relation} in [{n + 1}]")
-        elif kind == "content":
-            parts.append(f"[{n + 1}] = {fact.object}")
+        asked, later = f"{fact.relation} {fact.subject}", " =" if kind.endswith("later") else ""
+        if kind.startswith("object"):
+            parts.append(f"{asked}{later} {fact.object}")
+        elif kind.startswith("number"):
+            parts.append(f"in {asked}{later} [{n + 1}]")
         else:
             first, second = rng.choice(chains)
-            parts.append(f"{first.subject} {first.relation} {second.relation} = {second.object}")
+            parts.append(f"{second.relation} {first.relation} {first.subject} {second.object}")
     return " ".join(parts)
+
+
+# (copied words or facts, linked); two facts more, or four words, whenever nine answers in ten are right.
+STAGES = (
+    *(("copy", length, False) for length in (8, 12, 16, 20, 24)),
+    *(("facts", num_facts, False) for num_facts in (4, 6, 8, 10)),
+    ("facts", 10, True),
+)
+WEIGHTS = {"object": 1, "number": 4, "object later": 1, "number later": 2, "chain": 2}
 
 
 def pretrain(
     seed: int = 0,
-    steps: int = 3000,
-    rows: int = 96,
-    learning_rate: float = 1e-3,
-    max_facts: int = 10,
+    rows: int = 64,
+    learning_rate: float = 2e-3,
     layers: int = 3,
+    finish: int = 300,
     minutes: float = 15.0,
 ) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    """Train by curriculum: two facts at first, two more whenever nine look-ups in ten are right.
+    """Train by curriculum: to copy, then to look up among few facts, then among ten that are linked.
 
-    From ten facts at once, or with one look-up a text, such a model stays at chance for as long as one cares to wait.
+    From ten facts at once, or without having learnt to copy, such a model stays at chance for as long as one cares to
+    wait. After the last stage is mastered come `finish` steps in which the learning rate falls to zero.
     """
     torch.manual_seed(seed)
     rng = Random(f"toy-pretrain/{seed}")
     tokenizer = build_tokenizer()
     model = build_model(tokenizer, layers=layers)
     print(f"{sum(p.numel() for p in model.parameters()):,} weights")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
-    num_facts, right = 2, dict.fromkeys(KINDS, 0.0)
-    start = time.monotonic()
-    done_at = 0
-    for step in range(1, steps + 1):
-        decay = 1.0 if not done_at else max(0.05, 1 - (step - done_at) / 300)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
+    start, stage, step, finishing = time.monotonic(), 0, 0, 0
+    right: dict[str, float] = {}
+    while time.monotonic() - start < 60 * minutes and not (finishing and step - finishing >= finish):
+        step += 1
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate * min(1.0, step / 100) * decay
-        lookups = [*KINDS, *rng.choices(KINDS, weights=(2, 2, 1, 2), k=8)]
-        rng.shuffle(lookups)
-        batch = reading_batch(rng, rows, num_facts, lookups)
+            group["lr"] = learning_rate * min(1.0, step / 50)
+            if finishing:
+                group["lr"] *= 1 - (step - finishing) / (finish + 1)
+        what, size, linked = STAGES[stage]
+        if what == "copy":
+            batch = copy_batch(rng, rows, size)
+        else:
+            kinds = [kind for kind in LENGTH if linked or kind != "chain"]
+            kinds += rng.choices(kinds, weights=[WEIGHTS[kind] for kind in kinds], k=12 - len(kinds))
+            rng.shuffle(kinds)
+            batch = lookup_batch(rng, rows, size, kinds, linked)
         loss, hits = reading_loss(model, tokenizer, batch)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        for kind in KINDS:
-            share = sum(h for h, k in zip(hits, lookups, strict=True) if k == kind) / lookups.count(kind)
-            right[kind] = 0.8 * right[kind] + 0.2 * share
-        if step % 25 == 0:
-            accuracy = " ".join(f"{kind} {value:.2f}" for kind, value in right.items())
-            seconds = time.monotonic() - start
-            print(f"step {step} {seconds:.0f}s {num_facts} facts loss {loss.item():.3f} {accuracy}", flush=True)
-        if min(right.values()) > 0.9 and num_facts < max_facts:
-            num_facts += 2
-            right = dict.fromkeys(KINDS, 0.0)
-        elif not done_at and num_facts == max_facts and min(right.values()) > 0.97:
-            done_at = step
-        if (done_at and step - done_at >= 300) or time.monotonic() - start > 60 * minutes:
-            break
+        for kind in set(batch.kinds):
+            share = [hit for hit, of in zip(hits, batch.kinds, strict=True) if of == kind]
+            right[kind] = 0.8 * right.get(kind, 0.0) + 0.2 * sum(share) / len(share)
+        if step % 50 == 0:
+            accuracy = ", ".join(f"{kind} {value:.2f}" for kind, value in sorted(right.items()))
+            print(f"step {step}, {time.monotonic() - start:.0f} s: {what} {size}: {accuracy}", flush=True)
+        if stage < len(STAGES) - 1 and min(right.values()) > 0.9:
+            stage, right = stage + 1, {}
+        elif not finishing and stage == len(STAGES) - 1 and min(right.values()) > 0.95:
+            finishing = step
     return model, tokenizer
 
 
 def reading_loss(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, batch: Reading
 ) -> tuple[torch.Tensor, list[float]]:
-    """Cross-entropy of the answers (their words alone), and for each look-up of the batch the share answered right."""
-    ids = tokenizer(batch.texts, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    """Cross-entropy of the words to be predicted, and for each of them the share of rows that have it right."""
+    ids: torch.Tensor = tokenizer(batch.texts, return_tensors="pt", add_special_tokens=False)["input_ids"]
     places = torch.tensor(batch.answers)
     hidden = model.model(input_ids=ids).last_hidden_state[:, places - 1]
     logits = model.lm_head(hidden).float()
@@ -197,10 +229,14 @@ def reading_loss(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, required=True, help="folder to write the model and tokenizer to")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="folder to write the model and tokenizer to"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--layers", type=int, default=3)
-    parser.add_argument("--minutes", type=float, default=15.0, help="stop after this long, wherever it stands")
+    parser.add_argument(
+        "--minutes", type=float, default=15.0, help="stop after this long, wherever it stands"
+    )
     arguments = parser.parse_args()
     model, tokenizer = pretrain(seed=arguments.seed, layers=arguments.layers, minutes=arguments.minutes)
     model.save_pretrained(arguments.output)

@@ -49,6 +49,16 @@ class Prompter:
     def __post_init__(self) -> None:
         self._template = load_template(self.template)
 
+    @property
+    def eos_token_id(self) -> int:
+        """The token that ends what the model writes."""
+        return self.tokenizer.eos_token_id
+
+    @property
+    def source(self) -> str:
+        """The template's text, saved beside a trained model so that serving asks as training did."""
+        return template_path(self.template).read_text(encoding="utf-8")
+
     def selector_prompt(self, question: Question, k: int) -> Prompt:
         """The prompt that asks for exactly K of the question's candidates, numbered from 1."""
         example = format_selection(range(min(k, len(question.documents)), 0, -1))
@@ -128,9 +138,14 @@ def _even_cap(lengths: Sequence[int], excess: int) -> int:
     return low
 
 
+def template_path(name: str) -> Path:
+    """Where a template is: one shipped in this folder, by name, or any `.jinja` file."""
+    return Path(name) if name.endswith(".jinja") else TEMPLATES / f"{name}.jinja"
+
+
 def load_template(name: str) -> jinja2.Template:
-    """Load a shipped template by name, or any by path."""
-    path = TEMPLATES / f"{name}.jinja" if not name.endswith(".jinja") else Path(name)
+    """Load a template by name or path. Raises `InputError` for one that is missing or is not Jinja."""
+    path = template_path(name)
     if not path.is_file():
         shipped = ", ".join(sorted(p.stem for p in TEMPLATES.glob("*.jinja")))
         raise InputError(

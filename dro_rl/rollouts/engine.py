@@ -63,6 +63,10 @@ class RolloutEngine(Protocol):
         """
         ...
 
+    def samples_policy(self, sampling: SamplingParams) -> bool:
+        """Whether the log q it returns is the trainer's own log p, so that the importance ratio is one by definition."""
+        ...
+
 
 def rollout_seed(*parts: int | str) -> int:
     """A seed made of its parts alone (run seed, iteration, position), so that no generator state need be kept."""

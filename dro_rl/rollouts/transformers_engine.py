@@ -33,6 +33,10 @@ class TransformersEngine:
         self.batch_size = batch_size
         self.shared_prefix = shared_prefix
 
+    def samples_policy(self, sampling: SamplingParams) -> bool:
+        """See `RolloutEngine.samples_policy`: the model is the trainer's own."""
+        return sampling.on_policy
+
     @torch.no_grad()
     def generate(
         self,

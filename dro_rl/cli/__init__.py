@@ -1,0 +1,52 @@
+"""The command line, `dro-rl`: a file for each group. The work is done elsewhere, and imported when needed."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from dro_rl import __version__
+from dro_rl.cli import ask, recipe, rollouts
+from dro_rl.cli.errors import InputErrorGroup
+
+app = typer.Typer(
+    name="dro-rl",
+    cls=InputErrorGroup,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(rollouts.app, name="rollouts")
+app.add_typer(recipe.app, name="recipe")
+app.command("ask")(ask.ask)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"dro-rl {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """Look into runs, check recipes and ask trained pairs.
+
+    RUN is the output_dir of a training. Every command takes --json.
+
+    \b
+    Examples:
+      dro-rl recipe validate recipes/*.yaml
+      dro-rl rollouts ls out/musique
+      dro-rl rollouts stats out/musique
+      dro-rl rollouts show out/musique --sort evidence --limit 3
+      dro-rl rollouts show out/musique 2hop__482757_12019
+      dro-rl ask out/musique "Who wrote it?" --documents documents.jsonl
+
+    Training itself is: accelerate launch dro_rl/train.py RECIPE
+    """

@@ -1,0 +1,63 @@
+"""How the commands print: one JSON document, or text for a terminal of any width and encoding."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+SCALE = "▏▎▍▌▋▊▉█"
+
+
+def console() -> Console:
+    """A console on stdout. What its encoding cannot write becomes `?`; brackets are not markup."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    return Console(highlight=False, markup=False, emoji=False)
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON document: dataclasses as objects, NaN and infinities as null, ASCII only."""
+    print(json.dumps(_jsonable(value), indent=2, allow_nan=False))
+
+
+def plain(text: str) -> str:
+    """Text of a model or a file on one line, without the control characters that would steer the terminal."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.split()))
+
+
+def number(value: float, digits: int = 2) -> str:
+    """A number in a table, `-` where there is none."""
+    return "-" if math.isnan(value) else f"{value:.{digits}f}"
+
+
+def percent(share: float) -> str:
+    """A share as whole percent without the sign, `-` where there is none."""
+    return "-" if math.isnan(share) else f"{100 * share:.0f}"
+
+
+def bar(share: float, width: int = 8) -> str:
+    """A share of 0..1 as a bar of at most `width` characters."""
+    eighths = round(share * width * 8)
+    full, rest = divmod(eighths, 8)
+    return "█" * full + (SCALE[rest - 1] if rest else "")
+
+
+def _jsonable(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _jsonable(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(key): _jsonable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Path):
+        return str(value)
+    return value

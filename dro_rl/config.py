@@ -1,0 +1,208 @@
+"""What the trainer is told: `DROConfig`, TRL's base config plus the method's own settings, with the rules they obey."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from trl.trainer.base_config import _BaseConfig
+
+from dro_rl.errors import InputError
+from dro_rl.rollouts.engine import SamplingParams
+
+
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class DROConfig(_BaseConfig):
+    """Settings of `DROTrainer`. Keys that TRL or transformers have keep their names and meaning.
+
+    `per_device_train_batch_size` counts rollouts, as in TRL: a step covers
+    `per_device_train_batch_size * processes * gradient_accumulation_steps / num_generations` questions.
+    """
+
+    # > The loop
+    num_iterations: int = _option(5, "Iterations (the paper's N): each is one E-step and its M-step.")
+    questions_per_iteration: int | None = _option(
+        None, "Questions that one E-step covers: from one step's (online) to all of the training set (unset)."
+    )
+    m_step_epochs: int = _option(1, "Passes of the M-step over the iteration's rollouts, with fixed weights.")
+    interleave: Literal["joint", "alternate"] = _option(
+        "joint", "Train both models in each step, or in turns of selector_steps and generator_steps."
+    )
+    selector_steps: int = _option(1, "Consecutive selector steps of a turn (interleave: alternate).")
+    generator_steps: int = _option(1, "Consecutive generator steps of a turn (interleave: alternate).")
+
+    # > Rollouts
+    num_generations: int = _option(8, "Rollouts sampled for a question (m).")
+    allow_single_generation: bool = _option(
+        False, "Accept num_generations: 1, whose weights are all one: no selection signal, a control."
+    )
+    num_selected: int = _option(5, "Documents that the selector is asked for (K).")
+    max_prompt_length: int | None = _option(
+        4096, "Tokens of a prompt at most; documents are cut evenly to fit, the question never."
+    )
+    max_completion_length: int = _option(64, "Tokens of a selection at most.")
+    max_answer_length: int = _option(64, "Tokens of a generated answer at most (evaluation and serving).")
+    temperature: float = _option(1.0, "Sampling temperature. Other than 1 the weights are corrected by p/q.")
+    top_p: float = _option(1.0, "Nucleus truncation of the proposal; 1 is off. Corrected by p/q.")
+    top_k: int = _option(0, "Top-k truncation of the proposal; 0 is off. Corrected by p/q.")
+    min_p: float = _option(0.0, "Minimum probability, relative to the likeliest token; 0 is off. Corrected by p/q.")
+    max_log_ratio: float = _option(2.0, "Truncation from above of log p/q in the weights, in nats.")
+
+    # > Objective
+    answer_likelihood: Literal["sum", "mean"] = _option(
+        "sum", "log p(answer): sum over its tokens (the posterior), or mean (another posterior)."
+    )
+    answer_aliases: Literal["first", "max", "logsumexp"] = _option(
+        "first", "How several accepted answers make one likelihood."
+    )
+    selector_baseline: Literal["none", "mean"] = _option(
+        "none", "Control variate of the selector: none (the paper's form) or mean (weight less 1/m, less variance)."
+    )
+    weight_temperature: float = _option(1.0, "Softens the importance weights; 1 is the posterior.")
+    target_ess: float | None = _option(
+        None, "Pick, per question, the smallest weight temperature whose effective sample size is this share of m."
+    )
+    beta: float = _option(0.0, "Weight of the KL divergence to the initial selector.")
+    entropy_coef: float = _option(0.0, "Weight of the selector's entropy bonus.")
+
+    # > Optimisation
+    learning_rate: float = _option(1e-5, "Learning rate of both models.")
+    selector_learning_rate: float | None = _option(None, "Learning rate of the selector; 0 freezes it.")
+    generator_learning_rate: float | None = _option(None, "Learning rate of the generator; 0 freezes it.")
+    weight_decay: float = _option(0.01, "Weight decay of both models.")
+    shared_prefix: Literal["auto", "on", "off"] = _option(
+        "auto", "Compute each prompt once for all its completions: auto where that is exact, on to insist, off never."
+    )
+
+    # > Evaluation, checkpoints, logs
+    eval_iterations: int = _option(1, "Iterations between two evaluations on the dev split, each with a checkpoint.")
+    early_stopping_patience: int | None = _option(
+        1, "Evaluations without improvement after which training stops; unset never stops early."
+    )
+    metric_for_best_model: str | None = _option("f1", "Dev metric that decides: em, f1, recall@5, answer_logp, …")
+    greater_is_better: bool | None = _option(True, "Whether a higher metric is better.")
+    load_best_model_at_end: bool = _option(True, "Keep the best evaluated iteration, not the last.")
+    save_total_limit: int | None = _option(2, "Checkpoints kept; the best one is always among them.")
+    logging_steps: float = _option(1, "Optimizer steps between two log lines.")
+    report_to: None | str | list[str] = _option("tensorboard", "tensorboard, wandb, trackio, mlflow, or none.")
+
+    def __post_init__(self) -> None:
+        if not torch.cuda.is_available() and not torch.xpu.is_available():
+            # TRL's default precision asks for an accelerator; a laptop gets float32 unless it says otherwise.
+            self.use_cpu = True
+            self.bf16 = bool(self.bf16)
+        self.check()
+        # The stock rule ties this flag to a fixed step interval. Our evaluations fall on iterations, and each comes
+        # with a checkpoint, which is what the rule is there to ensure.
+        keep_best, self.load_best_model_at_end = self.load_best_model_at_end, False
+        super().__post_init__()
+        self.load_best_model_at_end = keep_best
+
+    def check(self) -> None:
+        """Raise `InputError` for the first value that breaks a rule."""
+        for name in (
+            "num_iterations", "m_step_epochs", "num_generations", "num_selected", "max_completion_length",
+            "max_answer_length", "selector_steps", "generator_steps", "eval_iterations",
+            "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
+        ):  # fmt: skip
+            self._require(name, getattr(self, name) >= 1, "this is at least 1", "Use a positive number.")
+        for name in ("questions_per_iteration", "max_prompt_length", "early_stopping_patience"):
+            value = getattr(self, name)
+            self._require(name, value is None or value >= 1, "this is at least 1, or unset", "Use a positive number.")
+        for name in ("beta", "entropy_coef", "max_log_ratio", "max_grad_norm", "weight_decay", "learning_rate"):
+            self._require(name, getattr(self, name) >= 0, "this is not negative", "Use 0 or more.")
+        for name in ("selector_learning_rate", "generator_learning_rate"):
+            value = getattr(self, name)
+            self._require(name, value is None or value >= 0, "this is not negative", "Use 0 to freeze the model.")
+        self._require(
+            "num_generations",
+            self.num_generations > 1 or self.allow_single_generation,
+            "one rollout has weight one whatever it is, and gives no selection signal",
+            "Use 2 or more, or set allow_single_generation: true for the control.",
+        )
+        self._require(
+            "temperature", self.temperature > 0, "rollouts are sampled, so this is above 0", "Use 1.0 to sample from p."
+        )
+        self._require("top_p", 0 < self.top_p <= 1, "this is in (0, 1]", "Use 1.0 to switch it off.")
+        self._require("top_k", self.top_k >= 0, "this is at least 0", "Use 0 to switch it off.")
+        self._require("min_p", 0 <= self.min_p < 1, "this is in [0, 1)", "Use 0 to switch it off.")
+        self._require("weight_temperature", self.weight_temperature >= 1, "this is at least 1", "Use 1 for the posterior.")
+        self._require(
+            "target_ess",
+            self.target_ess is None or 0 < self.target_ess < 1,
+            "this is a share of num_generations, between 0 and 1",
+            "Use 0.5, or leave it unset.",
+        )
+        self._require(
+            "target_ess",
+            self.target_ess is None or self.weight_temperature == 1,
+            "target_ess chooses the weight temperature itself",
+            "Set one of target_ess and weight_temperature.",
+        )
+        self._require(
+            "generator_learning_rate",
+            self.role_learning_rate("selector") > 0 or self.role_learning_rate("generator") > 0,
+            "one of the two models trains",
+            "Give one a learning rate above 0.",
+        )
+        self._require(
+            "interleave",
+            self.interleave == "joint" or min(map(self.role_learning_rate, ("selector", "generator"))) > 0,
+            "taking turns needs two models that train",
+            "Use interleave: joint, which skips the frozen model.",
+        )
+
+    def check_batch(self, processes: int, num_questions: int) -> None:
+        """Raise `InputError` unless steps hold whole questions and iterations whole steps."""
+        rollouts = self.per_device_train_batch_size * processes * self.gradient_accumulation_steps
+        self._require(
+            "per_device_train_batch_size",
+            rollouts % self.num_generations == 0,
+            f"a step's {rollouts} rollouts ({self.per_device_train_batch_size} a device, {processes} processes, "
+            f"{self.gradient_accumulation_steps} accumulated) hold whole groups of num_generations = {self.num_generations}",
+            "Choose them so that their product is a multiple of num_generations.",
+        )
+        per_step = rollouts // self.num_generations
+        wanted = self.questions_per_iteration
+        self._require(
+            "questions_per_iteration",
+            wanted is None or wanted % per_step == 0,
+            f"an iteration has whole steps of {per_step} questions",
+            f"Use a multiple of {per_step}.",
+        )
+        needed = per_step if wanted is None else wanted
+        if needed > num_questions:
+            raise InputError(
+                "questions_per_iteration" if wanted else "per_device_train_batch_size",
+                needed,
+                f"the training set has {num_questions} questions",
+                "Lower it, or give more questions.",
+            )
+
+    def check_documents(self, num_documents: int, question_id: str) -> None:
+        """Raise `InputError` when K > N for a question."""
+        self._require(
+            "num_selected",
+            self.num_selected <= num_documents,
+            f"question {question_id} has {num_documents} documents to select from",
+            "Lower num_selected, or retrieve more documents.",
+        )
+
+    def _require(self, name: str, holds: bool, rule: str, fix: str) -> None:
+        if not holds:
+            raise InputError(name, getattr(self, name), rule, fix)
+
+    def role_learning_rate(self, role: str) -> float:
+        """The learning rate of `selector` or `generator`, in the optimizer's units."""
+        own = getattr(self, f"{role}_learning_rate")
+        return self.learning_rate if own is None else own
+
+    @property
+    def sampling(self) -> SamplingParams:
+        """The proposal."""
+        return SamplingParams(self.max_completion_length, self.temperature, self.top_p, self.top_k, self.min_p)

@@ -1,0 +1,80 @@
+"""Where questions come from: files, folders, hub datasets, and the toy world."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dro_rl.data.toy import make_world
+from dro_rl.errors import InputError, Phrase
+from dro_rl.records import SUFFIXES, Question, parse_question, read_questions
+
+TOY_SIZES = {"train": 2048, "dev": 256, "test": 512}
+"""Questions of the toy world's splits, unless the recipe says how many."""
+
+
+def load_questions(name: str, split: str, *, config: str | None = None, limit: int | None = None) -> list[Question]:
+    """The questions of a split.
+
+    Args:
+        name: a question file; a folder with `<split>.jsonl`, `.jsonl.gz` or `.parquet`; `toy`; or a hub dataset whose
+            columns are the fields of a question file.
+        split: which split; ignored for a single file.
+        config: configuration of a hub dataset.
+        limit: the first so many.
+
+    Raises:
+        InputError: see `dro_rl.records.read_questions`.
+    """
+    if name == "toy":
+        if split not in TOY_SIZES:
+            raise InputError("toy", split, f"its splits are {', '.join(TOY_SIZES)}", "Use one of them.")
+        return make_world(split, limit or TOY_SIZES[split])
+    path = Path(name).expanduser()
+    if path.is_file():
+        questions = read_questions(path)
+    elif path.is_dir():
+        questions = read_questions(_file_of_split(path, split))
+    elif path.is_absolute() or path.suffix or name.startswith("."):
+        raise InputError("dataset_name", name, "a question file or folder exists", "Check the path.")
+    else:
+        questions = _from_hub(name, split, config)
+    return questions[:limit] if limit else questions
+
+
+def _file_of_split(folder: Path, split: str) -> Path:
+    found = [folder / f"{split}{suffix}" for suffix in SUFFIXES if (folder / f"{split}{suffix}").is_file()]
+    if len(found) != 1:
+        raise InputError(
+            str(folder),
+            Phrase(f"{len(found)} files for split {split}"),
+            f"a folder has one of {', '.join(split + suffix for suffix in SUFFIXES)}",
+            "Name the file itself, or leave one.",
+        )
+    return found[0]
+
+
+def _from_hub(name: str, split: str, config: str | None) -> list[Question]:
+    from datasets import load_dataset
+
+    try:
+        rows = load_dataset(name, config, split=split)
+    except Exception as error:
+        # Many libraries stand between us and a hub, each with errors of its own; all mean that there is no such data.
+        message = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise InputError(
+            "dataset_name",
+            name,
+            f"this is a file, a folder, toy, or a hub dataset with split {split} ({message})",
+            "Check the name, the split and the network.",
+        ) from None
+    seen: dict[str, int] = {}
+    questions = []
+    for number, row in enumerate(rows, start=1):
+        question = parse_question(row, f"{name} ({split}): row {number}")
+        if question.id in seen:
+            raise InputError(
+                f"{name} ({split}): row {number}", question.id, f"ids are unique, and row {seen[question.id]} has it", "Rename."
+            )
+        seen[question.id] = number
+        questions.append(question)
+    return questions

@@ -1,0 +1,357 @@
+"""Both language models in one module, so that the stock Trainer, DDP, FSDP and DeepSpeed see one model.
+
+`SelectorGenerator.forward` scores a micro-batch for both roles and returns both losses: one forward, one backward.
+Loading, adapters and saving of each role are here too. It knows of tensors and files, not of rollouts or recipes.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from dro_rl.errors import InputError, Phrase
+from dro_rl.likelihood import Row, answer_logp, row_logps
+from dro_rl.objective import generator_loss, selector_loss
+
+Role = Literal["selector", "generator"]
+ROLES: tuple[Role, Role] = ("selector", "generator")
+
+
+@dataclass(frozen=True, slots=True)
+class WeightedRows:
+    """What one role scores in a micro-batch.
+
+    Args:
+        rows: prompts with their completions. The selector's completions are a question's distinct samples; the
+            generator's are the accepted answers, which make one log-likelihood together.
+        coefficients: what multiplies each log-probability in the loss: one a completion for the selector, in row order,
+            one a row for the generator. Duplicates of a sample are one completion with their coefficients summed.
+    """
+
+    rows: Sequence[Row]
+    coefficients: Sequence[float]
+
+
+class SelectorGeneratorOutput(NamedTuple):
+    """Losses (scalars, with gradient; None for a role that was not asked) and log-probabilities (detached, nats)."""
+
+    selector_loss: Tensor | None
+    generator_loss: Tensor | None
+    selection_logps: Tensor | None
+    answer_logps: Tensor | None
+
+
+class SelectorGenerator(nn.Module):
+    """A selector and a generator.
+
+    Args:
+        selector, generator: causal LMs, or PEFT models around them.
+        answer_likelihood: `sum` over the answer's tokens, or `mean`.
+        answer_aliases: how several accepted answers make one likelihood: `first`, `max` or `logsumexp`.
+        shared_prefix: compute each prompt once for all its completions, where that is exact.
+    """
+
+    def __init__(
+        self,
+        selector: PreTrainedModel,
+        generator: PreTrainedModel,
+        *,
+        answer_likelihood: str = "sum",
+        answer_aliases: str = "first",
+        shared_prefix: bool = True,
+    ) -> None:
+        super().__init__()
+        self.selector = selector
+        self.generator = generator
+        self.answer_likelihood = answer_likelihood
+        self.answer_aliases = answer_aliases
+        self.shared_prefix = shared_prefix
+
+    @property
+    def config(self) -> Any:
+        """The selector's: the Trainer asks a model for one."""
+        return self.selector.config
+
+    def forward(
+        self,
+        selector: WeightedRows | None = None,
+        generator: WeightedRows | None = None,
+        call: tuple[Role, Mapping[str, Any]] | None = None,
+    ) -> Any:
+        """Score a micro-batch for training, or pass a plain call on to one role.
+
+        The second use exists for sharded models, whose parameters are gathered only within the forward of the module
+        that was wrapped.
+        """
+        if call is not None:
+            role, inputs = call
+            return getattr(self, role)(**inputs)
+        selection = answers = None
+        losses: list[Tensor | None] = [None, None]
+        if selector is not None:
+            scored = row_logps(self.selector, selector.rows, shared_prefix=self.shared_prefix)
+            selection = torch.stack([logps.sum() for row in scored for logps in row])
+            losses[0] = selector_loss(selection, _coefficients(selector, selection))
+        if generator is not None:
+            scored = row_logps(self.generator, generator.rows, shared_prefix=self.shared_prefix)
+            answers = torch.stack([answer_logp(row, self.answer_likelihood, self.answer_aliases) for row in scored])
+            losses[1] = generator_loss(answers, _coefficients(generator, answers))
+        return SelectorGeneratorOutput(
+            *losses,
+            None if selection is None else selection.detach(),
+            None if answers is None else answers.detach(),
+        )
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Trade compute for activation memory in every role that trains."""
+        for role in ROLES:
+            model = getattr(self, role)
+            if any(parameter.requires_grad for parameter in model.parameters()):
+                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+                # With a frozen base under adapters, checkpointed layers need an input that asks for gradients.
+                model.enable_input_require_grads()
+
+    def gradient_checkpointing_disable(self) -> None:
+        for role in ROLES:
+            getattr(self, role).gradient_checkpointing_disable()
+
+    def freeze(self, role: Role) -> None:
+        """Keep a role as it is: no gradients, no optimizer state, no update."""
+        getattr(self, role).requires_grad_(False)
+
+
+def _coefficients(weighted: WeightedRows, like: Tensor) -> Tensor:
+    return torch.tensor(weighted.coefficients, dtype=torch.float32, device=like.device)
+
+
+class _Routed:
+    """One role of a sharded model, called through the module that was wrapped."""
+
+    def __init__(self, wrapped: nn.Module, role: Role, plain: PreTrainedModel, accelerator: Accelerator) -> None:
+        self.wrapped, self.role, self.accelerator = wrapped, role, accelerator
+        self.config, self.dtype, self.device = plain.config, plain.dtype, accelerator.device
+        self._pulse = torch.zeros(1, device=accelerator.device)
+
+    def __call__(self, **inputs: Any) -> Any:
+        self._anyone_busy(True)
+        return self.wrapped(call=(self.role, inputs))
+
+    def drain(self) -> None:
+        """Keep calling, with one token, while another process still has work: each call gathers parameters together."""
+        token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        while self._anyone_busy(False):
+            self.wrapped(call=(self.role, {"input_ids": token, "logits_to_keep": 1, "use_cache": False}))
+
+    def _anyone_busy(self, busy: bool) -> bool:
+        self._pulse.fill_(float(busy))
+        torch.distributed.all_reduce(self._pulse)
+        return bool(self._pulse.item() > 0)
+
+
+@contextmanager
+def inference(
+    model: SelectorGenerator, wrapped: nn.Module, role: Role, accelerator: Accelerator
+) -> Iterator[Any]:
+    """One role, ready to be called without gradient as often as each process likes.
+
+    Where parameters are sharded (FSDP, ZeRO-3) every process must take part in each call, so one that has finished
+    stands by until all have.
+    """
+    plain = getattr(model, role)
+    was_training = model.training
+    model.eval()
+    sharded = accelerator.distributed_type == DistributedType.FSDP or is_zero3(accelerator)
+    target = _Routed(wrapped, role, plain, accelerator) if sharded else plain
+    try:
+        with torch.no_grad(), accelerator.autocast():
+            yield target
+            if isinstance(target, _Routed):
+                target.drain()
+    finally:
+        model.train(was_training)
+
+
+def is_zero3(accelerator: Accelerator) -> bool:
+    """Whether DeepSpeed shards the parameters themselves."""
+    plugin = accelerator.state.deepspeed_plugin if accelerator.distributed_type == DistributedType.DEEPSPEED else None
+    return plugin is not None and plugin.zero_stage == 3
+
+
+# Loading
+
+
+def check_model(name: str, place: str, *, revision: str | None = None, trust_remote_code: bool = False) -> None:
+    """Refuse what is not a causal LM with a tokenizer that fits it, before anything large is read.
+
+    Raises:
+        InputError: naming `place`, the recipe key.
+    """
+    path = Path(name)
+    if path.exists() and not (path / "config.json").is_file():
+        raise InputError(place, name, "a model folder holds a config.json", "Check the path.")
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            place, name, f"this is a model folder or a hub name ({_first_line(error)})", "Check the name and the network."
+        ) from None
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not (config.auto_map if trust_remote_code else None):
+        raise InputError(
+            place, f"{name} ({config.model_type})", "this is a causal language model", "Use a decoder-only model."
+        )
+    rows = config.get_text_config().vocab_size
+    if len(tokenizer) > rows:
+        raise InputError(
+            place,
+            f"{name}: {len(tokenizer)} tokens, {rows} embeddings",
+            "every token of the tokenizer has an embedding in the model",
+            "Use the tokenizer that the model was trained with, or resize its embeddings.",
+        )
+    if not tokenizer.is_fast:
+        raise InputError(place, name, "the tokenizer is a fast one (documents are cut by offsets)", "Convert it.")
+    if tokenizer.eos_token_id is None:
+        raise InputError(place, name, "the tokenizer has an end-of-sequence token", "Set eos_token in its config.")
+
+
+def load_model(name: str, **kwargs: Any) -> PreTrainedModel:
+    """`AutoModelForCausalLM.from_pretrained`, float32 unless `dtype` says otherwise."""
+    kwargs.setdefault("dtype", torch.float32)
+    return AutoModelForCausalLM.from_pretrained(name, **kwargs)
+
+
+def load_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer, with a padding token, which saving and serving expect; prompts are padded without it."""
+    tokenizer = AutoTokenizer.from_pretrained(name, **kwargs)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class LoraSettings:
+    """Low-rank adapters for one role: rank `r`, scale `alpha` / r, on `target_modules` (None: all linear layers)."""
+
+    r: int
+    alpha: int
+    dropout: float
+    target_modules: tuple[str, ...] | None
+
+
+def add_adapter(model: PreTrainedModel, lora: LoraSettings) -> PreTrainedModel:
+    """Freeze the model and put trainable adapters on it. The head stays as it is: its adapter would be left out of
+    completion-only scoring in some architectures."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise InputError(
+            "selector_lora_r / generator_lora_r", lora.r, "adapters need the peft extra", "pip install 'dro_rl[peft]'"
+        ) from None
+    if lora.target_modules and "lm_head" in lora.target_modules:
+        raise InputError(
+            "lora_target_modules", "lm_head", "adapters go on the layers below the head", "Take lm_head off the list."
+        )
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=list(lora.target_modules) if lora.target_modules else "all-linear",
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, config)
+
+
+# Saving
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Whether the role is a PEFT model."""
+    return hasattr(model, "peft_config")
+
+
+def save_role(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    state_dict: dict[str, Tensor] | None = None,
+) -> None:
+    """Save one role for a checkpoint: the whole model, or its adapters alone."""
+    model.save_pretrained(folder, state_dict=state_dict)
+    tokenizer.save_pretrained(folder)
+
+
+def load_role(model: PreTrainedModel, folder: Path) -> None:
+    """Load into `model` what `save_role` wrote, in place and bit for bit."""
+    from safetensors.torch import load_file
+
+    if is_adapted(model):
+        from peft import set_peft_model_state_dict
+
+        set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+        return
+    state: dict[str, Tensor] = {}
+    for part in sorted(folder.glob("model*.safetensors")):
+        state.update(load_file(part))
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    tied = set(model.all_tied_weights_keys)
+    if unexpected or set(missing) - tied:
+        raise InputError(
+            str(folder), Phrase(f"{len(missing)} missing, {len(unexpected)} unexpected tensors"),
+            "the checkpoint belongs to this model", "Resume with the recipe that wrote it.",
+        )
+    model.tie_weights()
+
+
+def export_role(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    state_dict: dict[str, Tensor] | None = None,
+    extra: Mapping[str, str] | None = None,
+) -> None:
+    """Write one role to serve: a plain causal LM with its tokenizer, and `extra` text files by name.
+
+    Adapters are merged into the model, and kept in `adapter/`.
+
+    Written beside and renamed, so that the folder is whole or the one before.
+    """
+    beside = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    if is_adapted(model):
+        from peft import PeftModel
+
+        assert isinstance(model, PeftModel)
+        model.save_pretrained(beside / "adapter", state_dict=state_dict)
+        merged = merged_copy(model, beside / "adapter")
+        merged.save_pretrained(beside)
+    else:
+        model.save_pretrained(beside, state_dict=state_dict)
+    tokenizer.save_pretrained(beside)
+    for name, text in (extra or {}).items():
+        (beside / name).write_text(text, encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    beside.rename(folder)
+
+
+def merged_copy(model: Any, adapter: Path) -> PreTrainedModel:
+    """The base read again from where it came, with the saved adapters merged: the trained model is never touched."""
+    from peft import PeftModel
+
+    base = model.get_base_model()
+    fresh = load_model(base.config._name_or_path, dtype=base.dtype)
+    return PeftModel.from_pretrained(fresh, adapter).merge_and_unload()
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0][:200]

@@ -1,0 +1,165 @@
+"""The trained pair at work: a question and its documents in, an answer out. Evaluation runs through the same code."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dro_rl.errors import InputError, Phrase
+from dro_rl.likelihood import Model
+from dro_rl.models import ROLES, Role, check_model, load_model, load_tokenizer
+from dro_rl.prompts import Prompter, load_template
+from dro_rl.records import Document, Question, Selection
+from dro_rl.rollouts.engine import SamplingParams
+from dro_rl.rollouts.transformers_engine import TransformersEngine
+from dro_rl.selection import parse_selection
+
+SETTINGS = "pipeline.json"
+PROMPT = "prompt.jinja"
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An answer.
+
+    Args:
+        text: what the generator wrote.
+        selection: what it read. Invalid when the selector named no document: then it read the first K candidates.
+        logp: log-probability of the text under the generator, end-of-sequence included, nats.
+    """
+
+    text: str
+    selection: Selection
+    logp: float
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineSettings:
+    """What serving needs to know of training.
+
+    Args:
+        num_selected: K.
+        max_prompt_length, max_completion_length, max_answer_length: in tokens.
+        chat_template_kwargs: as in the recipe.
+    """
+
+    num_selected: int
+    max_prompt_length: int | None
+    max_completion_length: int
+    max_answer_length: int
+    chat_template_kwargs: dict[str, Any]
+
+
+class RAGPipeline:
+    """Selects K of a question's documents and answers from them, both greedily.
+
+    Args:
+        open_role: opens the selector or the generator for calls without gradient.
+        prompters: the prompts of each role.
+        settings: lengths and K.
+        batch_size: questions answered at once.
+    """
+
+    def __init__(
+        self,
+        open_role: Callable[[Role], AbstractContextManager[Model]],
+        prompters: dict[Role, Prompter],
+        settings: PipelineSettings,
+        batch_size: int = 8,
+    ) -> None:
+        self.open_role, self.prompters, self.settings, self.batch_size = open_role, prompters, settings, batch_size
+
+    @classmethod
+    def from_pretrained(
+        cls, directory: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> RAGPipeline:
+        """Load what a run left behind.
+
+        Args:
+            directory: a run's `output_dir`, with `selector/`, `generator/` and `pipeline.json`.
+            device: CUDA when there is one, unless told.
+            dtype: that of the saved weights, unless told.
+
+        Raises:
+            InputError: for a folder that does not hold a finished run.
+        """
+        directory = Path(directory)
+        path = directory / SETTINGS
+        if not path.is_file():
+            raise InputError(
+                str(directory), Phrase(f"no {SETTINGS}"), "this is the output folder of a finished run", "Finish the run first."
+            )
+        settings = PipelineSettings(**json.loads(path.read_text()))
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        models, prompters = {}, {}
+        for role in ROLES:
+            folder = directory / role
+            check_model(str(folder), str(folder))
+            models[role] = load_model(str(folder), dtype=dtype or "auto").to(device).eval()
+            prompters[role] = Prompter(
+                load_tokenizer(str(folder)),
+                str(folder / PROMPT),
+                settings.max_prompt_length,
+                settings.chat_template_kwargs,
+            )
+        return cls(lambda role: nullcontext(models[role]), prompters, settings)
+
+    def answer(self, question: str, documents: Sequence[Document]) -> Answer:
+        """Answer one question from its documents, of which at least one."""
+        if not documents:
+            raise ValueError("there is nothing to select from: give at least one document")
+        return self.answer_all([Question("question", question, (), tuple(documents))])[0]
+
+    @torch.no_grad()
+    def answer_all(self, questions: Sequence[Question]) -> list[Answer]:
+        """Answer many questions, all selections first."""
+        selections = self.select_all(questions)
+        prompts = [
+            self.prompters["generator"].generator_prompt(question, read(selection, question, self.settings.num_selected)).ids
+            for question, selection in zip(questions, selections, strict=True)
+        ]
+        written = self._greedy("generator", prompts, self.settings.max_answer_length)
+        decode = self.prompters["generator"].decode
+        return [
+            Answer(decode(ids), selection, logp)
+            for selection, (ids, logp) in zip(selections, written, strict=True)
+        ]
+
+    def select_all(self, questions: Sequence[Question]) -> list[Selection]:
+        """The selector's greedy selection for each question."""
+        k = self.settings.num_selected
+        prompter = self.prompters["selector"]
+        prompts = [prompter.selector_prompt(question, k).ids for question in questions]
+        written = self._greedy("selector", prompts, self.settings.max_completion_length)
+        return [
+            parse_selection(prompter.decode(ids), len(question.documents), k)
+            for question, (ids, _) in zip(questions, written, strict=True)
+        ]
+
+    def _greedy(
+        self, role: Role, prompts: Sequence[tuple[int, ...]], length: int
+    ) -> list[tuple[tuple[int, ...], float]]:
+        sampling = SamplingParams(length, temperature=0.0)
+        with self.open_role(role) as model:
+            engine = TransformersEngine(model, self.prompters[role].eos_token_id, self.batch_size)
+            groups = engine.generate(prompts, 1, sampling, [0] * len(prompts))
+        return [(group[0].ids, sum(group[0].logps)) for group in groups]
+
+
+def read(selection: Selection, question: Question, k: int) -> tuple[int, ...]:
+    """The document numbers that the generator reads: those selected, or the first K when none was."""
+    return selection.numbers or tuple(range(1, min(k, len(question.documents)) + 1))
+
+
+def save_settings(directory: Path, settings: PipelineSettings) -> None:
+    """Write `pipeline.json`, whole."""
+    beside = directory / f".{SETTINGS}.tmp"
+    beside.write_text(json.dumps(asdict(settings), indent=2) + "\n")
+    beside.replace(directory / SETTINGS)
+

@@ -1,0 +1,66 @@
+"""What every step reports about its rollouts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from dro_rl.config import DROConfig
+from dro_rl.evaluation.metrics import recall_at_k
+from dro_rl.objective import evidence_bound, weight_entropy
+from dro_rl.records import Question, Rollout
+
+
+def rollout_metrics(
+    groups: Sequence[Sequence[Rollout]], questions: Sequence[Question], config: DROConfig
+) -> dict[str, float]:
+    """Means over a step's questions: nats for log-probabilities and entropies, shares in 0..1; NaN where undefined.
+
+    Args:
+        groups: the m rollouts of each question.
+        questions: the training set, indexed by `Rollout.question`.
+    """
+    everything = [rollout for group in groups for rollout in group]
+
+    def column(name: str) -> torch.Tensor:
+        return torch.tensor([[getattr(rollout, name) for rollout in group] for group in groups], dtype=torch.float64)
+
+    valid = torch.tensor([[rollout.selection.valid for rollout in group] for group in groups])
+    weights, answers, policy = column("weight"), column("answer_logp"), column("selection_logp")
+    log_ratio = policy - column("proposal_logp")
+    bound = evidence_bound(answers, mask=valid)
+    spread = weights.masked_fill(~valid, -1).amax(-1) - weights.masked_fill(~valid, 2).amin(-1)
+    metrics = {
+        "evidence_bound": _mean(bound[bound.isfinite()]),
+        "answer_logp": _mean(answers[valid]),
+        "ess": _mean(column("ess")[:, 0]),
+        "weight_entropy": _mean(weight_entropy(weights)),
+        "weight_temperature": _mean(column("weight_temperature")[:, 0]),
+        "selector_entropy": -_mean(policy),
+        "rollouts/valid": _mean(valid.double()),
+        "rollouts/clean": _mean(torch.tensor([not r.selection.problems for r in everything], dtype=torch.float64)),
+        "rollouts/duplicate": _mean(
+            torch.tensor([1 - len({r.selection.numbers for r in group}) / len(group) for group in groups])
+        ),
+        "rollouts/all_tie": _mean((valid.any(-1) & (spread < 1e-6)).double()),
+        "rollouts/all_invalid": _mean((~valid.any(-1)).double()),
+    }
+    if not config.sampling.on_policy:
+        metrics["sampling/log_ratio_mean"] = _mean(log_ratio)
+        metrics["sampling/log_ratio_max"] = log_ratio.max().item()
+        metrics["sampling/truncated"] = _mean((log_ratio > config.max_log_ratio).double())
+    if config.beta:
+        metrics["kl"] = _mean(policy - column("reference_logp"))
+    for k in (1, 3, 5):
+        recalls = [
+            recall_at_k(rollout.selection.numbers, questions[rollout.question].supporting_numbers, k)
+            for rollout in everything
+        ]
+        metrics[f"recall@{k}"] = _mean(torch.tensor(recalls, dtype=torch.float64))
+    return metrics
+
+
+def _mean(values: torch.Tensor) -> float:
+    values = values[~values.isnan()].double()
+    return values.mean().item() if values.numel() else float("nan")

@@ -1,0 +1,95 @@
+"""Which questions each iteration and each step sees: a pure function of the seed, so that resuming needs no memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from torch.utils.data import Dataset, Sampler
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The order of a run.
+
+    Iterations take `questions_per_iteration` questions each from an endless stream of shuffled passes over the training
+    set, so every question is used equally often. Within an iteration each M-step epoch has an order of its own.
+
+    Args:
+        num_questions: size of the training set.
+        questions_per_iteration, questions_per_step: the first is a multiple of the second.
+        m_step_epochs, num_iterations, num_generations, seed: as in the recipe.
+    """
+
+    num_questions: int
+    questions_per_iteration: int
+    questions_per_step: int
+    m_step_epochs: int
+    num_iterations: int
+    num_generations: int
+    seed: int
+
+    @property
+    def steps_per_iteration(self) -> int:
+        return self.m_step_epochs * self.questions_per_iteration // self.questions_per_step
+
+    @property
+    def total_steps(self) -> int:
+        return self.num_iterations * self.steps_per_iteration
+
+    def iteration(self, step: int) -> int:
+        """0-based iteration of an optimizer step."""
+        return step // self.steps_per_iteration
+
+    def questions(self, iteration: int) -> list[int]:
+        """Indices into the training set of an iteration's questions, by position."""
+        first = iteration * self.questions_per_iteration
+        wanted = range(first, first + self.questions_per_iteration)
+        passes = {n: self._shuffled(self.num_questions, 0, n) for n in {i // self.num_questions for i in wanted}}
+        return [int(passes[i // self.num_questions][i % self.num_questions]) for i in wanted]
+
+    def positions(self, step: int) -> list[int]:
+        """Positions in the iteration of the questions of a step."""
+        iteration, within = divmod(step, self.steps_per_iteration)
+        epoch, within = divmod(within, self.steps_per_iteration // self.m_step_epochs)
+        order = self._shuffled(self.questions_per_iteration, 1, iteration, epoch)
+        return order[within * self.questions_per_step :][: self.questions_per_step].tolist()
+
+    def _shuffled(self, count: int, *key: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, *key]).permutation(count)
+
+
+class Slots(Dataset):
+    """What the data loader carries: numbers. Slot `position * m + sample` is a rollout of the current iteration."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self.schedule = schedule
+
+    def __len__(self) -> int:
+        return self.schedule.total_steps * self.schedule.questions_per_step * self.schedule.num_generations
+
+    def __getitem__(self, slot: int) -> int:
+        return slot
+
+
+class SlotSampler(Sampler[int]):
+    """All slots of a run in order, step by step; a group's rollouts stand together.
+
+    A run that had stopped early and is resumed is `finished`: it has nothing more to draw.
+    """
+
+    def __init__(self, schedule: Schedule, finished: bool = False) -> None:
+        self.schedule = schedule
+        self.finished = finished
+
+    def __len__(self) -> int:
+        return len(Slots(self.schedule))
+
+    def __iter__(self) -> Iterator[int]:
+        if self.finished:
+            return
+        m = self.schedule.num_generations
+        for step in range(self.schedule.total_steps):
+            for position in self.schedule.positions(step):
+                yield from range(position * m, (position + 1) * m)

@@ -1,0 +1,82 @@
+"""The job: a recipe in, a trained selector and generator out.
+
+    accelerate launch dro_rl/train.py recipes/musique.yaml [--key value …]
+    accelerate launch --config_file recipes/accelerate/ddp.yaml dro_rl/train.py --config recipes/nq.yaml
+    python dro_rl/train.py recipes/quickstart.yaml --seed 1 --output_dir runs/seed-1
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import transformers
+from accelerate import PartialState
+from rich.console import Console
+from transformers import set_seed
+
+from dro_rl import preflight
+from dro_rl.console import print_help, print_stages
+from dro_rl.data import load_questions
+from dro_rl.errors import InputError
+from dro_rl.recipe import load_recipe, parse_command_line
+from dro_rl.assembly import build_prompters, evaluate_base, load_models, load_reference, warm_up_models
+from dro_rl.trainer import DROTrainer
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Recipe, data, checks, warm-up, models, training, evaluation, export: from top to bottom."""
+    transformers.utils.logging.disable_progress_bar()  # ours show the work; loading and writing files is brief
+    recipe = load_recipe(*parse_command_line(arguments))
+    run, training = recipe.run, recipe.training
+    train = load_questions(
+        run.dataset_name, run.dataset_train_split, config=run.dataset_config, limit=run.max_train_samples
+    )
+    dev = load_questions(
+        run.eval_dataset_name or run.dataset_name,
+        run.dataset_eval_split,
+        config=run.dataset_config,
+        limit=run.max_eval_samples,
+    )
+    preflight.check(recipe, train, dev)
+    prompters = build_prompters(recipe)
+    preflight.check_prompts([*train, *dev], prompters, training.num_selected)
+    checkpoint = preflight.claim_output_dir(recipe)
+
+    set_seed(training.seed)
+    evaluate_base(recipe, dev, prompters)
+    sources = warm_up_models(recipe, train, prompters)
+    set_seed(training.seed)
+    trainer = DROTrainer(
+        load_models(recipe, sources),
+        training,
+        train,
+        dev,
+        prompters,
+        eval_split=run.dataset_eval_split,
+        initial_stage="base" if run.warmup == "none" else "warmup",
+        reference=load_reference(recipe, sources),
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.evaluate(stage="final")
+    trainer.save_model()
+    trainer.save_state()
+    print_stages(trainer.stages, training.output_dir)
+
+
+def run_job(arguments: Sequence[str]) -> int:
+    """`main` with errors in a user's input as one line on standard error and exit status 2."""
+    if "--help" in arguments or "-h" in arguments or not arguments:
+        print_help(__doc__ or "")
+        return 0
+    try:
+        main(arguments)
+    except InputError as error:
+        if PartialState().is_local_main_process:
+            Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {error}", markup=False)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(sys.argv[1:]))

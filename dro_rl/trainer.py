@@ -1,0 +1,558 @@
+"""`DROTrainer`: the loop. E-step when an iteration begins, M-step on its rollouts, evaluate and save when it ends.
+
+The stock Trainer does the rest: distribution, precision, accumulation, optimizer, scheduler, logging. What is computed
+stands in `objective`, `likelihood` and `rollouts`; what stands here is when, and on which process.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import rotate_checkpoints
+from trl.trainer.base_trainer import _BaseTrainer
+
+from dro_rl.config import DROConfig
+from dro_rl.console import LineProgress
+from dro_rl.evaluation.evaluator import (
+    QuestionResult,
+    evaluate,
+    read_stages,
+    summarise,
+    write_results,
+    write_stages,
+)
+from dro_rl.likelihood import Row
+from dro_rl.models import (
+    ROLES,
+    Role,
+    SelectorGenerator,
+    WeightedRows,
+    export_role,
+    inference,
+    load_role,
+    save_role,
+)
+from dro_rl.pipeline import PROMPT, PipelineSettings, RAGPipeline, save_settings
+from dro_rl.prompts import Prompter
+from dro_rl.records import Question, Rollout
+from dro_rl.rollouts import log as rollout_log
+from dro_rl.rollouts.e_step import EStep, answer_row
+from dro_rl.rollouts.engine import rollout_seed
+from dro_rl.rollouts.metrics import rollout_metrics
+from dro_rl.rollouts.transformers_engine import TransformersEngine
+from dro_rl.schedule import Schedule, Slots, SlotSampler
+
+QUESTIONS_PER_PART = 128
+"""Questions, for each process, whose rollouts are computed and written together: what a crash in the middle of an E-step can cost."""
+
+
+class DROTrainer(_BaseTrainer):
+    """Trains a selector and a generator together (Direct Retrieval-augmented Optimization, Algorithm 1).
+
+    Args:
+        model: both models.
+        args: the settings.
+        train_questions: the training set.
+        eval_questions: the dev split, for early stopping and for choosing the best iteration. None: no evaluation.
+        prompters: the prompts of each role, with their tokenizers.
+        eval_split: the name of the dev split, as reports give it.
+        initial_stage: what the evaluation before the first iteration is called: `base` or `warmup`.
+        reference: the initial selector, for `beta > 0`.
+        callbacks: transformers callbacks.
+    """
+
+    _tag_names = ["trl", "dro", "retrieval-augmented-generation"]
+    _name = "DRO"
+    _paper = {"title": "Direct Retrieval-augmented Optimization", "id": "2505.03075"}
+    # `compute_loss` returns a mean over the micro-batch's questions, for the Trainer to average over the accumulation.
+    loss_is_scaled_for_ga = False
+
+    def __init__(
+        self,
+        model: SelectorGenerator,
+        args: DROConfig,
+        train_questions: Sequence[Question],
+        eval_questions: Sequence[Question] | None,
+        prompters: Mapping[Role, Prompter],
+        *,
+        eval_split: str = "dev",
+        initial_stage: str = "base",
+        reference: nn.Module | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        self.train_questions, self.eval_questions = train_questions, eval_questions
+        self.prompters, self.eval_split, self.initial_stage = dict(prompters), eval_split, initial_stage
+        per_step = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
+        per_step //= args.num_generations
+        self.schedule = Schedule(
+            num_questions=len(train_questions),
+            questions_per_iteration=args.questions_per_iteration or len(train_questions) // per_step * per_step,
+            questions_per_step=per_step,
+            m_step_epochs=args.m_step_epochs,
+            num_iterations=args.num_iterations,
+            num_generations=args.num_generations,
+            seed=args.seed,
+        )
+        args.num_train_epochs = 1  # one pass over the schedule, which holds every iteration
+        args.ddp_find_unused_parameters = args.interleave == "alternate"
+        for role in ROLES:
+            if args.role_learning_rate(role) == 0:
+                model.freeze(role)
+        self._iteration: int | None = None  # the iteration whose rollouts are in use
+        self._rollouts: list[Rollout] = []
+        self._measured_step = -1
+        self._sampled_logps = torch.empty(0)
+        self._step_metrics: dict[str, list[float]] = defaultdict(list)
+        self._phase_seconds: dict[str, float] = defaultdict(float)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=list,
+            train_dataset=Slots(self.schedule),
+            callbacks=callbacks,
+        )
+        self.add_callback(_Iterations(self))
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(LineProgress)
+        self.reference = reference.to(self.accelerator.device).eval() if reference is not None else None
+        self.stages: list[dict[str, Any]] = read_stages(args.output_dir)
+        self._e_step = EStep(
+            self._open_engine,
+            partial(self._open, "selector"),
+            partial(self._open, "generator"),
+            self._open_reference if self.reference is not None else None,
+            self.prompters["selector"],
+            self.prompters["generator"],
+            args,
+        )
+        self._pipeline = RAGPipeline(
+            self._open, self.prompters, self.pipeline_settings(), batch_size=args.per_device_eval_batch_size
+        )
+
+    def _send_telemetry(self) -> None:
+        """Nothing is reported to anyone."""
+
+    # The E-step
+
+    def _rollouts_of(self, iteration: int) -> list[Rollout]:
+        """The iteration's rollouts, by slot: from memory, from the log, or sampled now."""
+        if self._iteration != iteration:
+            indices = self.schedule.questions(iteration)
+            size = QUESTIONS_PER_PART * self.args.world_size
+            quiet = self.args.disable_tqdm or len(indices) <= size or not self.is_world_process_zero()
+            self._rollouts = []
+            with tqdm(total=len(indices), desc=f"iteration {iteration + 1}: rollouts", unit="q", disable=quiet) as bar:
+                for part, first in enumerate(range(0, len(indices), size)):
+                    self._rollouts += self._part(iteration, part, first, indices[first : first + size])
+                    bar.update(min(size, len(indices) - first))
+            self._iteration = iteration
+        return self._rollouts
+
+    def _part(self, iteration: int, part: int, first: int, indices: list[int]) -> list[Rollout]:
+        """One part of an E-step: read where a killed run left it whole, else sampled, shared and written."""
+        path = rollout_log.part_path(self.args.output_dir, iteration + 1, part)
+        kept: list[Any] = [None]
+        if self.is_world_process_zero() and path.is_file():
+            found = rollout_log.to_rollouts(rollout_log.read([path]))
+            if [rollout.question for rollout in found[:: self.args.num_generations]] == indices:
+                kept[0] = found
+        if broadcast_object_list(kept)[0] is not None:
+            return kept[0]
+        rank, world = self.args.process_index, self.args.world_size
+        mine = range(rank, len(indices), world)
+        with self._phase("rollout"):
+            rollouts = self._e_step(
+                [indices[i] for i in mine],
+                [self.train_questions[indices[i]] for i in mine],
+                [rollout_seed(self.args.seed, iteration, first + i) for i in mine],
+            )
+            m = self.args.num_generations
+            groups = gather_object([(i, rollouts[n * m : (n + 1) * m]) for n, i in enumerate(mine)])
+        everything = [rollout for _, group in sorted(groups, key=lambda item: item[0]) for rollout in group]
+        if self.is_world_process_zero():
+            rollout_log.write(
+                rollout_log.to_table(everything, self.train_questions, iteration + 1, self.state.global_step, first, m),
+                path,
+            )
+        return everything
+
+    @contextmanager
+    def _open(self, role: Role) -> Iterator[Any]:
+        with inference(self._unwrapped(), self.model_wrapped, role, self.accelerator) as model:
+            yield model
+
+    @contextmanager
+    def _open_engine(self) -> Iterator[TransformersEngine]:
+        with self._open("selector") as model:
+            yield TransformersEngine(
+                model,
+                self.prompters["selector"].eos_token_id,
+                batch_size=self.args.per_device_eval_batch_size,
+                shared_prefix=self.args.shared_prefix != "off",
+            )
+
+    @contextmanager
+    def _open_reference(self) -> Iterator[Any]:
+        with torch.no_grad(), self.accelerator.autocast():
+            yield self.reference
+
+    def _unwrapped(self) -> SelectorGenerator:
+        return self.accelerator.unwrap_model(self.model)
+
+    # The M-step
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> SlotSampler:
+        return SlotSampler(self.schedule, finished=self.stalled())
+
+    def _active(self, role: Role) -> bool:
+        """Whether a role moves in the current step."""
+        if self.args.role_learning_rate(role) == 0:
+            return False
+        if self.args.interleave == "joint":
+            return True
+        turn = self.state.global_step % (self.args.selector_steps + self.args.generator_steps)
+        return (role == "selector") == (turn < self.args.selector_steps)
+
+    def _prepare_inputs(self, slots: list[int]) -> dict[str, WeightedRows]:
+        """A micro-batch of slots as what each role scores, groups in the order of the slots."""
+        step, m = self.state.global_step, self.args.num_generations
+        rollouts = self._rollouts_of(self.schedule.iteration(step))
+        if self._measured_step != step:
+            self._measured_step = step
+            groups = [rollouts[p * m : (p + 1) * m] for p in self.schedule.positions(step)]
+            for name, value in rollout_metrics(groups, self.train_questions, self.args).items():
+                self._step_metrics[name].append(value)
+        micro: dict[int, list[Rollout]] = defaultdict(list)
+        for slot in slots:
+            micro[slot // m].append(rollouts[slot])
+        with self._phase("inputs"):
+            return {role: self._rows(role, list(micro.values())) for role in ROLES if self._active(role)}
+
+    def _rows(self, role: Role, groups: list[list[Rollout]]) -> WeightedRows:
+        return self._selector_rows(groups) if role == "selector" else self._generator_rows(groups)
+
+    def _selector_rows(self, groups: list[list[Rollout]]) -> WeightedRows:
+        """Each question's prompt once, with its distinct samples."""
+        rows, coefficients, sampled = [], [], []
+        for group in groups:
+            question = self.train_questions[group[0].question]
+            merged: dict[tuple[int, ...], float] = defaultdict(float)
+            logps = {}
+            for rollout in group:
+                merged[rollout.token_ids] += rollout.selector_coefficient
+                logps[rollout.token_ids] = rollout.selection_logp
+            prompt = self.prompters["selector"].selector_prompt(question, self.args.num_selected)
+            rows.append(Row(prompt.ids, list(merged)))
+            coefficients += list(merged.values())
+            sampled += [logps[ids] for ids in merged]
+        self._sampled_logps = torch.tensor(sampled, dtype=torch.float64)
+        return WeightedRows(rows, coefficients)
+
+    def _generator_rows(self, groups: list[list[Rollout]]) -> WeightedRows:
+        """Each distinct selection once, with the accepted answers."""
+        rows, coefficients = [], []
+        for group in groups:
+            question = self.train_questions[group[0].question]
+            merged: dict[tuple[int, ...], float] = defaultdict(float)
+            for rollout in group:
+                if rollout.selection.valid:
+                    merged[rollout.selection.numbers] += rollout.weight
+            for numbers, weight in merged.items():
+                rows.append(answer_row(self.prompters["generator"], question, numbers, self.args.answer_aliases))
+                coefficients.append(weight)
+        if not rows:  # nothing valid here, but the other processes' gradients wait for ours
+            eos = self.prompters["generator"].eos_token_id
+            return WeightedRows([Row((eos,), [(eos,)])], [0.0])
+        return WeightedRows(rows, coefficients)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Both losses, as means over questions: the micro-batch sums over b rollouts, b / m questions' worth."""
+        output = model(**inputs)
+        scale = self.args.num_generations / self.args.per_device_train_batch_size
+        losses = []
+        for role, loss in (("selector", output.selector_loss), ("generator", output.generator_loss)):
+            if loss is not None:
+                losses.append(scale * loss)
+                self._step_metrics[f"{role}/loss"].append(losses[-1].item())
+        first_step = self.state.global_step % self.schedule.steps_per_iteration == 0
+        if output.selection_logps is not None and first_step:  # the weights are still those that sampled
+            difference = (output.selection_logps.double().cpu() - self._sampled_logps).abs()
+            self._step_metrics["sampling/logp_difference_mean"].append(difference.mean().item())
+            self._step_metrics["sampling/logp_difference_max"].append(difference.max().item())
+        loss = torch.stack(losses).sum()
+        return (loss, output) if return_outputs else loss
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """The stock step, timed less the E-step that its first micro-batch may begin with."""
+        rollout = self._phase_seconds["rollout"]
+        started = time.perf_counter()
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        elapsed = time.perf_counter() - started
+        self._phase_seconds["train"] += elapsed - (self._phase_seconds["rollout"] - rollout)
+        return loss
+
+    # The optimizer: a learning rate and a clip for each model
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """One optimizer with a parameter group (two, with weight decay) for each model that trains."""
+        model = self.model if model is None else model
+        if self.optimizer is None:
+            decayed = set(self.get_decay_parameter_names(model))
+            groups = []
+            for role in ROLES:
+                for decays in (True, False):
+                    parameters = [
+                        parameter
+                        for name, parameter in model.named_parameters()
+                        if name.split(".")[0] == role and parameter.requires_grad and (name in decayed) == decays
+                    ]
+                    if parameters:
+                        groups.append(
+                            {
+                                "params": parameters,
+                                "lr": self.args.role_learning_rate(role),
+                                "weight_decay": self.args.weight_decay if decays else 0.0,
+                            }
+                        )
+            optimizer, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            self.optimizer = optimizer(groups, **options)
+        return self.optimizer
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor | float | None:
+        """Clip each model's gradient on its own, so that neither's scale decides the other's step."""
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            return super()._clip_grad_norm(model)  # the engine clips, over all parameters
+        total = torch.zeros((), dtype=torch.float64)
+        for role in ROLES:
+            parameters = [p for p in getattr(self._unwrapped(), role).parameters() if p.grad is not None]
+            if parameters:
+                norm = self.accelerator.clip_grad_norm_(parameters, self.args.max_grad_norm)
+                norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+                self._step_metrics[f"{role}/grad_norm"].append(norm.item())
+                total += norm.double().cpu() ** 2
+        return total.sqrt()
+
+    # Evaluation
+
+    def evaluate(self, *args: Any, stage: str | None = None, **kwargs: Any) -> dict[str, float]:
+        """Evaluate on the dev split and add the result to `evaluation/summary.json`.
+
+        Args:
+            stage: its name there; `iteration-<t>` after the t iterations done so far, unless told.
+
+        Returns:
+            The split's means as `eval_<metric>`: percent, and nats for log-probabilities.
+        """
+        assert self.eval_questions is not None
+        stage = stage or f"iteration-{self.schedule.iteration(self.state.global_step)}"
+        rank, world = self.args.process_index, self.args.world_size
+        with self._phase("evaluation"):
+            mine = evaluate(
+                self._pipeline, self.eval_questions[rank::world], self.args.answer_likelihood, self.args.answer_aliases
+            )
+        results: list[QuestionResult] = [
+            result for _, result in sorted(gather_object([(i * world + rank, r) for i, r in enumerate(mine)]))
+        ]
+        summary = summarise(results, stage, self.eval_split)
+        self.stages = [known for known in self.stages if known["stage"] != stage] + [summary]
+        if self.is_world_process_zero():
+            write_results(self.args.output_dir, stage, results)
+            write_stages(self.args.output_dir, self.stages)
+        metrics = {f"eval_{name}": value for name, value in summary.items() if isinstance(value, int | float)}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def stalled(self) -> bool:
+        """Whether the dev metric has not improved for `early_stopping_patience` evaluations."""
+        patience, metric = self.args.early_stopping_patience, self.args.metric_for_best_model
+        if patience is None or metric is None:
+            return False
+        sign = 1 if self.args.greater_is_better else -1
+        values = [sign * stage[metric] for stage in self.stages if stage["stage"] not in ("base", "final")]
+        best = max(range(len(values)), key=values.__getitem__, default=0)
+        return len(values) - 1 - best >= patience
+
+    # Logging
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the step's metrics, averaged over micro-batches and processes, and the seconds that each phase took."""
+        if "loss" in logs:
+            merged: dict[str, list[float]] = defaultdict(list)
+            for local in gather_object([dict(self._step_metrics)]):
+                for name, values in local.items():
+                    merged[name] += values
+            for name, values in merged.items():
+                known = [value for value in values if value == value]
+                if known:
+                    logs[name] = max(known) if name.endswith("_max") else sum(known) / len(known)
+            for name, seconds in self._phase_seconds.items():
+                logs[f"time/{name}"] = round(seconds, 4)
+            self._step_metrics.clear()
+            self._phase_seconds.clear()
+        super().log(logs, start_time)
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self._phase_seconds[name] += time.perf_counter() - started
+
+    # Checkpoints: whole or absent, and enough to go on bit for bit
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
+        """Train, from the start or from a checkpoint of this run."""
+        if self.is_world_process_zero():
+            self._restore_logs(Path(resume_from_checkpoint) if resume_from_checkpoint else None)
+        self.accelerator.wait_for_everyone()
+        self.stages = broadcast_object_list([read_stages(self.args.output_dir)])[0]
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _restore_logs(self, checkpoint: Path | None) -> None:
+        """Put the rollout log and the evaluations back to where the checkpoint was: what came after happens again.
+
+        Rollouts of the iteration that the checkpoint stands in stay: they come from the same weights.
+        """
+        run = Path(self.args.output_dir)
+        current = 1
+        if checkpoint is not None:
+            state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+            current = self.schedule.iteration(state.global_step) + 1
+            for part in (checkpoint / "rollouts").glob("*.parquet"):
+                (run / "rollouts").mkdir(exist_ok=True)
+                shutil.copy2(part, run / "rollouts" / part.name)
+            write_stages(run, read_stages(checkpoint))
+        else:
+            write_stages(run, [stage for stage in self.stages if stage["stage"] in ("base", "warmup")])
+        for path in rollout_log.part_paths(run):
+            if path not in rollout_log.part_paths(run, current) and path > rollout_log.part_path(run, current, 0):
+                path.unlink()
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Write `checkpoint-N` beside its place, then rename it: a killed run leaves whole checkpoints only."""
+        run = Path(self.args.output_dir)
+        place = run / f"checkpoint-{self.state.global_step}"
+        beside = run / f".{place.name}.tmp"
+        if self.is_world_process_zero():
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        with self._phase("checkpoint"):
+            self.save_model(str(beside), _internal_call=True)
+            self._save_optimizer_and_scheduler(str(beside))
+            self._save_scaler(str(beside))
+            self._save_rng_state(str(beside))
+        best = run / f"checkpoint-{self.state.best_global_step}"
+        if self.state.best_global_step and (best.is_dir() or best == place):
+            self.state.best_model_checkpoint = str(best)
+        if self.is_world_process_zero():
+            write_stages(beside, self.stages)
+            if self.state.global_step % self.schedule.steps_per_iteration:
+                (beside / "rollouts").mkdir()
+                for part in rollout_log.part_paths(run, self.schedule.iteration(self.state.global_step) + 1):
+                    shutil.copy2(part, beside / "rollouts" / part.name)
+            self.state.stateful_callbacks["TrainerControl"] = self.control.state()
+            self.state.save_to_json(str(beside / "trainer_state.json"))
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            shutil.rmtree(place, ignore_errors=True)
+            beside.rename(place)
+            rotate_checkpoints(
+                output_dir=str(run),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=False,
+            )
+        self.accelerator.wait_for_everyone()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write `selector/` and `generator/`: to go on from (within a checkpoint), or to serve, with their prompts."""
+        folder = Path(output_dir or self.args.output_dir)
+        state: dict[str, Tensor] | None = None
+        if self.is_fsdp_enabled:
+            state = self.accelerator.get_state_dict(self.model)
+        elif self.is_deepspeed_enabled:
+            state = self.accelerator.get_state_dict(self.model_wrapped)
+        if not self.args.should_save:
+            return
+        for role in ROLES:
+            own = state and {n.removeprefix(f"{role}."): v for n, v in state.items() if n.startswith(f"{role}.")}
+            model, prompter = getattr(self._unwrapped(), role), self.prompters[role]
+            if _internal_call:
+                save_role(model, prompter.tokenizer, folder / role, own)
+            else:
+                export_role(model, prompter.tokenizer, folder / role, own, extra={PROMPT: prompter.source})
+        if not _internal_call:
+            save_settings(folder, self.pipeline_settings())
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        for role in ROLES:
+            load_role(getattr(self._unwrapped(), role), Path(resume_from_checkpoint) / role)
+
+    def _load_best_model(self) -> None:
+        """Go back to the best evaluated iteration."""
+        best = self.state.best_model_checkpoint
+        assert best is not None
+        if self.is_deepspeed_enabled:
+            self.model_wrapped.load_checkpoint(best, load_optimizer_states=False, load_lr_scheduler_states=False)
+        else:
+            self._load_from_checkpoint(best, self.model_wrapped)
+
+    def pipeline_settings(self) -> PipelineSettings:
+        """What serving needs to know."""
+        return PipelineSettings(
+            num_selected=self.args.num_selected,
+            max_prompt_length=self.args.max_prompt_length,
+            max_completion_length=self.args.max_completion_length,
+            max_answer_length=self.args.max_answer_length,
+            chat_template_kwargs=dict(self.prompters["selector"].chat_template_kwargs),
+        )
+
+
+class _Iterations(TrainerCallback):
+    """Evaluates before the first iteration, asks for an evaluation and a checkpoint when an iteration ends, and stops when dev no longer improves."""
+
+    def __init__(self, trainer: DROTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        known = {stage["stage"] for stage in self.trainer.stages}
+        if self.trainer.eval_questions is not None and self.trainer.initial_stage not in known:
+            self.trainer.evaluate(stage=self.trainer.initial_stage)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        done, within = divmod(state.global_step, self.trainer.schedule.steps_per_iteration)
+        last = state.global_step == state.max_steps
+        if last or (within == 0 and done % self.trainer.args.eval_iterations == 0):
+            control.should_evaluate = self.trainer.eval_questions is not None
+            control.should_save = True
+        return control
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        if state.global_step and self.trainer.stalled():
+            control.should_training_stop = True
+        return control

@@ -1,0 +1,227 @@
+"""The paper's initialisation: supervised training of either model before the first iteration, by TRL's SFT trainer.
+
+The prompts are those of sampling and scoring. What a warm-up depends on is hashed, and its result is kept: the next run
+with the same hash starts from it.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pyarrow as pa
+import transformers
+import trl
+from accelerate import PartialState
+from datasets import Dataset
+
+from dro_rl.config import DROConfig
+from dro_rl.errors import InputError, Phrase
+from dro_rl.models import LoraSettings, Role, add_adapter, export_role, load_model
+from dro_rl.prompts import Prompter
+from dro_rl.records import Question
+from dro_rl.recipe import RunConfig
+from dro_rl.selection import format_selection
+
+
+@dataclass(frozen=True)
+class WarmUp:
+    """One role's warm-up.
+
+    Args:
+        role: which model.
+        model: where it starts from: a folder or a hub name.
+        model_kwargs: how it is loaded.
+        lora: adapters to train in place of all weights; they are merged at the end.
+        prompter: the role's prompts.
+        steps: optimizer steps, or -1 for an epoch.
+        learning_rate: its own.
+    """
+
+    role: Role
+    model: str
+    model_kwargs: Mapping[str, Any]
+    lora: LoraSettings | None
+    prompter: Prompter
+    steps: int
+    learning_rate: float
+
+
+def warm_up(job: WarmUp, questions: Sequence[Question], run: RunConfig, training: DROConfig) -> str:
+    """Warm one role up, or find it done.
+
+    Returns:
+        The folder of the warmed-up model.
+    """
+    examples = selector_examples if job.role == "selector" else generator_examples
+    pairs = examples(questions, job.prompter, run, training)
+    folder = Path(run.warmup_cache_dir).expanduser() / f"{job.role}-{fingerprint(job, pairs, run, training)}"
+    state = PartialState()
+    if not (folder / "config.json").is_file():
+        train_supervised(job, pairs, run, training, folder)
+    state.wait_for_everyone()
+    return str(folder)
+
+
+Pair = tuple[tuple[int, ...], tuple[int, ...]]
+"""Prompt ids and completion ids."""
+
+
+def selector_examples(questions: Sequence[Question], prompter: Prompter, run: RunConfig, training: DROConfig) -> list[Pair]:
+    """Selections to imitate: K numbers in the order that `warmup_selector_order` says."""
+    order = selection_order(run, training.seed)
+    k = training.num_selected
+    return [
+        (prompter.selector_prompt(question, k).ids, prompter.completion(format_selection(order(question)[:k])))
+        for question in questions
+    ]
+
+
+def selection_order(run: RunConfig, seed: int) -> Callable[[Question], list[int]]:
+    """How a question's candidates are ordered for imitation, best first, as document numbers."""
+
+    def retriever(question: Question) -> list[int]:
+        return list(range(1, len(question.documents) + 1))
+
+    def labels(question: Question) -> list[int]:
+        supporting = question.supporting_numbers
+        return [*supporting, *(n for n in retriever(question) if n not in supporting)]
+
+    def chance(question: Question) -> list[int]:
+        numbers = retriever(question)
+        Random(f"{seed}/order/{question.id}").shuffle(numbers)
+        return numbers
+
+    if run.warmup_selector_order == "ranking":
+        return read_ranking(Path(str(run.warmup_selector_ranking)))
+    return {"labels": labels, "retriever": retriever, "random": chance}[run.warmup_selector_order]
+
+
+def read_ranking(path: Path) -> Callable[[Question], list[int]]:
+    """A ranking file: JSONL with {id, ranking: [document ids, best first]}. Candidates it leaves out come last."""
+    if not path.is_file():
+        raise InputError("warmup_selector_ranking", str(path), "the file exists", "Check the path.")
+    ranking: dict[str, list[str]] = {}
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                row = json.loads(line)
+                ranking[row["id"]] = list(row["ranking"])
+            except (json.JSONDecodeError, KeyError, TypeError):
+                raise InputError(
+                    f"{path}: line {number}", line.strip()[:60], "each line is {id, ranking: [document ids]}", "Correct it."
+                ) from None
+
+    def order(question: Question) -> list[int]:
+        if question.id not in ranking:
+            raise InputError(str(path), question.id, "every training question has a ranking", "Add its line.")
+        places = {identifier: place for place, identifier in enumerate(ranking[question.id])}
+        numbers = range(1, len(question.documents) + 1)
+        return sorted(numbers, key=lambda n: places.get(question.documents[n - 1].id, len(places)))
+
+    return order
+
+
+def generator_examples(questions: Sequence[Question], prompter: Prompter, run: RunConfig, training: DROConfig) -> list[Pair]:
+    """Answers from K documents, chosen as `warmup_generator_documents` says; chosen documents stand in random order."""
+    k = training.num_selected
+    pairs = []
+    for question in questions:
+        everything = range(1, len(question.documents) + 1)
+        random = Random(f"{training.seed}/documents/{question.id}")
+        supporting = list(question.supporting_numbers)[:k]
+        others = [number for number in everything if number not in supporting]
+        random.shuffle(others)
+        numbers = {
+            "gold": supporting or list(everything)[:k],
+            "retrieved": list(everything)[:k],
+            "mixed": [*supporting, *others][:k],
+            "random": random.sample(everything, min(k, len(everything))),
+        }[run.warmup_generator_documents]
+        # Gold always first is a label leak: the generator would learn to read the first document only.
+        if run.warmup_generator_documents != "retrieved":
+            random.shuffle(numbers)
+        pairs.append((prompter.generator_prompt(question, numbers).ids, prompter.completion(question.answers[0])))
+    return pairs
+
+
+def fingerprint(job: WarmUp, pairs: Sequence[Pair], run: RunConfig, training: DROConfig) -> str:
+    """A hash of everything the result depends on: tokens, weights, settings and library versions."""
+    digest = hashlib.sha256()
+    digest.update(repr([(prompt, completion) for prompt, completion in pairs]).encode())
+    folder = Path(job.model)
+    if folder.is_dir():
+        for path in sorted(folder.glob("*.safetensors")):
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+    settings = (
+        job.role, job.model if not folder.is_dir() else "", sorted(job.model_kwargs.items(), key=str), job.lora, job.steps,
+        job.learning_rate, run.warmup_batch_size, training.seed, training.bf16, training.fp16, training.weight_decay,
+        PartialState().num_processes, transformers.__version__, trl.__version__,
+    )  # fmt: skip
+    digest.update(repr(settings).encode())
+    return digest.hexdigest()[:16]
+
+
+def train_supervised(job: WarmUp, pairs: Sequence[Pair], run: RunConfig, training: DROConfig, folder: Path) -> None:
+    """Train one model on prompt-completion pairs, loss on the completion alone, and export it to `folder`."""
+    model = load_model(job.model, **job.model_kwargs)
+    if job.lora is not None:
+        model = add_adapter(model, job.lora)
+    scratch = Path(training.output_dir or ".") / "warmup" / job.role
+    arguments = trl.SFTConfig(
+        output_dir=str(scratch),
+        per_device_train_batch_size=run.warmup_batch_size,
+        max_steps=job.steps,
+        num_train_epochs=1,
+        learning_rate=job.learning_rate,
+        weight_decay=training.weight_decay,
+        warmup_steps=0.1,
+        lr_scheduler_type="linear",
+        max_grad_norm=training.max_grad_norm,
+        max_length=None,
+        bf16=training.bf16,
+        fp16=training.fp16,
+        use_cpu=training.use_cpu,
+        gradient_checkpointing=training.gradient_checkpointing,
+        seed=training.seed,
+        save_strategy="no",
+        report_to="none",
+        logging_steps=max(1, job.steps // 10) if job.steps > 0 else 10,
+        disable_tqdm=training.disable_tqdm,
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )
+    trainer = trl.SFTTrainer(
+        model=model, args=arguments, train_dataset=as_dataset(pairs), processing_class=job.prompter.tokenizer
+    )
+    trainer.train()
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if trainer.accelerator.is_main_process:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        export_role(trainer.accelerator.unwrap_model(trainer.model), job.prompter.tokenizer, folder, state)
+        shutil.rmtree(scratch.parent, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.free_memory()
+    del trainer, model
+    gc.collect()
+
+
+def as_dataset(pairs: Sequence[Pair]) -> Dataset:
+    """Token ids and labels as Arrow, in chunks, so that Python lists of a large set never stand in memory at once."""
+    if not pairs:
+        raise InputError("warmup", Phrase("no examples"), "a warm-up has questions to learn from", "Give it some.")
+    kind = pa.list_(pa.int32())
+    chunks = [pairs[start : start + 1000] for start in range(0, len(pairs), 1000)]
+    table = pa.table(
+        {
+            "input_ids": pa.chunked_array([pa.array([p + c for p, c in chunk], kind) for chunk in chunks]),
+            "labels": pa.chunked_array([pa.array([(-100,) * len(p) + c for p, c in chunk], kind) for chunk in chunks]),
+        }
+    )
+    return Dataset(table)

@@ -1,0 +1,556 @@
+"""Claims about `dro-rl`: its figures are those counted by hand, its errors are one line, its help is fast."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import types
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.cells import cell_len
+from typer.testing import CliRunner
+
+from dro_rl import __version__
+from dro_rl.cli import app
+from dro_rl.records import Document, Question, Rollout, Selection
+from dro_rl.rollouts import analysis, log
+from dro_rl.rollouts.analysis import GroupRollout, SelectedDocument, explain
+
+DOCUMENTS = (
+    Document("d1", "Béla Bartók", "A composer."),
+    Document("d2", "", "A passage without a title."),
+    Document("d3", "東京 [red]tower[/red]", "A tower."),
+    Document("d4", "Four\x1b[31m", "Hostile."),
+)
+QUESTIONS = (
+    Question("a", "Who was\nhe?", ("Bartók", "Béla"), DOCUMENTS, ("d1", "d3")),
+    Question("b", "Which one?", ("no",), DOCUMENTS),
+    Question("c", "Which none?", ("nothing",), DOCUMENTS),
+    Question("é東", "東京は？", ("はい",), DOCUMENTS, ("d4",)),
+)
+
+
+def rollouts(
+    question: int,
+    selections: Sequence[Sequence[int]],
+    answer_logps: Sequence[float],
+    weights: Sequence[float],
+    log_ratios: Sequence[float] | None = None,
+) -> list[Rollout]:
+    """A group of hand-made rollouts. An empty selection is an invalid one."""
+    squares = sum(weight**2 for weight in weights)
+    return [
+        Rollout(
+            question=question,
+            sample=sample,
+            token_ids=(1, 2),
+            proposal_logps=(-1.0, -0.5),
+            text="x" if selection else "I cannot [b]tell",
+            selection=Selection(
+                tuple(selection), bool(selection), () if selection else ("format", "too_few")
+            ),
+            selection_logp=-1.5 + (log_ratios[sample] if log_ratios else 0.0),
+            reference_logp=math.nan,
+            answer_logp=answer_logps[sample],
+            weight=weights[sample],
+            selector_coefficient=weights[sample] - 1 / len(selections),
+            ess=1 / squares if squares else 0.0,
+            weight_temperature=1.0,
+        )
+        for sample, selection in enumerate(selections)
+    ]
+
+
+def write(run: Path, iteration: int, part: int, step: int, first: int, groups: list[list[Rollout]]) -> None:
+    """Log groups as one part of an iteration."""
+    flat = [rollout for group in groups for rollout in group]
+    table = log.to_table(flat, QUESTIONS, iteration, step, first, len(groups[0]))
+    log.write(table, log.part_path(run, iteration, part))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """Two iterations. The first, in two parts: one decided question, one tie, one without a valid rollout."""
+    run = tmp_path / "run"
+    nan = math.nan
+    decided = rollouts(
+        0,
+        [[1, 3], [1, 2], [1, 2], []],
+        [math.log(0.4), math.log(0.2), math.log(0.2), nan],
+        [0.5, 0.25, 0.25, 0],
+    )
+    tie = rollouts(1, [[2, 1]] * 4, [math.log(0.5)] * 4, [0.25] * 4)
+    none = rollouts(2, [[]] * 4, [nan] * 4, [0.0] * 4)
+    write(run, 1, 0, 0, 0, [decided])
+    write(run, 1, 1, 2, 1, [tie, none])
+    first = 1 / (1 + math.exp(-0.5))
+    write(run, 2, 0, 4, 0, [rollouts(3, [[4, 1], [3, 2]], [-3.0, -2.5], [first, 1 - first], [1.0, 0.0])])
+    return run
+
+
+def invoke(*arguments: object, columns: int = 80) -> Any:
+    """Run the command line in this process."""
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": str(columns)})
+
+
+def document(*arguments: object) -> Any:
+    """The JSON document that a command prints, which is all that it prints."""
+    result = invoke(*arguments, "--json")
+    assert result.exit_code == 0, result.output
+    assert result.stderr == ""
+    return json.loads(result.stdout, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+def refusal(*arguments: object) -> str:
+    """The one line of stderr that a command ends in."""
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    return result.stderr
+
+
+# ls -------------------------------------------------------------------------------------------------------
+
+
+def test_ls_counts_what_is_there(run: Path) -> None:
+    """Every share by hand. Defect: shares of the wrong whole (rollouts for questions, valid for all)."""
+    iterations = document("rollouts", "ls", run)["iterations"]
+    first = iterations[0]
+    assert [item["iteration"] for item in iterations] == [1, 2]
+    assert (first["first_step"], first["last_step"]) == (0, 2)
+    assert (first["questions"], first["rollouts"], first["valid_rollouts"]) == (3, 12, 7)
+    assert first["valid"] == pytest.approx(7 / 12)
+    assert first["all_tie"] == pytest.approx(1 / 3)
+    assert first["all_invalid"] == pytest.approx(1 / 3)
+    # After the first of each question there are 2 + 3 valid rollouts, of which 1 + 3 repeat.
+    assert first["duplicate"] == pytest.approx(4 / 5)
+    assert first["problems"] == {"format": 5, "too_few": 5}
+
+
+def test_ls_averages_likelihoods_and_bounds(run: Path) -> None:
+    """An invalid rollout adds nothing to the sum and counts in m; a question of them alone has no bound."""
+    first = document("rollouts", "ls", run)["iterations"][0]
+    assert first["evidence_bound"] == pytest.approx((math.log(0.8 / 4) + math.log(0.5)) / 2)
+    assert first["answer_logp"] == pytest.approx((math.log(0.4) + 2 * math.log(0.2) + 4 * math.log(0.5)) / 7)
+    assert first["ess"] == pytest.approx((1 / 0.375 / 4 + 1 + 0) / 3)
+
+
+def test_ls_recall_is_over_labelled_questions_plain_and_by_weight(run: Path) -> None:
+    """Question a alone has labels. Its invalid rollout finds nothing, and has no weight."""
+    first, second = document("rollouts", "ls", run)["iterations"]
+    assert first["labelled"] == 1
+    assert first["recall"] == pytest.approx({"1": 1.5 / 4, "3": 2 / 4, "5": 2 / 4})
+    assert first["weighted_recall"] == pytest.approx({"1": 0.5, "3": 0.75, "5": 0.75})
+    assert second["recall"]["1"] == pytest.approx(0.5)
+    assert second["weighted_recall"]["1"] == pytest.approx(0.6225, abs=1e-4)
+
+
+def test_ls_says_null_where_there_is_nothing_to_average(tmp_path: Path) -> None:
+    """Defect: NaN in the output, which is not JSON; or a 0 that reads like a measurement."""
+    write(tmp_path, 1, 0, 0, 0, [rollouts(2, [[], []], [math.nan] * 2, [0.0, 0.0])])
+    (only,) = document("rollouts", "ls", tmp_path)["iterations"]
+    for name in ("evidence_bound", "answer_logp", "duplicate"):
+        assert only[name] is None
+    assert only["recall"] == {"1": None, "3": None, "5": None}
+    assert (only["valid"], only["all_invalid"], only["all_tie"]) == (0, 1, 0)
+    assert invoke("rollouts", "ls", tmp_path).exit_code == 0
+
+
+def test_the_order_of_rows_and_parts_does_not_matter(run: Path) -> None:
+    """Guards that groups are found by their position, not by adjacency."""
+    table = analysis.read_iteration(run, 1)
+    backwards = table.take(list(range(table.num_rows))[::-1])
+    assert analysis.summarize(backwards) == analysis.summarize(table)
+
+
+def test_answers_that_are_impossible_are_a_tie() -> None:
+    """Defect: −inf less −inf is NaN, and NaN is neither a tie nor none."""
+    group = rollouts(0, [[1], [2]], [-math.inf, -math.inf], [0.5, 0.5])
+    summary = analysis.summarize(log.to_table(group, QUESTIONS, 1, 0, 0, 2))
+    assert summary.all_tie == 1
+    assert summary.evidence_bound == -math.inf
+
+
+def test_ls_prints_a_table_in_the_order_of_time(run: Path) -> None:
+    """The table has the figures, a line an iteration, and a legend of its headings."""
+    result = invoke("rollouts", "ls", run)
+    assert result.exit_code == 0
+    lines = result.stdout.splitlines()
+    assert lines[0].split()[:6] == ["iter", "step", "q", "rollouts", "valid", "dup"]
+    assert lines[1].split()[:8] == ["1", "0", "3", "12", "58", "80", "33", "56"]
+    assert lines[2].split()[:4] == ["2", "4", "1", "2"]
+    assert "38/50/50" in lines[1]
+    assert "ESS/m: effective share" in " ".join(lines)
+
+
+def test_last_shows_the_end_of_a_long_run(run: Path) -> None:
+    """Online runs have thousands of iterations."""
+    assert [item["iteration"] for item in document("rollouts", "ls", run, "--last", 1)["iterations"]] == [2]
+
+
+@pytest.mark.parametrize("columns", [20, 40, 75, 80, 200])
+@pytest.mark.parametrize("command", ["ls", "stats", "show"])
+def test_nothing_is_wider_than_the_terminal_or_cut(run: Path, command: str, columns: int) -> None:
+    """Defect: tables that a narrow terminal folds into each other, or whose figures end in an ellipsis."""
+    result = invoke("rollouts", command, run, columns=columns)
+    assert result.exit_code == 0
+    assert "…" not in result.stdout
+    if columns >= 40:
+        assert max(map(cell_len, result.stdout.splitlines())) <= columns
+    for figure in {"ls": ["38/50/50"], "stats": ["38/50/50"], "show": ["0.62", "-3.00"]}[command]:
+        assert figure in result.stdout
+
+
+# show -----------------------------------------------------------------------------------------------------
+
+
+def test_show_orders_the_rollouts_of_a_question_by_weight(run: Path) -> None:
+    """One question, all its columns."""
+    (group,) = document("rollouts", "show", run, "a")["questions"]
+    assert (group["iteration"], group["step"], group["position"]) == (1, 0, 0)
+    assert group["question"] == "Who was\nhe?"
+    assert group["answers"] == ["Bartók", "Béla"]
+    assert group["evidence_bound"] == pytest.approx(math.log(0.2))
+    assert [rollout["sample"] for rollout in group["rollouts"]] == [0, 1, 2, 3]
+    best, last = group["rollouts"][0], group["rollouts"][-1]
+    assert best["documents"] == [
+        {"number": 1, "id": "d1", "title": "Béla Bartók", "supporting": True},
+        {"number": 3, "id": "d3", "title": "東京 [red]tower[/red]", "supporting": True},
+    ]
+    assert (best["weight"], best["selector_coefficient"]) == (0.5, 0.25)
+    assert (best["selection_logp"], best["proposal_logp"]) == (-1.5, -1.5)
+    assert (last["answer_logp"], last["valid"], last["problems"]) == (None, False, ["format", "too_few"])
+    assert last["text"] == "I cannot [b]tell"
+
+
+def test_show_says_in_words_why_the_first_one_won(run: Path) -> None:
+    """The margin is in nats against the next distinct selection, not against a duplicate of the winner."""
+    result = invoke("rollouts", "show", run, "a", columns=300)
+    assert (
+        "[1] > [3] has weight 0.50: its answer log-likelihood exceeds that of the next distinct selection, "
+        "[1] > [2], by 0.69 nats. Only it reads [3] 東京 [red]tower[/red] (supporting)." in result.stdout
+    )
+
+
+def test_show_marks_supporting_documents_and_prints_titles_as_they_are(run: Path) -> None:
+    """Defects: markup in a title that vanishes or colours; control characters that steer the terminal."""
+    text = invoke("rollouts", "show", run, "a").stdout
+    assert "[1]* > [3]*" in text
+    assert "[3]* 東京 [red]tower[/red]" in text
+    assert "[2]  A passage without a title." in text
+    assert "wrote: I cannot [b]tell" in text
+    assert "\x1b" not in invoke("rollouts", "show", run, "é東").stdout
+
+
+def test_show_finds_a_question_by_an_id_in_any_script(run: Path) -> None:
+    """The correction by the proposal decides here, and is said."""
+    (group,) = document("rollouts", "show", run, "é東")["questions"]
+    assert group["question"] == "東京は？"
+    assert "0.50 nats below that of [3] > [2], but its log p − log q is 1.00 nats above" in group["why"]
+
+
+@pytest.mark.parametrize(("sort", "order"), [("weight", "abc"), ("evidence", "cab"), ("ess", "cab")])
+def test_show_without_an_id_picks_questions_of_an_iteration(run: Path, sort: str, order: str) -> None:
+    """The most decided, the hardest, or the least spread first; the hardest is the one nothing explains."""
+    groups = document("rollouts", "show", run, "--iteration", 1, "--sort", sort)["questions"]
+    assert [group["question_id"] for group in groups] == list(order)
+    limited = document("rollouts", "show", run, "--iteration", 1, "--sort", sort, "--limit", 1)["questions"]
+    assert [group["question_id"] for group in limited] == [order[0]]
+
+
+def test_show_takes_the_last_iteration_unless_told(run: Path) -> None:
+    """What a user wants to see is the model as it is now."""
+    assert [group["question_id"] for group in document("rollouts", "show", run)["questions"]] == ["é東"]
+
+
+def grouped(*items: tuple[Sequence[int], float, float]) -> list[GroupRollout]:
+    """Rollouts of (selection, answer log-likelihood, weight), in the order of weight."""
+    return [
+        GroupRollout(
+            sample=sample,
+            weight=weight,
+            selector_coefficient=weight,
+            documents=tuple(SelectedDocument(n, f"d{n}", f"T{n}", False) for n in numbers),
+            valid=bool(numbers),
+            problems=(),
+            text="",
+            answer_logp=logp,
+            selection_logp=-1.0,
+            proposal_logp=-1.0,
+        )
+        for sample, (numbers, logp, weight) in enumerate(items)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("items", "said"),
+    [
+        ([((), math.nan, 0.0), ((), math.nan, 0.0)], "No rollout names a valid document"),
+        ([((1, 2), -1.0, 0.5), ((1, 2), -1.0, 0.5)], "Every valid rollout selects [1] > [2]"),
+        (
+            [((1, 2), -1.0, 0.5), ((2, 1), -1.0, 0.5)],
+            "same log-likelihood, -1.00 nats: the weights prefer none",
+        ),
+        ([((1, 2), -1.0, 0.4), ((1, 2), -1.0, 0.4), ((3, 2), -2.0, 0.2)], "0.80 over 2 rollouts"),
+        ([((1, 2), -1.0, 0.7), ((2, 1), -2.0, 0.3)], "the documents of [2] > [1] in another order"),
+        ([((1,), -1.0, 0.7), ((1, 2), -2.0, 0.3)], "leaves out [2] T2, which [1] > [2] reads"),
+        (
+            [((1, 2), -1.0, 0.6), ((3, 2), -2.0, 0.3), ((1, 3), -3.0, 0.1)],
+            "reads [1] T1, which [3] > [2] does not",
+        ),
+        ([((1,), -1.0, 1.0), ((2,), -math.inf, 0.0)], "by inf nats"),
+    ],
+)
+def test_why_has_words_for_every_case(items: list[tuple[Sequence[int], float, float]], said: str) -> None:
+    """Defect: a sentence about a winner where there is none, or a difference that is not there."""
+    assert said in explain(grouped(*items))
+
+
+# stats ----------------------------------------------------------------------------------------------------
+
+
+def test_stats_counts_problems_over_the_run(run: Path) -> None:
+    """How often, the most frequent first."""
+    found = document("rollouts", "stats", run)
+    assert found["problems"] == {"format": 5, "too_few": 5}
+    assert found["iterations"] == document("rollouts", "ls", run)["iterations"]
+    assert "format               5  35.7 %" in invoke("rollouts", "stats", run).stdout
+
+
+def test_stats_signals_pool_the_latest_iterations(run: Path) -> None:
+    """Few questions are pooled over iterations, each diagnostic by what it is a share of."""
+    found = {signal["threshold"]["name"]: signal for signal in document("rollouts", "stats", run)["signals"]}
+    assert found["valid"]["value"] == pytest.approx(9 / 14)
+    assert found["all_tie"]["value"] == pytest.approx(1 / 4)
+    assert found["duplicate"]["value"] == pytest.approx(4 / 6)
+    assert [name for name, signal in found.items() if signal["fired"]] == ["valid"]
+    assert (found["ess"]["first_iteration"], found["ess"]["last_iteration"]) == (1, 2)
+    assert found["ess"]["questions"] == 4
+
+
+def test_stats_judges_the_present_not_the_past(tmp_path: Path) -> None:
+    """Defect: an average over the run that a good beginning hides a collapse in."""
+    spread = [rollouts(0, [[1], [2]], [-1.0, -2.0], [0.6, 0.4]) for _ in range(120)]
+    collapsed = [rollouts(0, [[1]] * 2, [-1.0] * 2, [0.5] * 2) for _ in range(120)]
+    write(tmp_path, 1, 0, 0, 0, spread)
+    write(tmp_path, 2, 0, 9, 0, collapsed)
+    signals = document("rollouts", "stats", tmp_path)["signals"]
+    assert [signal["threshold"]["name"] for signal in signals if signal["fired"]] == ["all_tie", "duplicate"]
+    assert {signal["first_iteration"] for signal in signals} == {2}
+    text = invoke("rollouts", "stats", tmp_path).stdout
+    assert "! all_tie" in text
+    assert "num_generations: " in text
+    assert "target_ess: " not in text
+
+
+def test_every_signal_names_a_key_that_recipes_have() -> None:
+    """Advice to change a key that does not exist would be worse than none."""
+    from dro_rl.config import DROConfig
+
+    for threshold in analysis.THRESHOLDS:
+        assert threshold.recipe_key in DROConfig.__dataclass_fields__
+
+
+# errors ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["ls", "show", "stats"])
+def test_a_run_that_is_not_there(tmp_path: Path, command: str) -> None:
+    """Exit code 2 and one line, no traceback."""
+    message = refusal("rollouts", command, tmp_path / "nowhere")
+    assert str(tmp_path / "nowhere") in message
+    assert "no such folder" in message
+
+
+@pytest.mark.parametrize("command", ["ls", "show", "stats"])
+def test_a_folder_without_rollouts(tmp_path: Path, command: str) -> None:
+    """Says what a run holds."""
+    (tmp_path / "rollouts").mkdir()
+    (tmp_path / "rollouts" / ".iteration-00001-part-00000.parquet.tmp").write_bytes(b"half")
+    assert "no rollouts: a run holds rollouts/iteration-*.parquet" in refusal("rollouts", command, tmp_path)
+
+
+def test_the_rollouts_folder_itself(run: Path) -> None:
+    """The commonest slip gets its own answer."""
+    assert f"Pass the folder above it: {run}" in refusal("rollouts", "ls", run / "rollouts")
+
+
+def test_an_unknown_question(run: Path) -> None:
+    """Says where it looked and gives an id that is there."""
+    message = refusal("rollouts", "show", run, "zzz")
+    assert "'zzz': this id was sampled in none of iterations 1-2" in message
+    assert "'a'" in message
+    assert "none of iteration 2" in refusal("rollouts", "show", run, "a", "--iteration", 2)
+
+
+def test_an_unknown_iteration(run: Path) -> None:
+    """Says which there are."""
+    message = refusal("rollouts", "show", run, "--iteration", 7)
+    assert "iteration: 7: this run has logged iterations 1-2" in message
+
+
+@pytest.mark.parametrize("command", ["ls", "show", "stats"])
+@pytest.mark.parametrize("damage", ["half", "empty", "text"])
+def test_a_broken_part(run: Path, command: str, damage: str) -> None:
+    """Names the file, so that it can be deleted."""
+    path = log.part_path(run, 2, 0)
+    raw = path.read_bytes()
+    path.write_bytes({"half": raw[: len(raw) // 2], "empty": b"", "text": b"not Parquet"}[damage])
+    message = refusal("rollouts", command, run)
+    assert path.name in message
+    assert "whole Parquet" in message
+
+
+def test_control_characters_in_an_error_do_not_reach_the_terminal(tmp_path: Path) -> None:
+    """A path is input too."""
+    assert "\x1b" not in refusal("rollouts", "ls", tmp_path / "a\x1b[31m\nb")
+
+
+# The other commands ---------------------------------------------------------------------------------------
+
+
+def test_version_and_help() -> None:
+    """The help has examples that can be typed."""
+    assert invoke("--version").stdout == f"dro-rl {__version__}\n"
+    text = invoke("--help").stdout
+    for example in ("dro-rl rollouts ls out/musique", "dro-rl recipe validate", "dro-rl ask out/musique"):
+        assert f"\n    {example}" in text
+
+
+def test_help_imports_nothing_heavy() -> None:
+    """Defect: seconds of imports before a word of help."""
+    code = (
+        "import sys, dro_rl.cli\n"
+        "heavy = ('torch', 'transformers', 'trl', 'pyarrow', 'numpy', 'datasets')\n"
+        "print([name for name in heavy if name in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert found.strip() == "[]"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the stand-in pipeline answers."""
+
+    text: str
+    selection: Selection
+    logp: float
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the stand-in pipeline is set to."""
+
+    num_selected: int = 2
+
+
+class Pipeline:
+    """Stands in for `RAGPipeline`: selects the last K documents."""
+
+    def __init__(self) -> None:
+        self.settings = Settings()
+
+    @classmethod
+    def from_pretrained(cls, directory: Path) -> Pipeline:
+        """Nothing to load."""
+        return cls()
+
+    def answer(self, question: str, documents: Sequence[Document]) -> Answer:
+        """Say what was asked."""
+        numbers = tuple(range(len(documents), 0, -1))[: self.settings.num_selected]
+        return Answer(f"so: {question}", Selection(numbers, True), -1.25)
+
+
+@pytest.fixture
+def pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replace the pipeline, which needs models."""
+    module = types.ModuleType("dro_rl.pipeline")
+    module.RAGPipeline = Pipeline  # type: ignore[attr-defined]
+    module.read = lambda selection, question, k: selection.numbers  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "dro_rl.pipeline", module)
+
+
+@pytest.fixture
+def documents_file(tmp_path: Path) -> Path:
+    """Three documents, of which text is all that is required."""
+    path = tmp_path / "documents.jsonl"
+    path.write_text(
+        '{"text": "one"}\n\n{"title": "Zwei", "text": "two"}\n{"id": "x", "text": "drei\\nthree"}\n'
+    )
+    return path
+
+
+@pytest.mark.usefixtures("pipeline")
+def test_ask_answers_from_a_document_file(tmp_path: Path, documents_file: Path) -> None:
+    """The answer first, then its log-probability, then what was read, best first."""
+    arguments = ("ask", tmp_path, "Warum?", "--documents", documents_file)
+    lines = invoke(*arguments).stdout.splitlines()
+    assert lines[:2] == ["so: Warum?", "log-probability -1.25 nats"]
+    assert [line.strip() for line in lines[3:]] == ["[3]  drei three", "[2]  Zwei"]
+    found = document(*arguments, "--k", 3)
+    assert (found["answer"], found["logp"]) == ("so: Warum?", -1.25)
+    assert [item["number"] for item in found["documents"]] == [3, 2, 1]
+    assert found["documents"][0]["id"] == "x"
+
+
+@pytest.mark.usefixtures("pipeline")
+def test_ask_takes_a_question_from_a_question_file(tmp_path: Path) -> None:
+    """With its accepted answers and labels beside the answer."""
+    path = tmp_path / "q.jsonl"
+    row = {"id": "a", "question": "Q?", "answers": ["A"], "documents": [{"id": "d", "text": "t"}]}
+    path.write_text(json.dumps(row | {"supporting": ["d"]}))
+    found = document("ask", tmp_path, "--question-file", path, "--id", "a")
+    assert (found["question"], found["accepted"], found["supporting_numbers"]) == ("Q?", ["A"], [1])
+    assert "Its first id is 'a'" in refusal("ask", tmp_path, "--question-file", path, "--id", "b")
+
+
+@pytest.mark.usefixtures("pipeline")
+def test_ask_refuses_what_it_cannot_read(tmp_path: Path, documents_file: Path) -> None:
+    """A wrong document is named by file and line or field."""
+    assert "not one question" in refusal("ask", tmp_path, "Warum?")
+    assert "not one question" in refusal("ask", tmp_path, "--question-file", documents_file)
+    assert "no such file" in refusal("ask", tmp_path, "Warum?", "--documents", tmp_path / "none.jsonl")
+    documents_file.write_text('{"text": "one"}\n{"text": \n')
+    assert "line 2" in refusal("ask", tmp_path, "Warum?", "--documents", documents_file)
+    documents_file.write_text('{"text": "one"}\n{"title": "two"}\n')
+    assert "documents[2].text: missing" in refusal("ask", tmp_path, "Warum?", "--documents", documents_file)
+
+
+def recipe_file(path: Path, **keys: Any) -> Path:
+    """A recipe for the shipped toy pair."""
+    recipe = {
+        "dataset_name": "toy",
+        "selector_model_name_or_path": "toy",
+        "generator_model_name_or_path": "toy",
+        "output_dir": str(path.with_suffix("")),
+    }
+    path.write_text(json.dumps(recipe | keys))  # JSON is YAML
+    return path
+
+
+def test_recipe_validate_prints_what_would_be_trained(tmp_path: Path) -> None:
+    """A line a file, with the keys that tell recipes apart."""
+    good = recipe_file(tmp_path / "good.yaml", num_generations=4, num_selected=2)
+    result = invoke("recipe", "validate", good, good)
+    assert result.exit_code == 0
+    line = "selector_model_name_or_path toy, generator_model_name_or_path toy, dataset_name toy"
+    assert result.stdout.splitlines()[1] == f"ok {good}: {line}, num_generations 4, num_selected 2"
+    (found,) = document("recipe", "validate", good)["recipes"]
+    assert (found["file"], found["num_generations"], found["num_selected"]) == (str(good), 4, 2)
+
+
+def test_recipe_validate_names_the_file_and_the_key(tmp_path: Path) -> None:
+    """Defect: among several recipes, an error that names the key alone."""
+    bad = recipe_file(tmp_path / "bad.yaml", num_generation=4)
+    message = refusal("recipe", "validate", bad)
+    assert message.startswith(f"error: {bad}: num_generation: 4: there is no such key")
+    missing = refusal("recipe", "validate", tmp_path / "none.yaml")
+    assert missing.count("none.yaml") == 1

@@ -1,0 +1,149 @@
+"""Claims about the metrics: the official SQuAD v1.1/KILT behaviour, and the defects they must not have."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from dro_rl.evaluation import answer_recall_at_k, exact_match, f1, normalize_answer, recall_at_k
+from dro_rl.records import Document
+
+
+@pytest.mark.parametrize(
+    ("text", "normalized"),
+    [
+        ("The Eiffel Tower", "eiffel tower"),
+        ("  a\tnew \n hope ", "new hope"),
+        ("an apple a day", "apple day"),
+        ("theatre", "theatre"),  # an article is a whole word
+        ("panathenaic", "panathenaic"),
+        ("A.", ""),  # punctuation goes first, then what is left is an article
+        ("the-end", "theend"),
+        ("O'Neil", "oneil"),
+        ("1,000", "1000"),
+        ("$3.50 (net)", "350 net"),
+        ("under_score", "underscore"),  # the underscore is punctuation too
+        ("", ""),
+    ],
+)
+def test_normalisation_follows_the_official_script(text: str, normalized: str) -> None:
+    """Guards the order lower-case, punctuation, articles, white space: another order gives other texts."""
+    assert normalize_answer(text) == normalized
+
+
+def test_punctuation_is_deleted_not_replaced_by_a_space() -> None:
+    """Defect: a metric that puts spaces for punctuation reads "U.S." as "u s", so that "US" is wrong."""
+    assert normalize_answer("U.S.") == "us"
+    assert exact_match("US", ["U.S."]) == 1.0
+    assert f1("US", ["U.S."]) == 1.0
+    assert exact_match("twenty-one", ["twenty one"]) == 0.0
+
+
+def test_every_accepted_answer_counts() -> None:
+    """Defect: a metric that looks at `answers[0]` alone marks a correct alias wrong."""
+    aliases = ["United States of America", "U.S.", "the States"]
+    assert exact_match("states", aliases) == 1.0
+    assert f1("The US", aliases) == 1.0
+    assert exact_match("states", aliases[:1]) == 0.0
+
+
+def test_f1_takes_the_best_alias_not_the_mean() -> None:
+    """Defect: averaging over aliases punishes questions with many."""
+    assert f1("New York", ["New York City", "Gotham"]) == pytest.approx(0.8)  # precision 1, recall 2/3
+    assert f1("New York", ["Gotham", "New York"]) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer", "expected"),
+    [
+        ("red green", "green blue", 0.5),
+        ("green", "the green door", 2 / 3),
+        ("no no no", "no", 0.5),  # precision 1/3, recall 1
+        ("no no", "no no never", 0.8),
+        ("yes", "no", 0.0),
+        ("", "no", 0.0),
+        ("Door green", "green door", 1.0),  # a multiset: order does not count
+    ],
+)
+def test_f1_is_of_token_multisets(prediction: str, answer: str, expected: float) -> None:
+    """Guards multiplicity: with sets, "no no no" would be a perfect "no"."""
+    assert f1(prediction, [answer]) == pytest.approx(expected)
+
+
+def test_nothing_left_on_both_sides_is_exact_and_has_no_f1() -> None:
+    """The official quirk, kept: equal strings match, and `num_same == 0` gives F1 0."""
+    assert exact_match("The", ["a"]) == 1.0
+    assert f1("The", ["a"]) == 0.0
+
+
+def test_case_and_letters_outside_ascii() -> None:
+    """Guards that accents are neither stripped nor punctuation, and that only ASCII punctuation goes."""
+    assert exact_match("BARTÓK BÉLA", ["Bartók, Béla"]) == 1.0
+    assert exact_match("Bartok", ["Bartók"]) == 0.0
+    assert f1("東京 タワー", ["東京"]) == pytest.approx(2 / 3)
+    assert normalize_answer("«Ça»") == "«ça»"
+    assert exact_match("x\u00a0y\u2003z", ["x y z"]) == 1.0
+
+
+def test_answers_are_a_list() -> None:
+    """Defect: a text taken for a list is compared letter by letter, and a one-letter prediction is right."""
+    with pytest.raises(TypeError, match="write \\['no'\\]"):
+        exact_match("n", "no")
+    with pytest.raises(ValueError, match="at least one accepted answer"):
+        f1("no", [])
+
+
+def test_recall_is_the_share_of_supporting_documents_among_the_first_k() -> None:
+    """Defect: 1 for any one of several supporting documents hides that multi-hop evidence is incomplete."""
+    assert recall_at_k([3, 1, 2], [1, 2], 1) == 0.0
+    assert recall_at_k([3, 1, 2], [1, 2], 2) == 0.5
+    assert recall_at_k([3, 1, 2], [2, 1], 3) == 1.0
+    assert recall_at_k([3, 1], [1, 2], 5) == 0.5
+    assert [recall_at_k([4, 7], [7], k) for k in (1, 2)] == [0.0, 1.0]
+
+
+def test_recall_never_exceeds_one() -> None:
+    """Defect: counting a repeated number or a repeated label twice."""
+    assert recall_at_k([1, 1], [1], 2) == 1.0
+    assert recall_at_k([1], [1, 1], 1) == 1.0
+
+
+def test_recall_at_its_edges() -> None:
+    """An empty selection finds nothing; without labels there is nothing to find; k counts from 1."""
+    assert recall_at_k([], [1], 5) == 0.0
+    assert math.isnan(recall_at_k([1], [], 5))
+    with pytest.raises(ValueError, match="k is 0"):
+        recall_at_k([1], [1], 0)
+
+
+DOCUMENTS = [
+    Document("a", "Béla Bartók", "A composer from Nagyszentmiklós."),
+    Document("b", "U.S.", "The Art of War was not written there."),
+]
+
+
+def test_answer_recall_looks_for_whole_tokens_in_title_and_text() -> None:
+    """Defect: a substring search finds "art" in "Bartók"; one that skips titles misses answers there."""
+    assert answer_recall_at_k(DOCUMENTS, ["art"], 1) == 0.0
+    assert answer_recall_at_k(DOCUMENTS, ["art"], 2) == 1.0
+    assert answer_recall_at_k(DOCUMENTS, ["Bartók"], 1) == 1.0
+    assert answer_recall_at_k(DOCUMENTS, ["composer, from (the) Nagyszentmiklós"], 1) == 1.0
+    assert answer_recall_at_k(DOCUMENTS, ["composer Nagyszentmiklós"], 1) == 0.0
+    assert answer_recall_at_k(DOCUMENTS, ["US"], 2) == 1.0
+
+
+def test_answer_recall_takes_any_alias_within_k() -> None:
+    """Defect: the first alias alone, or documents behind the k-th."""
+    assert answer_recall_at_k(DOCUMENTS, ["nobody", "war"], 2) == 1.0
+    assert answer_recall_at_k(DOCUMENTS, ["nobody", "war"], 1) == 0.0
+
+
+def test_answer_recall_at_its_edges() -> None:
+    """An answer of articles alone would stand in every document; nothing selected holds nothing."""
+    assert answer_recall_at_k(DOCUMENTS, ["The"], 2) == 0.0
+    assert answer_recall_at_k([], ["art"], 5) == 0.0
+    with pytest.raises(ValueError, match="k is 0"):
+        answer_recall_at_k(DOCUMENTS, ["art"], 0)
+    with pytest.raises(ValueError, match="at least one accepted answer"):
+        answer_recall_at_k(DOCUMENTS, [], 1)
