@@ -89,7 +89,7 @@ class DROConfig(_BaseConfig):
     load_best_model_at_end: bool = _option(True, "Keep the best evaluated iteration, not the last.")
     save_total_limit: int | None = _option(2, "Checkpoints kept; the best one is always among them.")
     logging_steps: float = _option(1, "Optimizer steps between two log lines.")
-    report_to: None | str | list[str] = _option("tensorboard", "tensorboard, wandb, trackio, mlflow, or none.")
+    report_to: str | list[str] | None = _option("tensorboard", "tensorboard, wandb, trackio, mlflow, or none.")
 
     def __post_init__(self) -> None:
         if not torch.cuda.is_available() and not torch.xpu.is_available():
@@ -131,7 +131,9 @@ class DROConfig(_BaseConfig):
         self._require("top_p", 0 < self.top_p <= 1, "this is in (0, 1]", "Use 1.0 to switch it off.")
         self._require("top_k", self.top_k >= 0, "this is at least 0", "Use 0 to switch it off.")
         self._require("min_p", 0 <= self.min_p < 1, "this is in [0, 1)", "Use 0 to switch it off.")
-        self._require("weight_temperature", self.weight_temperature >= 1, "this is at least 1", "Use 1 for the posterior.")
+        self._require(
+            "weight_temperature", self.weight_temperature >= 1, "this is at least 1", "Use 1 for the posterior."
+        )
         self._require(
             "target_ess",
             self.target_ess is None or 0 < self.target_ess < 1,

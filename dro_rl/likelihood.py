@@ -74,7 +74,9 @@ def score_rows(model: Model, rows: Sequence[Row], batch_size: int, shared_prefix
     scored: list[list[Tensor]] = [[] for _ in rows]
     for start in range(0, len(order), batch_size):
         chunk = order[start : start + batch_size]
-        for i, logps in zip(chunk, row_logps(model, [rows[i] for i in chunk], shared_prefix=shared_prefix), strict=True):
+        for i, logps in zip(
+            chunk, row_logps(model, [rows[i] for i in chunk], shared_prefix=shared_prefix), strict=True
+        ):
             scored[i] = [each.cpu() for each in logps]
     return scored
 

@@ -160,9 +160,7 @@ class _Routed:
 
 
 @contextmanager
-def inference(
-    model: SelectorGenerator, wrapped: nn.Module, role: Role, accelerator: Accelerator
-) -> Iterator[Any]:
+def inference(model: SelectorGenerator, wrapped: nn.Module, role: Role, accelerator: Accelerator) -> Iterator[Any]:
     """One role, ready to be called without gradient as often as each process likes.
 
     Where parameters are sharded (FSDP, ZeRO-3) every process must take part in each call, so one that has finished
@@ -205,9 +203,14 @@ def check_model(name: str, place: str, *, revision: str | None = None, trust_rem
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(
-            place, name, f"this is a model folder or a hub name ({_first_line(error)})", "Check the name and the network."
+            place,
+            name,
+            f"this is a model folder or a hub name ({_first_line(error)})",
+            "Check the name and the network.",
         ) from None
-    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not (config.auto_map if trust_remote_code else None):
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not (
+        config.auto_map if trust_remote_code else None
+    ):
         raise InputError(
             place, f"{name} ({config.model_type})", "this is a causal language model", "Use a decoder-only model."
         )
@@ -307,8 +310,10 @@ def load_role(model: PreTrainedModel, folder: Path) -> None:
     tied = set(model.all_tied_weights_keys)
     if unexpected or set(missing) - tied:
         raise InputError(
-            str(folder), Phrase(f"{len(missing)} missing, {len(unexpected)} unexpected tensors"),
-            "the checkpoint belongs to this model", "Resume with the recipe that wrote it.",
+            str(folder),
+            Phrase(f"{len(missing)} missing, {len(unexpected)} unexpected tensors"),
+            "the checkpoint belongs to this model",
+            "Resume with the recipe that wrote it.",
         )
     model.tie_weights()
 

@@ -14,7 +14,7 @@ import torch
 from dro_rl.errors import InputError, Phrase
 from dro_rl.likelihood import Model
 from dro_rl.models import ROLES, Role, check_model, load_model, load_tokenizer
-from dro_rl.prompts import Prompter, load_template
+from dro_rl.prompts import Prompter
 from dro_rl.records import Document, Question, Selection
 from dro_rl.rollouts.engine import SamplingParams
 from dro_rl.rollouts.transformers_engine import TransformersEngine
@@ -93,7 +93,10 @@ class RAGPipeline:
         path = directory / SETTINGS
         if not path.is_file():
             raise InputError(
-                str(directory), Phrase(f"no {SETTINGS}"), "this is the output folder of a finished run", "Finish the run first."
+                str(directory),
+                Phrase(f"no {SETTINGS}"),
+                "this is the output folder of a finished run",
+                "Finish the run first.",
             )
         settings = PipelineSettings(**json.loads(path.read_text()))
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -121,14 +124,15 @@ class RAGPipeline:
         """Answer many questions, all selections first."""
         selections = self.select_all(questions)
         prompts = [
-            self.prompters["generator"].generator_prompt(question, read(selection, question, self.settings.num_selected)).ids
+            self.prompters["generator"]
+            .generator_prompt(question, read(selection, question, self.settings.num_selected))
+            .ids
             for question, selection in zip(questions, selections, strict=True)
         ]
         written = self._greedy("generator", prompts, self.settings.max_answer_length)
         decode = self.prompters["generator"].decode
         return [
-            Answer(decode(ids), selection, logp)
-            for selection, (ids, logp) in zip(selections, written, strict=True)
+            Answer(decode(ids), selection, logp) for selection, (ids, logp) in zip(selections, written, strict=True)
         ]
 
     def select_all(self, questions: Sequence[Question]) -> list[Selection]:
@@ -162,4 +166,3 @@ def save_settings(directory: Path, settings: PipelineSettings) -> None:
     beside = directory / f".{SETTINGS}.tmp"
     beside.write_text(json.dumps(asdict(settings), indent=2) + "\n")
     beside.replace(directory / SETTINGS)
-

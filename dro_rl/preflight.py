@@ -15,7 +15,7 @@ from accelerate import PartialState
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.trainer_utils import get_last_checkpoint
 
-from dro_rl.errors import InputError, Phrase
+from dro_rl.errors import InputError
 from dro_rl.evaluation.evaluator import METRICS
 from dro_rl.models import ROLES, Role, check_model
 from dro_rl.prompts import Prompter, load_template
@@ -87,10 +87,14 @@ def check_disk(recipe: Recipe) -> None:
     weights = moments = 0
     for role in ROLES:
         config = AutoConfig.from_pretrained(
-            run.model_name(role), revision=getattr(run, f"{role}_model_revision"), trust_remote_code=run.trust_remote_code
+            run.model_name(role),
+            revision=getattr(run, f"{role}_model_revision"),
+            trust_remote_code=run.trust_remote_code,
         )
         with torch.device("meta"):
-            size = 4 * AutoModelForCausalLM.from_config(config, trust_remote_code=run.trust_remote_code).num_parameters()
+            size = (
+                4 * AutoModelForCausalLM.from_config(config, trust_remote_code=run.trust_remote_code).num_parameters()
+            )
         weights += size
         adapted = getattr(run, f"{role}_lora_r") > 0
         moments += 0 if adapted or training.role_learning_rate(role) == 0 else 2 * size
@@ -124,7 +128,10 @@ def claim_output_dir(recipe: Recipe) -> str | None:
     if (folder / "recipe.yaml").exists() or any(folder.glob("checkpoint-*")):
         if not wanted:
             raise InputError(
-                "output_dir", str(folder), "this folder holds a run", "Add --resume_from_checkpoint auto, or use another."
+                "output_dir",
+                str(folder),
+                "this folder holds a run",
+                "Add --resume_from_checkpoint auto, or use another.",
             )
         _same_recipe(recipe, folder / "recipe.yaml")
         checkpoint = get_last_checkpoint(str(folder)) if wanted == "auto" else wanted
@@ -133,14 +140,18 @@ def claim_output_dir(recipe: Recipe) -> str | None:
     elif wanted and wanted != "auto":
         checkpoint = wanted
     if checkpoint is not None and not (Path(checkpoint) / "trainer_state.json").is_file():
-        raise InputError("resume_from_checkpoint", checkpoint, "this is auto, or a whole checkpoint of this run", "Use auto.")
+        raise InputError(
+            "resume_from_checkpoint", checkpoint, "this is auto, or a whole checkpoint of this run", "Use auto."
+        )
     PartialState().wait_for_everyone()
     if PartialState().is_main_process:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             recipe.save(folder / "recipe.yaml")
         except OSError as error:
-            raise InputError("output_dir", str(folder), f"a run can write there ({error.strerror})", "Use another.") from None
+            raise InputError(
+                "output_dir", str(folder), f"a run can write there ({error.strerror})", "Use another."
+            ) from None
     PartialState().wait_for_everyone()
     return checkpoint
 

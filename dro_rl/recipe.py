@@ -47,8 +47,12 @@ class RunConfig:
     generator_model_name_or_path: str = _option("", "The generator: a folder or a hub name, or toy.")
     selector_model_revision: str | None = _option(None, "Hub revision of the selector.")
     generator_model_revision: str | None = _option(None, "Hub revision of the generator.")
-    selector_prompt_template: str = _option("selector", "The selector's prompt: a shipped template's name or a .jinja file.")
-    generator_prompt_template: str = _option("generator", "The generator's prompt: a shipped template's name or a file.")
+    selector_prompt_template: str = _option(
+        "selector", "The selector's prompt: a shipped template's name or a .jinja file."
+    )
+    generator_prompt_template: str = _option(
+        "generator", "The generator's prompt: a shipped template's name or a file."
+    )
     chat_template_kwargs: dict[str, Any] = _option({}, "Passed to chat templates, such as {enable_thinking: false}.")
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = _option(
         "float32", "Type the weights are held in; bf16: true computes in bfloat16 over float32 weights."
@@ -59,20 +63,24 @@ class RunConfig:
     generator_lora_r: int = _option(0, "Rank of the generator's adapters; 0 trains all weights.")
     lora_alpha: int = _option(32, "Scale of the adapters.")
     lora_dropout: float = _option(0.0, "Dropout of the adapters.")
-    lora_target_modules: list[str] | None = _option(None, "Layers with adapters; unset: every linear layer but the head.")
+    lora_target_modules: list[str] | None = _option(
+        None, "Layers with adapters; unset: every linear layer but the head."
+    )
 
     # > Warm-up
     warmup: Literal["none", "selector", "generator", "both"] = _option(
         "none", "Supervised training before the first iteration, kept in a cache by the hash of what it depends on."
     )
     warmup_selector_order: Literal["labels", "ranking", "retriever", "random"] = _option(
-        "labels", "What the selector imitates: labelled documents first, a given ranking, the retriever's order, or chance."
+        "labels",
+        "What the selector imitates: labelled documents first, a given ranking, the retriever's order, or chance.",
     )
     warmup_selector_ranking: str | None = _option(
         None, "For warmup_selector_order: ranking. JSONL with {id, ranking: [document ids]}."
     )
     warmup_generator_documents: Literal["gold", "retrieved", "mixed", "random"] = _option(
-        "mixed", "What the generator reads: labelled documents, the retriever's first K, labelled among others, or chance."
+        "mixed",
+        "What the generator reads: labelled documents, the retriever's first K, labelled among others, or chance.",
     )
     warmup_selector_steps: int = _option(-1, "Optimizer steps of the selector's warm-up; -1: one epoch.")
     warmup_generator_steps: int = _option(-1, "Optimizer steps of the generator's warm-up; -1: one epoch.")
@@ -98,7 +106,9 @@ class RunConfig:
                 raise InputError(name, getattr(self, name), "this is positive, or -1 for one epoch", "Use one of them.")
         for name in ("warmup_selector_learning_rate", "warmup_generator_learning_rate"):
             if getattr(self, name) <= 0:
-                raise InputError(name, getattr(self, name), "a warm-up moves the model", "Use a rate above 0, or warmup: none.")
+                raise InputError(
+                    name, getattr(self, name), "a warm-up moves the model", "Use a rate above 0, or warmup: none."
+                )
         if (self.warmup_selector_order == "ranking") != (self.warmup_selector_ranking is not None):
             raise InputError(
                 "warmup_selector_ranking",
@@ -170,14 +180,18 @@ def load_recipe(path: str | Path | None, overrides: Mapping[str, Any] | None = N
     run = RunConfig(**{key: value for key, value in values.items() if key in own})
     run.check()
     if not values.get("output_dir"):
-        raise InputError("output_dir", Phrase("missing"), "a run has a folder of its own", "Set output_dir: runs/<name>.")
+        raise InputError(
+            "output_dir", Phrase("missing"), "a run has a folder of its own", "Set output_dir: runs/<name>."
+        )
     settings = {key: value for key, value in values.items() if key not in own}
     try:
         training = DROConfig(**settings)
     except InputError:
         raise
     except (ValueError, TypeError) as error:
-        raise InputError("recipe", Phrase(str(error).splitlines()[0]), "transformers accepts the settings", "Correct it.") from None
+        raise InputError(
+            "recipe", Phrase(str(error).splitlines()[0]), "transformers accepts the settings", "Correct it."
+        ) from None
     defaults = {f.name: getattr(run, f.name) for f in dataclasses.fields(RunConfig)}
     defaults |= {name: DROConfig.__dataclass_fields__[name].default for name in DROConfig.__annotations__}
     return Recipe(run, training, {**defaults, **values})
@@ -199,7 +213,9 @@ def parse_command_line(arguments: Sequence[str]) -> tuple[str | None, dict[str, 
             values[key] = [value] if value else []
         elif key is None or (key == "config" and values["config"]):
             if path is not None:
-                raise InputError("command line", argument, "one recipe, then --key value", "Remove it, or name its key.")
+                raise InputError(
+                    "command line", argument, "one recipe, then --key value", "Remove it, or name its key."
+                )
             path = argument
         else:
             values[key].append(argument)
@@ -251,7 +267,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
             values = loader.get_single_data()
         except yaml.MarkedYAMLError as error:
             line = error.problem_mark.line + 1 if error.problem_mark else "?"
-            raise InputError(f"{path}: line {line}", Phrase(str(error.problem)), "a recipe is YAML", "Correct it.") from None
+            raise InputError(
+                f"{path}: line {line}", Phrase(str(error.problem)), "a recipe is YAML", "Correct it."
+            ) from None
         finally:
             loader.dispose()
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
@@ -273,7 +291,9 @@ def _typed(key: str, value: Any, kind: Any) -> Any:
         matches, converted = _matches(value, option)
         if matches:
             return converted
-    raise InputError(key, value, f"this is {' or '.join(_describe(option) for option in options)}", "Correct the value.")
+    raise InputError(
+        key, value, f"this is {' or '.join(_describe(option) for option in options)}", "Correct the value."
+    )
 
 
 def _matches(value: Any, kind: Any) -> tuple[bool, Any]:

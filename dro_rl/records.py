@@ -169,7 +169,10 @@ def parse_question(row: Any, place: str) -> Question:
     answers = _texts(row["answers"], f"{place}: answers")
     if not answers:
         raise InputError(
-            f"{place}: answers", Phrase("empty list"), "a question has at least one answer", "Add one, or drop the line."
+            f"{place}: answers",
+            Phrase("empty list"),
+            "a question has at least one answer",
+            "Add one, or drop the line.",
         )
     supporting = row.get("supporting")
     supporting = () if supporting is None else _texts(supporting, f"{place}: supporting")
@@ -198,7 +201,10 @@ def _documents(value: Any, place: str) -> tuple[Document, ...]:
         raise InputError(f"{place}: documents", value, "documents is a list of {id, title, text}", "Write a list.")
     if not value:
         raise InputError(
-            f"{place}: documents", Phrase("empty list"), "a question has candidates to select from", "Retrieve some first."
+            f"{place}: documents",
+            Phrase("empty list"),
+            "a question has candidates to select from",
+            "Retrieve some first.",
         )
     documents: list[Document] = []
     seen: set[str] = set()
@@ -259,7 +265,10 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
                     text = line.decode("utf-8")
                 except UnicodeDecodeError as error:
                     raise InputError(
-                        place, Phrase(f"byte {error.start} is not UTF-8"), "question files are UTF-8", "Convert the file."
+                        place,
+                        Phrase(f"byte {error.start} is not UTF-8"),
+                        "question files are UTF-8",
+                        "Convert the file.",
                     ) from None
                 if number == 1:
                     text = text.removeprefix("\ufeff")

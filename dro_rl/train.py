@@ -1,8 +1,8 @@
 """The job: a recipe in, a trained selector and generator out.
 
-    accelerate launch dro_rl/train.py recipes/musique.yaml [--key value …]
-    accelerate launch --config_file recipes/accelerate/ddp.yaml dro_rl/train.py --config recipes/nq.yaml
-    python dro_rl/train.py recipes/quickstart.yaml --seed 1 --output_dir runs/seed-1
+accelerate launch dro_rl/train.py recipes/musique.yaml [--key value …]
+accelerate launch --config_file recipes/accelerate/ddp.yaml dro_rl/train.py --config recipes/nq.yaml
+python dro_rl/train.py recipes/quickstart.yaml --seed 1 --output_dir runs/seed-1
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from rich.console import Console
 from transformers import set_seed
 
 from dro_rl import preflight
+from dro_rl.assembly import build_prompters, evaluate_base, load_models, load_reference, warm_up_models
 from dro_rl.console import print_help, print_stages
 from dro_rl.data import load_questions
 from dro_rl.errors import InputError
 from dro_rl.recipe import load_recipe, parse_command_line
-from dro_rl.assembly import build_prompters, evaluate_base, load_models, load_reference, warm_up_models
 from dro_rl.trainer import DROTrainer
 
 

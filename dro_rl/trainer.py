@@ -373,6 +373,17 @@ class DROTrainer(_BaseTrainer):
         if self.is_world_process_zero():
             write_results(self.args.output_dir, stage, results)
             write_stages(self.args.output_dir, self.stages)
+        return self._report(summary)
+
+    def evaluate_initially(self) -> None:
+        """Evaluate before the first iteration, unless a run killed since then already has."""
+        known = [stage for stage in self.stages if stage["stage"] == self.initial_stage]
+        if known:
+            self._report(known[0])
+        else:
+            self.evaluate(stage=self.initial_stage)
+
+    def _report(self, summary: dict[str, Any]) -> dict[str, float]:
         metrics = {f"eval_{name}": value for name, value in summary.items() if isinstance(value, int | float)}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -536,9 +547,8 @@ class _Iterations(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        known = {stage["stage"] for stage in self.trainer.stages}
-        if self.trainer.eval_questions is not None and self.trainer.initial_stage not in known:
-            self.trainer.evaluate(stage=self.trainer.initial_stage)
+        if state.global_step == 0 and self.trainer.eval_questions is not None:
+            self.trainer.evaluate_initially()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -26,8 +26,8 @@ from dro_rl.config import DROConfig
 from dro_rl.errors import InputError, Phrase
 from dro_rl.models import LoraSettings, Role, add_adapter, export_role, load_model
 from dro_rl.prompts import Prompter
-from dro_rl.records import Question
 from dro_rl.recipe import RunConfig
+from dro_rl.records import Question
 from dro_rl.selection import format_selection
 
 
@@ -74,7 +74,9 @@ Pair = tuple[tuple[int, ...], tuple[int, ...]]
 """Prompt ids and completion ids."""
 
 
-def selector_examples(questions: Sequence[Question], prompter: Prompter, run: RunConfig, training: DROConfig) -> list[Pair]:
+def selector_examples(
+    questions: Sequence[Question], prompter: Prompter, run: RunConfig, training: DROConfig
+) -> list[Pair]:
     """Selections to imitate: K numbers in the order that `warmup_selector_order` says."""
     order = selection_order(run, training.seed)
     k = training.num_selected
@@ -116,7 +118,10 @@ def read_ranking(path: Path) -> Callable[[Question], list[int]]:
                 ranking[row["id"]] = list(row["ranking"])
             except (json.JSONDecodeError, KeyError, TypeError):
                 raise InputError(
-                    f"{path}: line {number}", line.strip()[:60], "each line is {id, ranking: [document ids]}", "Correct it."
+                    f"{path}: line {number}",
+                    line.strip()[:60],
+                    "each line is {id, ranking: [document ids]}",
+                    "Correct it.",
                 ) from None
 
     def order(question: Question) -> list[int]:
@@ -129,7 +134,9 @@ def read_ranking(path: Path) -> Callable[[Question], list[int]]:
     return order
 
 
-def generator_examples(questions: Sequence[Question], prompter: Prompter, run: RunConfig, training: DROConfig) -> list[Pair]:
+def generator_examples(
+    questions: Sequence[Question], prompter: Prompter, run: RunConfig, training: DROConfig
+) -> list[Pair]:
     """Answers from K documents, chosen as `warmup_generator_documents` says; chosen documents stand in random order."""
     k = training.num_selected
     pairs = []

@@ -15,21 +15,15 @@ if TYPE_CHECKING:
 
 def ask(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The run's output_dir.", show_default=False)],
-    question: Annotated[
-        str | None, typer.Argument(metavar="QUESTION", help="The question, with --documents.")
-    ] = None,
+    question: Annotated[str | None, typer.Argument(metavar="QUESTION", help="The question, with --documents.")] = None,
     documents: Annotated[
         Path | None, typer.Option("--documents", help="JSON lines of {text, title?, id?} to select from.")
     ] = None,
     question_file: Annotated[
         Path | None, typer.Option("--question-file", help="A question file to take the question from.")
     ] = None,
-    question_id: Annotated[
-        str | None, typer.Option("--id", help="The question's id in --question-file.")
-    ] = None,
-    k: Annotated[
-        int | None, typer.Option("--k", min=1, help="Documents to select. Without it, as trained.")
-    ] = None,
+    question_id: Annotated[str | None, typer.Option("--id", help="The question's id in --question-file.")] = None,
+    k: Annotated[int | None, typer.Option("--k", min=1, help="Documents to select. Without it, as trained.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Answer a question from documents with the selector and generator of a finished run.
@@ -140,6 +134,4 @@ def _with_documents(question: str, path: Path) -> Question:
         if isinstance(row, dict) and row.get("id") is None:
             row["id"] = str(number)
         rows.append(row)
-    return parse_question(
-        {"id": "asked", "question": question, "answers": ["?"], "documents": rows}, str(path)
-    )
+    return parse_question({"id": "asked", "question": question, "answers": ["?"], "documents": rows}, str(path))

@@ -217,9 +217,7 @@ def _print_group(out: Console, group: Group) -> None:
     if out.width < TABLE_WIDTH:
         for row in rows:
             out.print(" ".join(filter(None, row[:3])))
-            details = (
-                f"{heading} {cell}" for heading, cell in zip(headings[3:], row[3:], strict=True) if cell
-            )
+            details = (f"{heading} {cell}" for heading, cell in zip(headings[3:], row[3:], strict=True) if cell)
             out.print(Padding(", ".join(details), (0, 0, 0, 2)))
     else:
         table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")

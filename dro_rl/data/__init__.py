@@ -73,7 +73,10 @@ def _from_hub(name: str, split: str, config: str | None) -> list[Question]:
         question = parse_question(row, f"{name} ({split}): row {number}")
         if question.id in seen:
             raise InputError(
-                f"{name} ({split}): row {number}", question.id, f"ids are unique, and row {seen[question.id]} has it", "Rename."
+                f"{name} ({split}): row {number}",
+                question.id,
+                f"ids are unique, and row {seen[question.id]} has it",
+                "Rename.",
             )
         seen[question.id] = number
         questions.append(question)

@@ -19,7 +19,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from dro_rl.data.toy import MAX_DOCUMENTS, PEOPLE, PLACES, RELATIONS, TO_PERSON, TO_PLACE, Fact, draw_fact
+from dro_rl.data.toy import MAX_DOCUMENTS, PEOPLE, PLACES, RELATIONS, TO_PERSON, Fact, draw_fact
 
 SPECIAL = ("<pad>", "<eos>", "<unk>")
 # The words of the prompts have embeddings from the start, but no meaning: they never occur in pre-training.
@@ -152,13 +152,33 @@ def _lookups(rng: Random, num_facts: int, kinds: list[str], linked: bool) -> str
     return " ".join(parts)
 
 
-# (copied words or facts, linked); two facts more, or four words, whenever nine answers in ten are right.
+OBJECTS = ("object", "object later")
+LOOKUPS = (*OBJECTS, "number", "number later")
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """What is read: so many words to copy, or look-ups of these kinds among so many facts."""
+
+    size: int
+    kinds: tuple[str, ...] = ("copy",)
+    linked: bool = False
+
+    def batch(self, rng: Random, rows: int) -> Reading:
+        if self.kinds == ("copy",):
+            return copy_batch(rng, rows, self.size)
+        kinds = [*self.kinds, *rng.choices(self.kinds, weights=[WEIGHTS[kind] for kind in self.kinds], k=7)]
+        rng.shuffle(kinds)
+        return lookup_batch(rng, rows, self.size, kinds, self.linked)
+
+
+WEIGHTS = {"object": 1, "object later": 1, "number": 3, "number later": 2, "chain": 3}
 STAGES = (
-    *(("copy", length, False) for length in (8, 12, 16, 20, 24)),
-    *(("facts", num_facts, False) for num_facts in (4, 6, 8, 10)),
-    ("facts", 10, True),
+    *(Stage(length) for length in (8, 12, 16, 20, 24)),
+    Stage(4, OBJECTS),
+    *(Stage(num_facts, LOOKUPS) for num_facts in (4, 6, 8, 10)),
+    Stage(10, (*LOOKUPS, "chain"), linked=True),
 )
-WEIGHTS = {"object": 1, "number": 4, "object later": 1, "number later": 2, "chain": 2}
 
 
 def pretrain(
@@ -188,14 +208,7 @@ def pretrain(
             group["lr"] = learning_rate * min(1.0, step / 50)
             if finishing:
                 group["lr"] *= 1 - (step - finishing) / (finish + 1)
-        what, size, linked = STAGES[stage]
-        if what == "copy":
-            batch = copy_batch(rng, rows, size)
-        else:
-            kinds = [kind for kind in LENGTH if linked or kind != "chain"]
-            kinds += rng.choices(kinds, weights=[WEIGHTS[kind] for kind in kinds], k=12 - len(kinds))
-            rng.shuffle(kinds)
-            batch = lookup_batch(rng, rows, size, kinds, linked)
+        batch = STAGES[stage].batch(rng, rows)
         loss, hits = reading_loss(model, tokenizer, batch)
         optimizer.zero_grad()
         loss.backward()
@@ -206,7 +219,7 @@ def pretrain(
             right[kind] = 0.8 * right.get(kind, 0.0) + 0.2 * sum(share) / len(share)
         if step % 50 == 0:
             accuracy = ", ".join(f"{kind} {value:.2f}" for kind, value in sorted(right.items()))
-            print(f"step {step}, {time.monotonic() - start:.0f} s: {what} {size}: {accuracy}", flush=True)
+            print(f"step {step}, {time.monotonic() - start:.0f} s, stage {stage}: {accuracy}", flush=True)
         if stage < len(STAGES) - 1 and min(right.values()) > 0.9:
             stage, right = stage + 1, {}
         elif not finishing and stage == len(STAGES) - 1 and min(right.values()) > 0.95:

@@ -62,9 +62,7 @@ def iterations(run: str | Path) -> list[int]:
     """
     run = Path(run)
     if not run.is_dir():
-        raise InputError(
-            str(run), Phrase("no such folder"), "a run is the output_dir of a training", "Check the path."
-        )
+        raise InputError(str(run), Phrase("no such folder"), "a run is the output_dir of a training", "Check the path.")
     names = (re.match(r"iteration-(\d+)-part-", path.name) for path in log.part_paths(run))
     found = sorted({int(name[1]) for name in names if name})
     if not found:
@@ -248,9 +246,7 @@ def summarize(table: pa.Table) -> IterationSummary:
         answer_logp=_mean(groups.answer_logp.sum(), valid),
         labelled=int(labelled.sum()),
         recall={k: _mean(v[labelled].sum(), labelled.sum()) for k, v in groups.recall.items()},
-        weighted_recall={
-            k: _mean(v[labelled].sum(), labelled.sum()) for k, v in groups.weighted_recall.items()
-        },
+        weighted_recall={k: _mean(v[labelled].sum(), labelled.sum()) for k, v in groups.weighted_recall.items()},
         problems={item["values"]: item["counts"] for item in ordered},
     )
 
@@ -349,9 +345,7 @@ def signals(summaries: Sequence[IterationSummary]) -> list[Signal]:
     }
     found = []
     for threshold in THRESHOLDS:
-        shares = [
-            (getattr(s, threshold.name), n) for s, n in zip(recent, counted_in[threshold.name], strict=True)
-        ]
+        shares = [(getattr(s, threshold.name), n) for s, n in zip(recent, counted_in[threshold.name], strict=True)]
         value = _mean(sum(share * n for share, n in shares if n), sum(n for _, n in shares))
         found.append(
             Signal(
@@ -513,8 +507,7 @@ def explain(rollouts: Sequence[GroupRollout], weight_temperature: float = 1.0) -
     said = [f"{winner} has weight {share:.2f}{times}:"]
     if ahead > TIE:
         said.append(
-            f"its answer log-likelihood exceeds that of the next distinct selection, {runner_up}, "
-            f"by {ahead:.2f} nats."
+            f"its answer log-likelihood exceeds that of the next distinct selection, {runner_up}, by {ahead:.2f} nats."
         )
     elif ahead < -TIE:
         said.append(
@@ -636,9 +629,7 @@ def _evidence_bounds(logp: np.ndarray, valid: np.ndarray, size: np.ndarray) -> n
     for m in np.unique(size):
         of_size = size == m
         rows = start[of_size, None] + np.arange(m)
-        bounds[of_size] = evidence_bound(
-            torch.from_numpy(logp[rows]), mask=torch.from_numpy(valid[rows])
-        ).numpy()
+        bounds[of_size] = evidence_bound(torch.from_numpy(logp[rows]), mask=torch.from_numpy(valid[rows])).numpy()
     return bounds
 
 

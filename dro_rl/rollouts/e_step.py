@@ -134,9 +134,7 @@ class EStep:
             dtype=torch.float64,
         )
 
-    def _answer_logps(
-        self, questions: Sequence[Question], selections: Sequence[Sequence[Selection]]
-    ) -> torch.Tensor:
+    def _answer_logps(self, questions: Sequence[Question], selections: Sequence[Sequence[Selection]]) -> torch.Tensor:
         """(questions, m) log p(y|x, d_z), each distinct selection scored once; NaN for the invalid."""
         keys = list(
             dict.fromkeys(
@@ -154,7 +152,10 @@ class EStep:
             for key, row in zip(keys, scored, strict=True)
         }
         return torch.tensor(
-            [[logps.get((i, selection.numbers), math.nan) for selection in group] for i, group in enumerate(selections)],
+            [
+                [logps.get((i, selection.numbers), math.nan) for selection in group]
+                for i, group in enumerate(selections)
+            ],
             dtype=torch.float64,
         )
 

@@ -32,7 +32,6 @@ class SamplingParams:
         return self.temperature == 1.0 and self.top_p == 1.0 and self.top_k == 0 and self.min_p == 0.0
 
 
-
 @dataclass(frozen=True, slots=True)
 class Completion:
     """Sampled token ids, end-of-sequence included when reached, and log q of each, in nats."""

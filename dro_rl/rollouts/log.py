@@ -45,7 +45,9 @@ SCHEMA = pa.schema(
         _column("proposal_logps", pa.list_(pa.float64()), "log q of each sampled token, nats"),
         _column("proposal_logp", pa.float64(), "log q of the rollout, nats"),
         _column("selection_logp", pa.float64(), "log p of the rollout under the selector, nats"),
-        _column("reference_logp", pa.float64(), "log p of the rollout under the initial selector, nats; NaN without beta"),
+        _column(
+            "reference_logp", pa.float64(), "log p of the rollout under the initial selector, nats; NaN without beta"
+        ),
         _column("answer_logp", pa.float64(), "log p(answer | question, selected documents), nats; NaN when invalid"),
         _column("weight", pa.float64(), "importance weight, sums to 1 over the group"),
         _column("selector_coefficient", pa.float64(), "what multiplies the gradient of log p of the rollout"),
@@ -98,7 +100,7 @@ def to_table(
                 "document_ids": [document.id for document in selected],
                 "document_titles": [document.title or document.text[:60] for document in selected],
                 "supporting": [document.id in question.supporting for document in selected],
-                "num_supporting": len(question.supporting),
+                "num_supporting": len(question.supporting_numbers),
                 "proposal_logps": rollout.proposal_logps,
                 "proposal_logp": rollout.proposal_logp,
                 "selection_logp": rollout.selection_logp,
@@ -134,12 +136,18 @@ def read(paths: Sequence[Path], columns: Sequence[str] | None = None) -> pa.Tabl
             found = (schema.metadata or {}).get(b"dro_rl.rollouts.version", b"none").decode()
             if found != VERSION:
                 raise InputError(
-                    str(path), f"version {found}", f"this release reads version {VERSION}", "Use the release that wrote it."
+                    str(path),
+                    Phrase(f"version {found}"),
+                    f"this release reads version {VERSION}",
+                    "Use the release that wrote it.",
                 )
             tables.append(pq.read_table(path, columns=None if columns is None else list(columns)))
         except (pa.ArrowInvalid, OSError) as error:
             raise InputError(
-                str(path), Phrase(str(error).splitlines()[0]), "a rollout file is whole Parquet", "Delete it and resume."
+                str(path),
+                Phrase(str(error).splitlines()[0]),
+                "a rollout file is whole Parquet",
+                "Delete it and resume.",
             ) from None
     if not tables:
         return SCHEMA.empty_table()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -30,20 +31,22 @@ def rollout_metrics(
     weights, answers, policy = column("weight"), column("answer_logp"), column("selection_logp")
     log_ratio = policy - column("proposal_logp")
     bound = evidence_bound(answers, mask=valid)
-    spread = weights.masked_fill(~valid, -1).amax(-1) - weights.masked_fill(~valid, 2).amin(-1)
+    tie = (answers.masked_fill(~valid, -math.inf).amax(-1) - answers.masked_fill(~valid, math.inf).amin(-1)) < 1e-6
+    named = [[rollout.selection.numbers for rollout in group if rollout.selection.valid] for group in groups]
+    repeated, repeatable = sum(len(g) - len(set(g)) for g in named), sum(max(len(g) - 1, 0) for g in named)
     metrics = {
         "evidence_bound": _mean(bound[bound.isfinite()]),
         "answer_logp": _mean(answers[valid]),
         "ess": _mean(column("ess")[:, 0]),
+        "ess_share": _mean(column("ess")[:, 0]) / config.num_generations,
         "weight_entropy": _mean(weight_entropy(weights)),
         "weight_temperature": _mean(column("weight_temperature")[:, 0]),
         "selector_entropy": -_mean(policy),
         "rollouts/valid": _mean(valid.double()),
         "rollouts/clean": _mean(torch.tensor([not r.selection.problems for r in everything], dtype=torch.float64)),
-        "rollouts/duplicate": _mean(
-            torch.tensor([1 - len({r.selection.numbers for r in group}) / len(group) for group in groups])
-        ),
-        "rollouts/all_tie": _mean((valid.any(-1) & (spread < 1e-6)).double()),
+        # Of the valid rollouts that could repeat an earlier one of their group, the share that does: 0..1 for any m.
+        "rollouts/duplicate": repeated / repeatable if repeatable else math.nan,
+        "rollouts/all_tie": _mean((valid.any(-1) & tie).double()),
         "rollouts/all_invalid": _mean((~valid.any(-1)).double()),
     }
     if not config.sampling.on_policy:

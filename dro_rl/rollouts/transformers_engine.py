@@ -50,9 +50,7 @@ class TransformersEngine:
         results: list[list[Completion]] = [[] for _ in prompts]
         for start in range(0, len(order), self.batch_size):
             chunk = order[start : start + self.batch_size]
-            draws = torch.stack(
-                [uniforms(seeds[i], num_generations, sampling.max_completion_length) for i in chunk]
-            )
+            draws = torch.stack([uniforms(seeds[i], num_generations, sampling.max_completion_length) for i in chunk])
             for i, completions in zip(chunk, self._decode([prompts[i] for i in chunk], sampling, draws), strict=True):
                 results[i] = completions
         return results
@@ -115,10 +113,7 @@ class TransformersEngine:
                     use_cache=True,
                 ).logits.view(batch, m, -1)
         return [
-            [
-                Completion(tuple(tokens[i, j, :n].tolist()), tuple(logps[i, j, :n].tolist()))
-                for j, n in enumerate(row)
-            ]
+            [Completion(tuple(tokens[i, j, :n].tolist()), tuple(logps[i, j, :n].tolist())) for j, n in enumerate(row)]
             for i, row in enumerate(lengths.tolist())
         ]
 
