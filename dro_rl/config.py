@@ -166,7 +166,8 @@ class DROConfig(_BaseConfig):
             "per_device_train_batch_size",
             rollouts % self.num_generations == 0,
             f"a step's {rollouts} rollouts ({self.per_device_train_batch_size} a device, {processes} processes, "
-            f"{self.gradient_accumulation_steps} accumulated) hold whole groups of num_generations = {self.num_generations}",
+            f"{self.gradient_accumulation_steps} accumulated) hold whole groups of "
+            f"num_generations = {self.num_generations}",
             "Choose them so that their product is a multiple of num_generations.",
         )
         per_step = rollouts // self.num_generations

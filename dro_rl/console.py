@@ -34,7 +34,8 @@ class LineProgress(ProgressCallback):
             parts = [f"{label} {logs[name]:{form}}" for name, label, form in COLUMNS if name in logs]
             seconds = sum(value for name, value in logs.items() if name.startswith("time/"))
             self.training_bar.write(
-                f"step {state.global_step}/{state.max_steps}  loss {logs['loss']:.3f}  {'  '.join(parts)}  {seconds:.1f} s"
+                f"step {state.global_step}/{state.max_steps}  loss {logs['loss']:.3f}  "
+                f"{'  '.join(parts)}  {seconds:.1f} s"
             )
         elif "eval_em" in logs:
             self.training_bar.write(

@@ -8,17 +8,31 @@ computes the prompt once instead of m times. This module knows of causal LMs, no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-Model = Callable[..., Any]
-"""A causal LM, or what stands for one: called with `input_ids`, `attention_mask`, `position_ids`,
-`logits_to_keep`, it returns an object with `.logits`; it has `.config` and `.device`."""
+
+class Model(Protocol):
+    """A causal LM, or what stands for one.
+
+    Called with `input_ids`, `attention_mask`, `position_ids`, `logits_to_keep` and a cache, it returns an object with
+    `.logits`.
+    """
+
+    config: Any
+
+    @property
+    def device(self) -> Any: ...
+
+    @property
+    def dtype(self) -> Any: ...
+
+    def __call__(self, **inputs: Any) -> Any: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +83,7 @@ def row_logps(model: Model, rows: Sequence[Row], *, shared_prefix: bool = True) 
 
 @torch.no_grad()
 def score_rows(model: Model, rows: Sequence[Row], batch_size: int, shared_prefix: bool = True) -> list[list[Tensor]]:
-    """`row_logps` without gradient for any number of rows: rows of similar length share a pass, results keep the order."""
+    """`row_logps` without gradient for any number of rows; rows of similar length share a pass."""
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     scored: list[list[Tensor]] = [[] for _ in rows]
     for start in range(0, len(order), batch_size):
@@ -99,7 +113,7 @@ def shares_prefix(config: PretrainedConfig, length: int) -> bool:
 SHARED_PREFIX_ARCHITECTURES = frozenset(
     {"llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "phi3", "olmo2", "granite"}
 )
-"""Decoders whose every layer is attention under the mask that is passed in (tested: llama, qwen2, qwen3, mistral, gemma2)."""
+"""Decoders whose every layer is attention under the mask passed in (llama, qwen2, mistral, gemma2 are tested)."""
 
 
 def _depth(row: Row) -> int:
@@ -107,7 +121,7 @@ def _depth(row: Row) -> int:
 
 
 def _forward(model: Model, rows: Sequence[Row]) -> list[list[Tensor]]:
-    """One pass over rows padded on the left, so that the completions end together and `logits_to_keep` is one number."""
+    """One pass over rows padded on the left, so that completions end together and `logits_to_keep` is one number."""
     device = model.device
     width = max(len(row) for row in rows)
     tails = [sum(len(completion) for completion in row.completions) for row in rows]

@@ -98,19 +98,19 @@ class SelectorGenerator(nn.Module):
             role, inputs = call
             return getattr(self, role)(**inputs)
         selection = answers = None
-        losses: list[Tensor | None] = [None, None]
+        losses: dict[str, Tensor | None] = {"selector_loss": None, "generator_loss": None}
         if selector is not None:
             scored = row_logps(self.selector, selector.rows, shared_prefix=self.shared_prefix)
             selection = torch.stack([logps.sum() for row in scored for logps in row])
-            losses[0] = selector_loss(selection, _coefficients(selector, selection))
+            losses["selector_loss"] = selector_loss(selection, _coefficients(selector, selection))
         if generator is not None:
             scored = row_logps(self.generator, generator.rows, shared_prefix=self.shared_prefix)
             answers = torch.stack([answer_logp(row, self.answer_likelihood, self.answer_aliases) for row in scored])
-            losses[1] = generator_loss(answers, _coefficients(generator, answers))
+            losses["generator_loss"] = generator_loss(answers, _coefficients(generator, answers))
         return SelectorGeneratorOutput(
-            *losses,
-            None if selection is None else selection.detach(),
-            None if answers is None else answers.detach(),
+            **losses,
+            selection_logps=None if selection is None else selection.detach(),
+            answer_logps=None if answers is None else answers.detach(),
         )
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
@@ -252,7 +252,7 @@ class LoraSettings:
     target_modules: tuple[str, ...] | None
 
 
-def add_adapter(model: PreTrainedModel, lora: LoraSettings) -> PreTrainedModel:
+def add_adapter(model: PreTrainedModel, lora: LoraSettings) -> Any:
     """Freeze the model and put trainable adapters on it. The head stays as it is: its adapter would be left out of
     completion-only scoring in some architectures."""
     try:

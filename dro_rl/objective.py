@@ -53,7 +53,7 @@ def importance_weights(
 
 
 def effective_sample_size(weights: Tensor) -> Tensor:
-    """(Σw)² / Σw²: 1 when one rollout holds all weight, m when they tie, 0 for an all-masked group. (..., m) -> (...)."""
+    """(Σw)² / Σw²: 1 when one rollout holds all weight, m when all tie, 0 when all are masked. (..., m) -> (...)."""
     weights = _wide(weights)
     squares = weights.square().sum(dim=-1)
     return torch.where(squares > 0, weights.sum(dim=-1).square() / squares.clamp(min=1e-38), torch.zeros_like(squares))
@@ -65,7 +65,7 @@ def weight_entropy(weights: Tensor) -> Tensor:
 
 
 def evidence_bound(answer_logps: Tensor, *, mask: Tensor | None = None) -> Tensor:
-    """log((1/m) Σ p(y|x,d_{z_i})): in expectation a lower bound of log p(y|x), tight as m grows. (..., m) -> (...), nats.
+    """log((1/m) Σ p(y|x,d_{z_i})): a lower bound of log p(y|x) in expectation, tight as m grows. (..., m) -> (...).
 
     A masked rollout reads nothing and so explains nothing: it adds 0 to the sum and still counts in m. Otherwise
     writing garbage on hard questions would raise the bound. An all-masked group gives −inf.
@@ -87,8 +87,8 @@ def temperature_for_ess(
 ) -> Tensor:
     """The smallest weight temperature ≥ 1 at which the effective sample size reaches `target` of the unmasked rollouts.
 
-    The tempering of sequential Monte Carlo, per question, by bisection of log T. Where no temperature reaches the target
-    (the proposal ratios alone are too uneven), `max_temperature`. (..., m) -> (...).
+    The tempering of sequential Monte Carlo, per question, by bisection of log T. Where no temperature reaches the
+    target (the proposal ratios alone are too uneven), `max_temperature`. (..., m) -> (...).
     """
     logps = _wide(answer_logps)
     count = torch.full_like(logps[..., 0], logps.shape[-1]) if mask is None else mask.sum(dim=-1).to(logps)

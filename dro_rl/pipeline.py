@@ -104,7 +104,9 @@ class RAGPipeline:
         for role in ROLES:
             folder = directory / role
             check_model(str(folder), str(folder))
-            models[role] = load_model(str(folder), dtype=dtype or "auto").to(device).eval()
+            models[role] = (
+                load_model(str(folder), dtype=dtype or "auto", device_map=None).eval().to(torch.device(device))
+            )
             prompters[role] = Prompter(
                 load_tokenizer(str(folder)),
                 str(folder / PROMPT),

@@ -29,7 +29,7 @@ MAY_CHANGE = frozenset(
         "warmup_cache_dir",
     }
 )  # fmt: skip
-"""Keys that a resumed run may give another value: they change how long it runs or what it says, not what it computes."""
+"""Keys that a resumed run may change: how long it runs and what it says, not what it computes."""
 
 
 def check(recipe: Recipe, train: Sequence[Question], dev: Sequence[Question]) -> None:

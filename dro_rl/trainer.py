@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object
@@ -56,7 +56,7 @@ from dro_rl.rollouts.transformers_engine import TransformersEngine
 from dro_rl.schedule import Schedule, Slots, SlotSampler
 
 QUESTIONS_PER_PART = 128
-"""Questions, for each process, whose rollouts are computed and written together: what a crash in the middle of an E-step can cost."""
+"""Questions a process whose rollouts are computed and written together: what a kill in an E-step can cost."""
 
 
 class DROTrainer(_BaseTrainer):
@@ -78,7 +78,10 @@ class DROTrainer(_BaseTrainer):
     _name = "DRO"
     _paper = {"title": "Direct Retrieval-augmented Optimization", "id": "2505.03075"}
     # `compute_loss` returns a mean over the micro-batch's questions, for the Trainer to average over the accumulation.
-    loss_is_scaled_for_ga = False
+    loss_is_scaled_for_ga: Any = False
+
+    args: DROConfig
+    model_wrapped: Any
 
     def __init__(
         self,
@@ -128,7 +131,7 @@ class DROTrainer(_BaseTrainer):
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(LineProgress)
         self.reference = reference.to(self.accelerator.device).eval() if reference is not None else None
-        self.stages: list[dict[str, Any]] = read_stages(args.output_dir)
+        self.stages: list[dict[str, Any]] = read_stages(self.run_dir)
         self._e_step = EStep(
             self._open_engine,
             partial(self._open, "selector"),
@@ -141,6 +144,11 @@ class DROTrainer(_BaseTrainer):
         self._pipeline = RAGPipeline(
             self._open, self.prompters, self.pipeline_settings(), batch_size=args.per_device_eval_batch_size
         )
+
+    @property
+    def run_dir(self) -> Path:
+        """Where the run leaves its files."""
+        return Path(str(self.args.output_dir))
 
     def _send_telemetry(self) -> None:
         """Nothing is reported to anyone."""
@@ -163,7 +171,7 @@ class DROTrainer(_BaseTrainer):
 
     def _part(self, iteration: int, part: int, first: int, indices: list[int]) -> list[Rollout]:
         """One part of an E-step: read where a killed run left it whole, else sampled, shared and written."""
-        path = rollout_log.part_path(self.args.output_dir, iteration + 1, part)
+        path = rollout_log.part_path(self.run_dir, iteration + 1, part)
         kept: list[Any] = [None]
         if self.is_world_process_zero() and path.is_file():
             found = rollout_log.to_rollouts(rollout_log.read([path]))
@@ -226,7 +234,7 @@ class DROTrainer(_BaseTrainer):
         turn = self.state.global_step % (self.args.selector_steps + self.args.generator_steps)
         return (role == "selector") == (turn < self.args.selector_steps)
 
-    def _prepare_inputs(self, slots: list[int]) -> dict[str, WeightedRows]:
+    def _prepare_inputs(self, slots: Any) -> dict[str, Any]:
         """A micro-batch of slots as what each role scores, groups in the order of the slots."""
         step, m = self.state.global_step, self.args.num_generations
         rollouts = self._rollouts_of(self.schedule.iteration(step))
@@ -310,7 +318,8 @@ class DROTrainer(_BaseTrainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """One optimizer with a parameter group (two, with weight decay) for each model that trains."""
-        model = self.model if model is None else model
+        model = model or self.model
+        assert model is not None
         if self.optimizer is None:
             decayed = set(self.get_decay_parameter_names(model))
             groups = []
@@ -329,7 +338,7 @@ class DROTrainer(_BaseTrainer):
                                 "weight_decay": self.args.weight_decay if decays else 0.0,
                             }
                         )
-            optimizer, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            optimizer, options = self.get_optimizer_cls_and_kwargs(self.args, cast(Any, model))
             self.optimizer = optimizer(groups, **options)
         return self.optimizer
 
@@ -371,8 +380,8 @@ class DROTrainer(_BaseTrainer):
         summary = summarise(results, stage, self.eval_split)
         self.stages = [known for known in self.stages if known["stage"] != stage] + [summary]
         if self.is_world_process_zero():
-            write_results(self.args.output_dir, stage, results)
-            write_stages(self.args.output_dir, self.stages)
+            write_results(self.run_dir, stage, results)
+            write_stages(self.run_dir, self.stages)
         return self._report(summary)
 
     def evaluate_initially(self) -> None:
@@ -426,20 +435,20 @@ class DROTrainer(_BaseTrainer):
 
     # Checkpoints: whole or absent, and enough to go on bit for bit
 
-    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train, from the start or from a checkpoint of this run."""
         if self.is_world_process_zero():
-            self._restore_logs(Path(resume_from_checkpoint) if resume_from_checkpoint else None)
+            self._restore_logs(Path(str(resume_from_checkpoint)) if resume_from_checkpoint else None)
         self.accelerator.wait_for_everyone()
-        self.stages = broadcast_object_list([read_stages(self.args.output_dir)])[0]
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        self.stages = broadcast_object_list([read_stages(self.run_dir)])[0]
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _restore_logs(self, checkpoint: Path | None) -> None:
         """Put the rollout log and the evaluations back to where the checkpoint was: what came after happens again.
 
         Rollouts of the iteration that the checkpoint stands in stay: they come from the same weights.
         """
-        run = Path(self.args.output_dir)
+        run = self.run_dir
         current = 1
         if checkpoint is not None:
             state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
@@ -456,7 +465,7 @@ class DROTrainer(_BaseTrainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write `checkpoint-N` beside its place, then rename it: a killed run leaves whole checkpoints only."""
-        run = Path(self.args.output_dir)
+        run = self.run_dir
         place = run / f"checkpoint-{self.state.global_step}"
         beside = run / f".{place.name}.tmp"
         if self.is_world_process_zero():
@@ -477,7 +486,7 @@ class DROTrainer(_BaseTrainer):
                 (beside / "rollouts").mkdir()
                 for part in rollout_log.part_paths(run, self.schedule.iteration(self.state.global_step) + 1):
                     shutil.copy2(part, beside / "rollouts" / part.name)
-            self.state.stateful_callbacks["TrainerControl"] = self.control.state()
+            cast(dict[str, Any], self.state.stateful_callbacks)["TrainerControl"] = self.control.state()
             self.state.save_to_json(str(beside / "trainer_state.json"))
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
@@ -493,7 +502,7 @@ class DROTrainer(_BaseTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write `selector/` and `generator/`: to go on from (within a checkpoint), or to serve, with their prompts."""
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir or self.run_dir)
         state: dict[str, Tensor] | None = None
         if self.is_fsdp_enabled:
             state = self.accelerator.get_state_dict(self.model)
@@ -539,7 +548,7 @@ class DROTrainer(_BaseTrainer):
 
 
 class _Iterations(TrainerCallback):
-    """Evaluates before the first iteration, asks for an evaluation and a checkpoint when an iteration ends, and stops when dev no longer improves."""
+    """Evaluates before the first iteration and after each, saves, and stops when dev no longer improves."""
 
     def __init__(self, trainer: DROTrainer) -> None:
         self.trainer = trainer

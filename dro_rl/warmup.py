@@ -168,10 +168,14 @@ def fingerprint(job: WarmUp, pairs: Sequence[Pair], run: RunConfig, training: DR
         for path in sorted(folder.glob("*.safetensors")):
             digest.update(hashlib.sha256(path.read_bytes()).digest())
     settings = (
-        job.role, job.model if not folder.is_dir() else "", sorted(job.model_kwargs.items(), key=str), job.lora, job.steps,
-        job.learning_rate, run.warmup_batch_size, training.seed, training.bf16, training.fp16, training.weight_decay,
-        PartialState().num_processes, transformers.__version__, trl.__version__,
-    )  # fmt: skip
+        job.role,
+        "" if folder.is_dir() else job.model,
+        sorted(job.model_kwargs.items(), key=str),
+        job.lora,
+        (job.steps, job.learning_rate, run.warmup_batch_size, training.weight_decay, training.max_grad_norm),
+        (training.seed, training.bf16, training.fp16, PartialState().num_processes),
+        (transformers.__version__, trl.__version__),
+    )
     digest.update(repr(settings).encode())
     return digest.hexdigest()[:16]
 

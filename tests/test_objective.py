@@ -1,4 +1,4 @@
-"""Claims about weights, diagnostics and losses. Expectations are exact: all m-tuples of a small policy are enumerated."""
+"""Claims about weights, diagnostics and losses. Expectations are exact: all m-tuples of a small policy."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_weights_are_the_normalised_likelihoods() -> None:
 
 
 def test_weights_ignore_a_constant_added_to_a_group() -> None:
-    """Answers of different length and difficulty have different scales; only differences within a group count."""
+    """Answers differ in length and difficulty: only differences within a group count."""
     shift = torch.tensor([[-500.0], [300.0]], dtype=torch.float64)
     torch.testing.assert_close(importance_weights(LOGPS + shift), importance_weights(LOGPS))
 

@@ -26,7 +26,19 @@ ROOT = Path(__file__).parent.parent
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    words = ["<pad>", "</s>", "<unk>", *(f"[{n}]" for n in range(1, 7)), ">", *NAMES, *PLACES, "lives", "in", "where", "?"]
+    words = [
+        "<pad>",
+        "</s>",
+        "<unk>",
+        *(f"[{n}]" for n in range(1, 7)),
+        ">",
+        *NAMES,
+        *PLACES,
+        "lives",
+        "in",
+        "where",
+        "?",
+    ]
     model = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     model.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=model, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
@@ -110,7 +122,9 @@ def world(folder: Path, **overrides: Any) -> Path:
     return path
 
 
-def launch(recipe: Path, output: Path, *options: str, processes: int = 1, config: str = "ddp") -> subprocess.CompletedProcess[str]:
+def launch(
+    recipe: Path, output: Path, *options: str, processes: int = 1, config: str = "ddp"
+) -> subprocess.CompletedProcess[str]:
     """Run the job as a user would."""
     job = [str(ROOT / "dro_rl" / "train.py"), str(recipe), "--output_dir", str(output), *options]
     if processes == 1:

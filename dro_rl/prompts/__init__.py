@@ -75,7 +75,7 @@ class Prompter:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of sampled tokens, without special tokens."""
-        return self.tokenizer.decode(list(ids), skip_special_tokens=True).strip()
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
 
     def render(self, question: str, documents: Sequence[Document], **variables: Any) -> str:
         """The prompt as text, chat template included."""

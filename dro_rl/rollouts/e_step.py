@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 
@@ -80,7 +81,7 @@ class EStep:
         mask = torch.tensor([[selection.valid for selection in group] for group in selections])
 
         log_ratio = None if on_policy else policy - proposal
-        options = {"proposal_log_ratio": log_ratio, "mask": mask, "max_log_ratio": config.max_log_ratio}
+        options: dict[str, Any] = {"proposal_log_ratio": log_ratio, "mask": mask, "max_log_ratio": config.max_log_ratio}
         if config.target_ess is None:
             temperature = torch.full((len(questions),), config.weight_temperature, dtype=torch.float64)
         else:

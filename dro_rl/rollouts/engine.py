@@ -63,7 +63,7 @@ class RolloutEngine(Protocol):
         ...
 
     def samples_policy(self, sampling: SamplingParams) -> bool:
-        """Whether the log q it returns is the trainer's own log p, so that the importance ratio is one by definition."""
+        """Whether its log q is the trainer's own log p, so that the importance ratio is one by definition."""
         ...
 
 

@@ -1,0 +1,294 @@
+"""Claims about completion log-probabilities: every path gives the numbers and gradients of the naive computation."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+import transformers
+from conftest import ARCHITECTURES, VOCABULARY
+from torch import Tensor
+
+from dro_rl import likelihood
+from dro_rl.likelihood import Row, answer_logp, completion_logps, row_logps, score_rows, shares_prefix
+
+PATHS = pytest.mark.parametrize("shared", [True, False], ids=["shared", "plain"])
+EVERY_ARCHITECTURE = pytest.mark.parametrize("architecture", ARCHITECTURES)
+
+
+def tokens(count: int, seed: int) -> list[int]:
+    return [random.Random(f"{seed}/{i}").randrange(2, VOCABULARY) for i in range(count)]
+
+
+PROMPT = tokens(23, 0)
+RAGGED = [tokens(5, 1), tokens(1, 2), tokens(9, 3), tokens(5, 1), tokens(2, 4)]
+"""Completions of many lengths: one of a single token, two that are equal."""
+
+
+def naive(model, prompt: list[int], completion: list[int]) -> Tensor:
+    """One unpadded sequence, logits everywhere, the whole log-softmax."""
+    logps = model(torch.tensor([[*prompt, *completion]])).logits[0].float().log_softmax(-1)
+    at = torch.arange(len(prompt) - 1, len(prompt) + len(completion) - 1)
+    return logps[at, torch.tensor(completion)]
+
+
+def gradients(model, logps: list[Tensor]) -> dict[str, Tensor]:
+    """Of a sum with a different weight for each token, so that no two cancel."""
+    model.zero_grad()
+    flat = torch.cat(list(logps))
+    (flat * torch.linspace(-1, 2, len(flat))).sum().backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(first: dict[str, Tensor], second: dict[str, Tensor], rtol: float = 1e-4) -> None:
+    """Gradients agree to `rtol` of each tensor's own largest entry."""
+    assert first.keys() == second.keys()
+    for name, expected in second.items():
+        scale = expected.abs().max().item()
+        torch.testing.assert_close(first[name], expected, rtol=0, atol=rtol * scale + 1e-7)
+
+
+@EVERY_ARCHITECTURE
+def test_both_paths_give_the_naive_log_probabilities_and_gradients(make_model, architecture: str) -> None:
+    model = make_model(architecture)
+    expected = [naive(model, PROMPT, completion) for completion in RAGGED]
+    expected_gradients = gradients(model, expected)
+    assert all(g.abs().max() > 1e-3 for g in expected_gradients.values())
+    for shared in (True, False):
+        found = completion_logps(model, PROMPT, RAGGED, shared_prefix=shared)
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+        assert_same(gradients(model, found), expected_gradients)
+
+
+@EVERY_ARCHITECTURE
+def test_the_shared_path_is_taken_where_it_is_claimed(make_model, architecture: str) -> None:
+    """Guards the test above against comparing the plain path with itself: one sequence goes in, not five."""
+    model = make_model(architecture)
+    seen: list[tuple[int, ...]] = []
+    model.get_input_embeddings().register_forward_hook(lambda _, args, __: seen.append(tuple(args[0].shape)))
+    completion_logps(model, PROMPT, RAGGED)
+    completion_logps(model, PROMPT, RAGGED, shared_prefix=False)
+    assert seen == [(1, 23 + 22), (5, 23 + 9)]
+
+
+@PATHS
+def test_logits_over_the_prompt_are_never_made(make_model, shared: bool) -> None:
+    """The head sees the completions and the one position before them: the logits of a long prompt fill a GPU."""
+    model = make_model()
+    lengths: list[int] = []
+    model.lm_head.register_forward_hook(lambda _, args, __: lengths.append(args[0].shape[1]))
+    completion_logps(model, tokens(200, 0), RAGGED, shared_prefix=shared)
+    assert lengths == [22 + 1 if shared else 9 + 1]
+
+
+@PATHS
+def test_one_completion_of_one_token(make_model, shared: bool) -> None:
+    model = make_model()
+    (found,) = completion_logps(model, PROMPT, [[7]], shared_prefix=shared)
+    torch.testing.assert_close(found, naive(model, PROMPT, [7]), rtol=0, atol=1e-5)
+
+
+@PATHS
+def test_a_prompt_of_one_token(make_model, shared: bool) -> None:
+    model = make_model()
+    found = completion_logps(model, [5], RAGGED, shared_prefix=shared)
+    torch.testing.assert_close(found[2], naive(model, [5], RAGGED[2]), rtol=0, atol=1e-5)
+
+
+def test_equal_completions_have_equal_log_probabilities(make_model) -> None:
+    found = completion_logps(make_model(), PROMPT, RAGGED)
+    torch.testing.assert_close(found[0], found[3], rtol=0, atol=1e-6)
+
+
+@PATHS
+@pytest.mark.parametrize("bad", [([], [[1]]), ([1], []), ([1], [[2], []])])
+def test_rows_without_a_token_to_stand_on_are_refused(make_model, shared: bool, bad) -> None:
+    with pytest.raises(ValueError, match="no empty completion"):
+        completion_logps(make_model(), *bad, shared_prefix=shared)
+
+
+# Rows and batches -------------------------------------------------------------------------------------------
+
+
+ROWS = [
+    Row(tokens(31, 10), [tokens(3, 11), tokens(8, 12)]),
+    Row(tokens(4, 13), [tokens(1, 14)]),
+    Row(tokens(17, 15), [tokens(6, 16), tokens(2, 17), tokens(6, 16), tokens(1, 18)]),
+    Row(tokens(40, 19), [tokens(2, 20), tokens(12, 21), tokens(1, 22)]),
+]
+
+
+@PATHS
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+def test_rows_that_share_a_pass_do_not_touch(make_model, architecture: str, shared: bool) -> None:
+    """Padding, packing and neighbours change neither values nor gradients."""
+    model = make_model(architecture)
+    expected = [naive(model, list(row.prompt), list(c)) for row in ROWS for c in row.completions]
+    found = [logps for row in row_logps(model, ROWS, shared_prefix=shared) for logps in row]
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+    assert_same(gradients(model, found), gradients(model, expected))
+
+
+@PATHS
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [2, 0, 3, 1]])
+def test_scores_do_not_depend_on_batch_size_or_order(make_model, shared: bool, order: list[int]) -> None:
+    model = make_model()
+    alone = score_rows(model, ROWS, 1, shared)
+    together = score_rows(model, [ROWS[i] for i in order], 8, shared)
+    for place, i in enumerate(order):
+        for one, other in zip(together[place], alone[i], strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+
+
+def test_scores_of_nothing_are_nothing(make_model) -> None:
+    assert score_rows(make_model(), [], 8) == []
+
+
+def test_scoring_keeps_no_gradient(make_model) -> None:
+    assert not score_rows(make_model(), ROWS[:1], 8)[0][0].requires_grad
+
+
+# Ways to run a model ----------------------------------------------------------------------------------------
+
+
+@PATHS
+def test_gradient_checkpointing_changes_nothing(make_model, shared: bool) -> None:
+    model = make_model().train()
+    expected = gradients(model, completion_logps(model, PROMPT, RAGGED, shared_prefix=shared))
+    model.gradient_checkpointing_enable()
+    assert_same(gradients(model, completion_logps(model, PROMPT, RAGGED, shared_prefix=shared)), expected)
+
+
+@EVERY_ARCHITECTURE
+def test_eager_attention_gives_the_same(make_model, architecture: str) -> None:
+    model = make_model(architecture)
+    expected = [naive(model, PROMPT, completion) for completion in RAGGED]
+    model.set_attn_implementation("eager")
+    assert shares_prefix(model.config, 40)
+    for one, other in zip(completion_logps(model, PROMPT, RAGGED), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+
+
+@PATHS
+@pytest.mark.parametrize("how", ["weights", "autocast"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_bfloat16_is_close(make_model, shared: bool, how: str, attention: str) -> None:
+    """Log-probabilities come in float32, whatever the model computes in."""
+    model = make_model(initializer_range=0.2)
+    expected = torch.cat([naive(model, PROMPT, completion) for completion in RAGGED])
+    model.set_attn_implementation(attention)
+    if how == "weights":
+        model = model.to(torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        found = torch.cat(completion_logps(model, PROMPT, RAGGED, shared_prefix=shared))
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.1)
+
+
+@PATHS
+def test_adapters_give_the_same(make_model, shared: bool) -> None:
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(make_model(), peft.LoraConfig(r=4, target_modules="all-linear"))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    expected = [naive(model, PROMPT, completion) for completion in RAGGED]
+    with model.disable_adapter():
+        assert (naive(model, PROMPT, RAGGED[2]) - expected[2]).abs().max() > 0.01
+    found = completion_logps(model, PROMPT, RAGGED, shared_prefix=shared)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+    assert_same(gradients(model, found), gradients(model, expected))
+
+
+# Where one row is not exact ---------------------------------------------------------------------------------
+
+
+SLIDING = pytest.mark.parametrize("architecture", ["mistral", "gemma2"])
+
+
+@SLIDING
+def test_a_window_narrower_than_the_sequence_takes_the_plain_path(make_model, architecture: str) -> None:
+    """The mask of one row replaces the window's. Forced onto it, the model reads too far: the numbers are wrong."""
+    model = make_model(architecture, sliding_window=8)
+    expected = torch.cat([naive(model, PROMPT, completion) for completion in RAGGED])
+    found = torch.cat(completion_logps(model, PROMPT, RAGGED, shared_prefix=True))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    forced = torch.cat(likelihood._forward(model, [Row(PROMPT, RAGGED)])[0])
+    assert (forced - expected).abs().max() > 0.05
+
+
+@SLIDING
+@pytest.mark.parametrize("window", [32, 31])
+def test_a_window_as_wide_as_prompt_and_completion_is_wide_enough(
+    make_model, architecture: str, window: int
+) -> None:
+    """23 + 9 tokens: the others' completions in the row do not count, since positions restart after the prompt."""
+    model = make_model(architecture, sliding_window=window)
+    assert shares_prefix(model.config, 32) == (window == 32)
+    expected = [naive(model, PROMPT, completion) for completion in RAGGED]
+    for one, other in zip(completion_logps(model, PROMPT, RAGGED), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+
+
+def test_a_qwen2_that_does_not_use_its_window_shares_prefixes(make_model) -> None:
+    """Its config names a window that no layer has."""
+    model = make_model("qwen2", sliding_window=8, use_sliding_window=False)
+    assert shares_prefix(model.config, 1000)
+    sliding = make_model("qwen2", sliding_window=8, use_sliding_window=True, max_window_layers=0)
+    assert not shares_prefix(sliding.config, 9)
+    found = completion_logps(sliding, PROMPT, RAGGED)
+    torch.testing.assert_close(found[2], naive(sliding, PROMPT, RAGGED[2]), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "attention", ["flash_attention_2", "flash_attention_3", "flex_attention", "kernels/x"]
+)
+def test_attention_that_takes_no_dense_mask_takes_the_plain_path(make_model, attention: str) -> None:
+    config = make_model().config
+    config._attn_implementation_internal = attention
+    assert config._attn_implementation == attention
+    assert not shares_prefix(config, 1)
+
+
+def test_an_architecture_not_known_to_share_takes_the_plain_path() -> None:
+    torch.manual_seed(0)
+    config = transformers.GPTNeoXConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    assert not shares_prefix(config, 1)
+    found = completion_logps(model, PROMPT, RAGGED)
+    for one, completion in zip(found, RAGGED, strict=True):
+        torch.testing.assert_close(one, naive(model, PROMPT, completion), rtol=0, atol=1e-5)
+
+
+# One likelihood of the accepted answers ---------------------------------------------------------------------
+
+
+ALIASES = [torch.tensor([-1.0, -2.0]), torch.tensor([-0.5, -0.25, -0.25])]
+
+
+@pytest.mark.parametrize(
+    ("kind", "aliases", "expected"),
+    [
+        ("sum", "first", -3.0),
+        ("mean", "first", -1.5),
+        ("sum", "max", -1.0),
+        ("mean", "max", -1 / 3),
+        ("sum", "logsumexp", -1 + 0.126928),
+    ],
+)
+def test_answers_make_one_likelihood(kind: str, aliases: str, expected: float) -> None:
+    assert answer_logp(ALIASES, kind, aliases).item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_sum_over_tokens_of_the_first_answer_is_the_default() -> None:
+    assert answer_logp(ALIASES).item() == -3.0
