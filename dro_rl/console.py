@@ -18,7 +18,22 @@ COLUMNS = (("evidence_bound", "bound", ".2f"), ("ess", "ess", ".1f"), ("answer_l
 
 
 class LineProgress(ProgressCallback):
-    """The stock progress bar, with one readable line a log in place of a dictionary of every metric."""
+    """The stock progress bar, with one readable line a log in place of a dictionary of every metric.
+
+    Under `disable_tqdm` the lines come without the bar.
+    """
+
+    def on_train_begin(self, args: TrainingArguments, *rest: Any, **kwargs: Any) -> None:
+        if not args.disable_tqdm:
+            super().on_train_begin(args, *rest, **kwargs)
+
+    def on_step_end(self, args: TrainingArguments, *rest: Any, **kwargs: Any) -> None:
+        if not args.disable_tqdm:
+            super().on_step_end(args, *rest, **kwargs)
+
+    def on_train_end(self, args: TrainingArguments, *rest: Any, **kwargs: Any) -> None:
+        if not args.disable_tqdm:
+            super().on_train_end(args, *rest, **kwargs)
 
     def on_log(
         self,
@@ -28,17 +43,18 @@ class LineProgress(ProgressCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        if not state.is_world_process_zero or self.training_bar is None or not logs:
+        if not state.is_world_process_zero or not logs:
             return
+        write = print if args.disable_tqdm or self.training_bar is None else self.training_bar.write
         if "loss" in logs:
             parts = [f"{label} {logs[name]:{form}}" for name, label, form in COLUMNS if name in logs]
             seconds = sum(value for name, value in logs.items() if name.startswith("time/"))
-            self.training_bar.write(
+            write(
                 f"step {state.global_step}/{state.max_steps}  loss {logs['loss']:.3f}  "
                 f"{'  '.join(parts)}  {seconds:.1f} s"
             )
         elif "eval_em" in logs:
-            self.training_bar.write(
+            write(
                 f"step {state.global_step}/{state.max_steps}  dev: em {logs['eval_em']:.1f}  f1 {logs['eval_f1']:.1f}"
                 + "".join(f"  {name[5:]} {logs[name]:.1f}" for name in ("eval_recall@3", "eval_valid") if name in logs)
             )

@@ -113,12 +113,12 @@ class SelectorGenerator(nn.Module):
             answer_logps=None if answers is None else answers.detach(),
         )
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """Trade compute for activation memory in every role that trains."""
+    def gradient_checkpointing_enable(self, **options: Any) -> None:
+        """Trade compute for activation memory in every role that trains. `options` are the models' own."""
         for role in ROLES:
             model = getattr(self, role)
             if any(parameter.requires_grad for parameter in model.parameters()):
-                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+                model.gradient_checkpointing_enable(**options)
                 # With a frozen base under adapters, checkpointed layers need an input that asks for gradients.
                 model.enable_input_require_grads()
 

@@ -20,7 +20,7 @@ from accelerate.utils import DistributedType, broadcast_object_list, gather_obje
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
 from trl.trainer.base_trainer import _BaseTrainer
 
@@ -128,8 +128,9 @@ class DROTrainer(_BaseTrainer):
             callbacks=callbacks,
         )
         self.add_callback(_Iterations(self))
-        if self.pop_callback(ProgressCallback) is not None:
-            self.add_callback(LineProgress)
+        self.remove_callback(PrinterCallback)
+        self.remove_callback(ProgressCallback)
+        self.add_callback(LineProgress)
         self.reference = reference.to(self.accelerator.device).eval() if reference is not None else None
         self.stages: list[dict[str, Any]] = read_stages(self.run_dir)
         self._e_step = EStep(
@@ -404,7 +405,8 @@ class DROTrainer(_BaseTrainer):
         if patience is None or metric is None:
             return False
         sign = 1 if self.args.greater_is_better else -1
-        values = [sign * stage[metric] for stage in self.stages if stage["stage"] not in ("base", "final")]
+        counts = [stage for stage in self.stages if stage["stage"].startswith(("iteration-", self.initial_stage))]
+        values = [sign * stage[metric] for stage in counts]
         best = max(range(len(values)), key=values.__getitem__, default=0)
         return len(values) - 1 - best >= patience
 

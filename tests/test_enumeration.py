@@ -1,6 +1,6 @@
-"""A world small enough to enumerate: all 12 ordered selections of 2 of 4 documents, so that every claim is exact.
+"""A world small enough to enumerate: with all 12 selections of 2 of 4 documents, every claim is exact.
 
-The selector draws one document, then another; the generator reads the pair. Both are tables, shared by the questions.
+The selector draws one document, then another; the generator reads the pair. Both are tables.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ANSWERS = (0, 2, 1)
 
 
 class World(torch.nn.Module):
-    """Tables: the selector's scores of the first and of the second document, the generator's scores of answers."""
+    """Tables: the selector's scores of the first and the second document, the generator's of answers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class World(torch.nn.Module):
         return (self.selection_logps(question) + self.answer_logps(question)).logsumexp(0)
 
     def posterior(self, question: int) -> Tensor:
-        """(12,) p(z|x,y), by the package: every selection once, so that the ratio to the proposal is p itself."""
+        """(12,) p(z|x,y), by the package: every selection once, so that the ratio p/q is p itself."""
         with torch.no_grad():
             return importance_weights(
                 self.answer_logps(question), proposal_log_ratio=self.selection_logps(question)
@@ -77,7 +77,7 @@ def gradient(value: Tensor, parameters: Sequence[Tensor]) -> Tensor:
 
 
 def estimates(world: World, m: int, repeats: int, temperature: float, ratio: bool) -> Callable[[str], Tensor]:
-    """The package's gradients of log p(y|x) of question 0 from m samples, `repeats` times: (repeats, parameters)."""
+    """The package's gradients of question 0's log p(y|x) from m samples: (repeats, parameters)."""
     logp, logq = world.selection_logps(0), world.selection_logps(0, temperature).detach()
     answers = world.answer_logps(0)
     samples = torch.multinomial(
@@ -134,7 +134,7 @@ def test_posterior_weighted_losses_have_the_gradient_of_the_evidence(world: Worl
         (selector_loss, world.selection_logps(question), world.selector),
         (generator_loss, world.answer_logps(question), world.generator),
     ):
-        exact = gradient(world.evidence(question), [p for p in parameters])
+        exact = gradient(world.evidence(question), parameters)
         assert exact.norm() > 0.05
         torch.testing.assert_close(gradient(-loss(logps, weights), parameters), exact, atol=1e-12, rtol=0)
 
@@ -143,7 +143,7 @@ def test_posterior_weighted_losses_have_the_gradient_of_the_evidence(world: Worl
 def test_sampled_gradients_converge_to_the_exact_one(world: World, role: str) -> None:
     """Self-normalised weights are consistent: 256 times the samples, about a sixteenth of the error.
 
-    They are biased for finite m, by O(1/m), so that nothing here says that the mean over many small groups is exact.
+    They are biased for finite m, by O(1/m): the mean over many small groups is not exact, nor claimed to be.
     """
     few, many = error(world, role, 16, 64), error(world, role, 4096, 8)
     assert few > 0.05

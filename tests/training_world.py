@@ -111,6 +111,7 @@ def world(folder: Path, **overrides: Any) -> Path:
         # Plain gradient descent: Adam turns rounding in a gradient that is nearly zero into a whole step.
         "optim": "sgd",
         "learning_rate": 0.1,
+        "lr_scheduler_type": "constant",
         "gradient_checkpointing": False,
         "early_stopping_patience": None,
         "report_to": "none",

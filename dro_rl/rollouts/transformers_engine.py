@@ -79,7 +79,7 @@ class TransformersEngine:
         ).logits
         logits = logits.expand(batch, m, -1)
         positions = mask.sum(dim=-1, keepdim=True)
-        side_by_side = self.shared_prefix and m > 1 and shares_prefix(model.config, width + length)
+        side_by_side = self.shared_prefix and m > 1 and shares_prefix(model.config, width + m * length)
         if not side_by_side and m > 1:
             cache.batch_repeat_interleave(m)
             mask = mask.repeat_interleave(m, dim=0)

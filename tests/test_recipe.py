@@ -1,0 +1,394 @@
+"""Claims about recipes: what is accepted, what is refused, and that a refusal names key, value, rule, fix."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+
+from dro_rl.config import DROConfig
+from dro_rl.errors import InputError
+from dro_rl.recipe import NOT_OURS, RunConfig, describe_keys, known_fields, load_recipe, parse_command_line
+
+ROOT = Path(__file__).parent.parent / "recipes"
+SHIPPED = sorted(path for path in ROOT.rglob("*.y*ml") if "accelerate" not in path.relative_to(ROOT).parts)
+ACCELERATE = sorted((ROOT / "accelerate").glob("*.yaml"))
+LEAST = {
+    "dataset_name": "toy",
+    "selector_model_name_or_path": "toy",
+    "generator_model_name_or_path": "toy",
+    "output_dir": "runs/x",
+}
+
+
+@pytest.fixture
+def recipe_file(tmp_path):
+    """Writes a recipe with the least keys and the text given, and returns its path."""
+
+    def write(text: str = "") -> Path:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(LEAST) + text)
+        return path
+
+    return write
+
+
+def refusal(**values: Any) -> InputError:
+    """The error for the least recipe with these values over it."""
+    with pytest.raises(InputError) as caught:
+        load_recipe(None, {**LEAST, **values})
+    return caught.value
+
+
+# Command line -----------------------------------------------------------------------------------------------
+
+
+def test_the_recipe_is_the_first_argument_or_config() -> None:
+    rest = ["--seed", "1"]
+    assert parse_command_line(["a.yaml", *rest]) == parse_command_line(["--config", "a.yaml", *rest])
+    assert parse_command_line(["a.yaml", *rest]) == parse_command_line([*rest, "--config=a.yaml"])
+    assert parse_command_line(["a.yaml", *rest]) == ("a.yaml", {"seed": 1})
+
+
+def test_two_recipes_are_refused() -> None:
+    for arguments in (
+        ["a.yaml", "b.yaml"],
+        ["a.yaml", "--config", "b.yaml"],
+        ["--config", "a.yaml", "b.yaml"],
+    ):
+        with pytest.raises(InputError, match="one recipe"):
+            parse_command_line(arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "values"),
+    [
+        (["--target_ess", "null"], {"target_ess": None}),
+        (["--bf16"], {"bf16": True}),
+        (["--bf16", "false"], {"bf16": False}),
+        (["--warmup_selector_steps", "-1"], {"warmup_selector_steps": -1}),
+        (["--lora_target_modules", "[q_proj, v_proj]"], {"lora_target_modules": ["q_proj", "v_proj"]}),
+        (["--lora_target_modules", "q_proj", "v_proj"], {"lora_target_modules": ["q_proj", "v_proj"]}),
+        (["--num-generations=4"], {"num_generations": 4}),
+        (["--output_dir", "a b"], {"output_dir": "a b"}),
+        (
+            ["--chat_template_kwargs", "{enable_thinking: false}"],
+            {"chat_template_kwargs": {"enable_thinking": False}},
+        ),
+    ],
+    ids=str,
+)
+def test_values_on_the_command_line_are_yaml(arguments: list[str], values: dict[str, Any]) -> None:
+    """Defect B8: `--bf16 False` was true."""
+    assert parse_command_line(arguments) == (None, values)
+
+
+def test_a_value_that_is_not_yaml_is_refused() -> None:
+    with pytest.raises(InputError, match=r"--seed.*\[1"):
+        parse_command_line(["--seed", "[1"])
+
+
+def test_the_command_line_beats_the_file(recipe_file) -> None:
+    path, overrides = parse_command_line([str(recipe_file("seed: 1\nbeta: 0.5\n")), "--seed", "2"])
+    recipe = load_recipe(path, overrides)
+    assert (recipe.training.seed, recipe.training.beta) == (2, 0.5)
+
+
+def test_the_command_line_is_checked_like_the_file() -> None:
+    path, overrides = parse_command_line(["--num_generations", "many"])
+    with pytest.raises(InputError, match=r"num_generations: 'many': this is a whole number"):
+        load_recipe(path, {**LEAST, **overrides})
+
+
+# Keys and types ---------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_key_is_refused_with_the_nearest_known_one() -> None:
+    error = refusal(num_generation=4)
+    assert str(error) == "num_generation: 4: there is no such key. Did you mean num_generations?"
+
+
+def test_a_key_like_no_other_is_refused_too() -> None:
+    assert "--help" in str(refusal(zzzz=1))
+
+
+@pytest.mark.parametrize("key", NOT_OURS)
+def test_a_key_without_effect_is_refused_with_what_to_use(key: str) -> None:
+    error = refusal(**{key: 1})
+    assert str(error).startswith(f"{key}: 1: this key has no effect in dro_rl. Use ")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "rule"),
+    [
+        ("num_generations", "eight", "a whole number"),
+        ("num_generations", 8.0, "a whole number"),
+        ("num_generations", True, "a whole number"),
+        ("learning_rate", "fast", "a number"),
+        ("learning_rate", True, "a number"),
+        ("learning_rate", [1e-5], "a number"),
+        ("output_dir", 7, "text"),
+        ("trust_remote_code", "yes please", "true or false"),
+        ("trust_remote_code", 1, "true or false"),
+        ("target_ess", "half", "a number or null"),
+        ("dtype", "int8", "one of float32, bfloat16, float16, auto"),
+        ("warmup", "all", "one of none, selector, generator, both"),
+        ("interleave", "sometimes", "one of joint, alternate"),
+        ("answer_likelihood", "median", "one of sum, mean"),
+        ("answer_aliases", "last", "one of first, max, logsumexp"),
+        ("selector_baseline", "median", "one of none, mean"),
+        ("lora_target_modules", "q_proj", "null"),
+        ("lora_target_modules", [1], "null"),
+        ("chat_template_kwargs", "x", "dict"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_refused(key: str, value: Any, rule: str) -> None:
+    error = refusal(**{key: value})
+    assert error.place == key
+    assert repr(value) in str(error)
+    assert rule in error.rule
+
+
+def test_numbers_that_yaml_reads_as_text_are_numbers(recipe_file) -> None:
+    """YAML 1.1 wants `1.0e-5`; everyone writes `1e-5`."""
+    assert yaml.safe_load("1e-5") == "1e-5"
+    assert load_recipe(recipe_file("learning_rate: 1e-5\n")).training.learning_rate == 1e-5
+
+
+def test_a_whole_number_is_a_number(recipe_file) -> None:
+    assert load_recipe(recipe_file("weight_decay: 0\ntemperature: 1\n")).training.temperature == 1.0
+
+
+@pytest.mark.xfail(strict=True, reason="YAML booleans are not yet read as on and off")
+@pytest.mark.parametrize("value", ["on", "off"])
+def test_shared_prefix_may_be_written_without_quotes(recipe_file, value: str) -> None:
+    """YAML 1.1 reads `on` and `off` as true and false."""
+    recipe = load_recipe(recipe_file(f"shared_prefix: {value}\n"))
+    assert recipe.training.shared_prefix == value
+
+
+# Values that cannot be --------------------------------------------------------------------------------------
+
+
+IMPOSSIBLE = [
+    *[
+        (key, 0)
+        for key in (
+            "num_iterations", "m_step_epochs", "num_generations", "num_selected", "max_completion_length",
+            "max_answer_length", "selector_steps", "generator_steps", "eval_iterations",
+            "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
+            "questions_per_iteration", "max_prompt_length", "early_stopping_patience",
+            "max_train_samples", "max_eval_samples", "warmup_batch_size", "temperature", "top_p",
+            "weight_temperature", "target_ess", "warmup_selector_steps", "warmup_generator_steps",
+            "warmup_selector_learning_rate", "warmup_generator_learning_rate",
+        )
+    ],
+    *[
+        (key, -1)
+        for key in (
+            "beta", "entropy_coef", "max_log_ratio", "max_grad_norm", "weight_decay", "learning_rate",
+            "selector_learning_rate", "generator_learning_rate", "top_k", "min_p", "selector_lora_r",
+            "generator_lora_r", "lora_alpha", "lora_dropout", "num_generations",
+        )
+    ],
+    ("num_generations", 1),
+    ("top_p", 1.5),
+    ("min_p", 1.0),
+    ("weight_temperature", 0.5),
+    ("target_ess", 1.0),
+    ("temperature", float("nan")),
+    ("learning_rate", "nan"),
+    ("warmup_selector_steps", -2),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "value"), IMPOSSIBLE, ids=str)
+def test_an_impossible_value_is_refused_with_key_value_rule_and_fix(key: str, value: Any) -> None:
+    error = refusal(**{key: value})
+    assert error.place == key
+    assert str(error).startswith(f"{key}: {value if value != 'nan' else 'nan'}: ")
+    assert len(error.rule) > 8
+    assert re.match(r"[A-Z].*\.$", error.fix)
+
+
+def test_one_rollout_is_accepted_as_a_control() -> None:
+    """m = 1: every weight is one. Refused unless asked for."""
+    assert "allow_single_generation" in refusal(num_generations=1).fix
+    recipe = load_recipe(None, {**LEAST, "num_generations": 1, "allow_single_generation": True})
+    assert recipe.training.num_generations == 1
+
+
+def test_two_frozen_models_are_refused_and_one_is_not() -> None:
+    frozen = {"selector_learning_rate": 0, "generator_learning_rate": 0}
+    assert "one of the two models trains" in str(refusal(**frozen))
+    assert "one of the two models trains" in str(refusal(learning_rate=0))
+    recipe = load_recipe(None, {**LEAST, "selector_learning_rate": 0})
+    assert recipe.training.role_learning_rate("selector") == 0
+    assert recipe.training.role_learning_rate("generator") == 1e-5
+
+
+def test_turns_need_two_models_that_train() -> None:
+    assert refusal(interleave="alternate", selector_learning_rate=0).place == "interleave"
+
+
+def test_a_temperature_and_a_target_for_it_are_refused() -> None:
+    assert refusal(target_ess=0.5, weight_temperature=2.0).place == "target_ess"
+
+
+@pytest.mark.parametrize(
+    "values", [{"warmup_selector_order": "ranking"}, {"warmup_selector_ranking": "r.jsonl"}], ids=str
+)
+def test_a_ranking_goes_with_its_file(values: dict[str, str]) -> None:
+    assert refusal(**values).place == "warmup_selector_ranking"
+
+
+@pytest.mark.parametrize("key", LEAST)
+def test_a_missing_key_is_named(key: str) -> None:
+    with pytest.raises(InputError) as caught:
+        load_recipe(None, {k: v for k, v in LEAST.items() if k != key})
+    assert str(caught.value).startswith(f"{key}: missing: ")
+
+
+def test_what_transformers_refuses_is_an_input_error() -> None:
+    assert "lr_scheduler_type" in str(refusal(lr_scheduler_type="sideways")) or "sideways" in str(
+        refusal(lr_scheduler_type="sideways")
+    )
+
+
+def config(**values: Any) -> DROConfig:
+    return load_recipe(None, {**LEAST, **values}).training
+
+
+def test_more_documents_selected_than_there_are_is_refused() -> None:
+    training = config(num_selected=5)
+    training.check_documents(5, "q1")
+    with pytest.raises(InputError, match=r"num_selected: 5: question q1 has 4 documents.*Lower num_selected"):
+        training.check_documents(4, "q1")
+
+
+def test_a_batch_that_splits_a_group_is_refused_with_the_sum() -> None:
+    training = config(per_device_train_batch_size=6, gradient_accumulation_steps=2, num_generations=8)
+    with pytest.raises(
+        InputError, match=r"per_device_train_batch_size: 6: .*12 rollouts.*num_generations = 8"
+    ):
+        training.check_batch(1, 100)
+    training.check_batch(2, 100)
+
+
+def test_a_group_may_be_split_over_micro_batches_and_processes() -> None:
+    config(per_device_train_batch_size=1, gradient_accumulation_steps=2, num_generations=8).check_batch(
+        4, 100
+    )
+
+
+def test_an_iteration_of_broken_steps_is_refused() -> None:
+    training = config(per_device_train_batch_size=16, questions_per_iteration=3)
+    with pytest.raises(InputError, match=r"questions_per_iteration: 3: .*whole steps of 2.*multiple of 2"):
+        training.check_batch(1, 100)
+
+
+@pytest.mark.parametrize(
+    ("values", "key"),
+    [
+        ({"per_device_train_batch_size": 8, "questions_per_iteration": 10}, "questions_per_iteration"),
+        ({"per_device_train_batch_size": 80}, "per_device_train_batch_size"),
+    ],
+)
+def test_more_questions_than_there_are_is_refused(values: dict[str, int], key: str) -> None:
+    with pytest.raises(InputError, match=rf"^{key}: 10: the training set has 9 questions"):
+        config(**values).check_batch(1, 9)
+    config(**values).check_batch(1, 10)
+
+
+# Files ------------------------------------------------------------------------------------------------------
+
+
+def test_a_key_that_stands_twice_is_refused_with_both_lines(recipe_file) -> None:
+    """PyYAML would take the last one silently."""
+    with pytest.raises(InputError, match=r"line 6: 'seed': a key stands once, and line 5 has it too"):
+        load_recipe(recipe_file("seed: 1\nseed: 2\n"))
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("", "`key: value` lines"),
+        ("# nothing\n", "`key: value` lines"),
+        ("- a\n- b\n", "`key: value` lines"),
+        ("1: 2\n", "`key: value` lines"),
+        ("seed: [1\n", "line 2"),
+        ("seed: 1\n\tbeta: 2\n", "line 2"),
+    ],
+    ids=repr,
+)
+def test_a_file_that_is_not_a_recipe_is_refused(tmp_path, text: str, match: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=match) as caught:
+        load_recipe(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path) -> None:
+    with pytest.raises(InputError, match=r"nowhere\.yaml: no such file"):
+        load_recipe(tmp_path / "nowhere.yaml")
+
+
+def test_the_resolved_recipe_loads_again_as_the_same(recipe_file, tmp_path) -> None:
+    extra = (
+        "learning_rate: 1e-5\nshared_prefix: 'off'\ntarget_ess: 0.5\nrun_name: größe\n"
+        "lora_target_modules: [q_proj]\nchat_template_kwargs: {enable_thinking: false}\n"
+        "early_stopping_patience: null\n"
+    )
+    recipe = load_recipe(recipe_file(extra))
+    saved = tmp_path / "resolved.yaml"
+    recipe.save(saved)
+    again = load_recipe(saved)
+    assert again.values == recipe.values
+    assert again.run == recipe.run
+    for field in dataclasses.fields(DROConfig):
+        assert getattr(again.training, field.name) == getattr(recipe.training, field.name), field.name
+
+
+def test_the_resolved_recipe_holds_every_key_of_ours(recipe_file) -> None:
+    """Another release with other defaults repeats the run."""
+    values = load_recipe(recipe_file()).values
+    assert set(values) >= {key for key, _, _ in describe_keys()}
+    assert values["num_generations"] == 8
+    assert values["warmup"] == "none"
+
+
+def test_every_key_of_ours_is_described() -> None:
+    assert all(help for _, _, help in describe_keys())
+    assert {key for key, _, _ in describe_keys()} <= set(known_fields())
+
+
+def test_no_key_belongs_to_both_configs() -> None:
+    """A shared name would reach one of them only."""
+    assert not set(RunConfig.__dataclass_fields__) & set(DROConfig.__dataclass_fields__)
+
+
+# What is shipped --------------------------------------------------------------------------------------------
+
+
+def test_there_are_recipes() -> None:
+    assert SHIPPED
+    assert ACCELERATE
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_shipped_recipe_parses(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert recipe.training.num_generations > 1
+
+
+@pytest.mark.parametrize("path", ACCELERATE, ids=lambda path: path.name)
+def test_every_accelerate_config_is_one_that_accelerate_loads(path: Path) -> None:
+    assert isinstance(yaml.safe_load(path.read_text()), dict)
+    loaded = load_config_from_file(str(path))
+    assert loaded.to_dict()["distributed_type"]

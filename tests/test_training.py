@@ -1,0 +1,308 @@
+"""The loop: what moves, what does not, and that no arrangement of the same work changes the result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from training_world import largest_difference, launch, weights, world
+from transformers import AutoModelForCausalLM
+
+from dro_rl import pipeline, train
+from dro_rl.assembly import build_prompters, load_models
+from dro_rl.data import load_questions
+from dro_rl.likelihood import completion_logps
+from dro_rl.models import ROLES
+from dro_rl.recipe import load_recipe
+from dro_rl.rollouts import log as rollout_log
+from dro_rl.trainer import DROTrainer
+
+Job = Callable[..., Path]
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    """Runs the job in this process with some keys changed, in a folder of its own."""
+    recipe = world(tmp_path / "world")
+
+    def run(name: str = "run", **keys: Any) -> Path:
+        output = tmp_path / name
+        values = {**yaml.safe_load(recipe.read_text()), **keys, "output_dir": str(output)}
+        changed = tmp_path / f"{name}.yaml"
+        changed.write_text(yaml.safe_dump(values))
+        train.main([str(changed)])
+        return output
+
+    return run
+
+
+def trainer_of(job_folder: Path, **keys: Any) -> DROTrainer:
+    recipe = load_recipe(world(job_folder), keys)
+    questions = load_questions(recipe.run.dataset_name, "train")
+    sources = {role: recipe.run.model_name(role) for role in ROLES}
+    return DROTrainer(load_models(recipe, sources), recipe.training, questions, None, build_prompters(recipe))
+
+
+def base(run: Path, role: str) -> dict[str, torch.Tensor]:
+    return load_file(run.parent / "world" / f"base-{role}" / "model.safetensors")
+
+
+def test_every_parameter_of_both_models_moves(job: Job) -> None:
+    run = job(load_best_model_at_end=False)
+    for role in ROLES:
+        trained = load_file(run / role / "model.safetensors")
+        unmoved = [name for name, tensor in base(run, role).items() if torch.equal(tensor, trained[name])]
+        assert not unmoved
+
+
+def test_a_run_leaves_all_its_files(job: Job) -> None:
+    run = job()
+    for name in ("recipe.yaml", "selector/config.json", "generator/config.json", "trainer_state.json", "pipeline.json"):
+        assert (run / name).is_file(), name
+    assert {path.name for path in (run / "evaluation").iterdir()} == {
+        "summary.json", "base.parquet", "iteration-1.parquet", "iteration-2.parquet", "final.parquet",
+    }  # fmt: skip
+    assert len(rollout_log.part_paths(run)) == 2
+    assert (run / "checkpoint-4").is_dir()
+    assert not list(run.glob(".*"))
+
+
+def test_the_listed_metrics_are_reported_at_every_step(job: Job) -> None:
+    import json
+
+    run = job()
+    steps = [e for e in json.loads((run / "trainer_state.json").read_text())["log_history"] if "loss" in e]
+    wanted = {
+        "evidence_bound", "ess", "weight_entropy", "answer_logp", "selector_entropy", "rollouts/valid",
+        "rollouts/duplicate", "rollouts/all_tie", "recall@1", "recall@3", "recall@5", "selector/loss", "generator/loss",
+        "selector/grad_norm", "generator/grad_norm",
+    }  # fmt: skip
+    assert len(steps) == 4
+    for step in steps:
+        assert wanted <= set(step)
+    fresh = [step for step in steps if "sampling/logp_difference_max" in step]
+    assert len(fresh) == 2, "the engine is compared with the trainer where the weights are those that sampled"
+    assert all(step["sampling/logp_difference_max"] < 1e-4 for step in fresh)
+
+
+@pytest.mark.parametrize("frozen", ROLES)
+def test_a_frozen_side_is_bit_identical_and_has_no_optimizer_state(job: Job, frozen: str) -> None:
+    run = job(**{f"{frozen}_learning_rate": 0.0}, load_best_model_at_end=False)
+    other = "generator" if frozen == "selector" else "selector"
+    kept, moved = (load_file(run / role / "model.safetensors") for role in (frozen, other))
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in base(run, frozen).items())
+    assert not all(torch.equal(tensor, moved[name]) for name, tensor in base(run, other).items())
+    groups = torch.load(run / "checkpoint-4" / "optimizer.pt", weights_only=True)["param_groups"]
+    assert sum(len(group["params"]) for group in groups) == len(base(run, other))
+
+
+@pytest.mark.parametrize(
+    "arrangement",
+    [
+        {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1},
+        {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2},
+        {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 16},
+        {"per_device_eval_batch_size": 1},
+        {"shared_prefix": "off"},
+        {"gradient_checkpointing": True},
+    ],
+    ids=[
+        "one micro-batch",
+        "two",
+        "groups split over micro-batches",
+        "small inference batches",
+        "plain",
+        "checkpointed",
+    ],
+)
+def test_the_arrangement_of_the_work_does_not_change_the_weights(job: Job, arrangement: dict[str, Any]) -> None:
+    assert largest_difference(weights(job("one")), weights(job("other", **arrangement))) < 2e-6
+
+
+def test_training_moves_much_further_than_that_tolerance(job: Job) -> None:
+    run = job()
+    start = {f"{role}.{name}": tensor for role in ROLES for name, tensor in base(run, role).items()}
+    assert largest_difference(weights(run), start) > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [
+        ("ddp", ["--gradient_accumulation_steps", "2"]),
+        ("ddp", ["--per_device_train_batch_size", "2"]),
+        ("fsdp2", ["--gradient_accumulation_steps", "2"]),
+        ("fsdp2", ["--per_device_train_batch_size", "2"]),
+    ],
+    ids=["ddp", "ddp, groups span processes", "fsdp2", "fsdp2, groups span processes"],
+)
+def test_two_processes_train_to_the_weights_of_one_and_resume(tmp_path: Path, config: str, options: list[str]) -> None:
+    recipe = world(tmp_path / "world")
+    one = launch(recipe, tmp_path / "one")
+    assert one.returncode == 0, one.stderr[-3000:]
+    two = launch(recipe, tmp_path / "two", *options, processes=2, config=config)
+    assert two.returncode == 0, two.stderr[-3000:]
+    expected = weights(tmp_path / "one")
+    assert largest_difference(expected, weights(tmp_path / "two")) < 2e-6
+
+    half = launch(recipe, tmp_path / "half", *options, "--max_steps", "2", processes=2, config=config)
+    assert half.returncode == 0, half.stderr[-3000:]
+    rest = launch(recipe, tmp_path / "half", *options, "--resume_from_checkpoint", "auto", processes=2, config=config)
+    assert rest.returncode == 0, rest.stderr[-3000:]
+    assert (tmp_path / "half" / "checkpoint-4").is_dir()
+    assert largest_difference(weights(tmp_path / "two"), weights(tmp_path / "half")) == 0
+
+
+def test_the_gradient_of_a_step_is_the_plain_formula(tmp_path: Path) -> None:
+    """One micro-batch through the trainer against −(1/Q) Σ_q Σ_i c_i log p(z_i) and −(1/Q) Σ_q Σ_i w_i log p(y|d_z)."""
+    trainer = trainer_of(tmp_path, per_device_train_batch_size=16, gradient_accumulation_steps=1)
+    slots = [p * 4 + j for p in trainer.schedule.positions(0) for j in range(4)]
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.create_optimizer()
+    trainer.training_step(trainer.model, slots)
+    rollouts = [trainer._rollouts[slot] for slot in slots]
+
+    reference = trainer_of(tmp_path / "again").model
+    for rollout in rollouts:
+        question = trainer.train_questions[rollout.question]
+        prompt = trainer.prompters["selector"].selector_prompt(question, 2).ids
+        logp = completion_logps(reference.selector, prompt, [rollout.token_ids], shared_prefix=False)[0].sum()
+        loss = -rollout.selector_coefficient * logp / 4
+        if rollout.selection.valid:
+            prompt = trainer.prompters["generator"].generator_prompt(question, rollout.selection.numbers).ids
+            answer = trainer.prompters["generator"].completion(question.answers[0])
+            logp = completion_logps(reference.generator, prompt, [answer], shared_prefix=False)[0].sum()
+            loss = loss - rollout.weight * logp / 4
+        loss.backward()
+    assert any(not rollout.selection.valid for rollout in rollouts)
+    assert any(rollout.selection.valid for rollout in rollouts)
+    for (name, mine), (_, plain) in zip(trainer.model.named_parameters(), reference.named_parameters(), strict=True):
+        assert mine.grad is not None
+        assert plain.grad is not None
+        torch.testing.assert_close(mine.grad, plain.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_each_model_has_its_learning_rate_and_its_clip(tmp_path: Path) -> None:
+    trainer = trainer_of(
+        tmp_path, selector_learning_rate=0.3, generator_learning_rate=0.7, max_grad_norm=0.5,
+        per_device_train_batch_size=16, gradient_accumulation_steps=1,
+    )  # fmt: skip
+    trainer.create_optimizer()
+    rates = {
+        role: {g["lr"] for g in trainer.optimizer.param_groups if any(p is q for p in g["params"] for q in own)}
+        for role in ROLES
+        for own in [list(getattr(trainer.model, role).parameters())]
+    }
+    assert rates == {"selector": {0.3}, "generator": {0.7}}
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.training_step(trainer.model, [p * 4 + j for p in trainer.schedule.positions(0) for j in range(4)])
+    trainer._clip_grad_norm(trainer.model)
+    for role in ROLES:
+        norms = [p.grad.norm() for p in getattr(trainer.model, role).parameters() if p.grad is not None]
+        torch.testing.assert_close(torch.stack(norms).norm(), torch.tensor(0.5), rtol=1e-3, atol=0)
+
+
+def test_models_take_turns_with_a_period_each(job: Job) -> None:
+    run = job(
+        interleave="alternate", selector_steps=1, generator_steps=2, save_steps=1, save_total_limit=None,
+        eval_iterations=10, weight_decay=0.0,
+    )  # fmt: skip
+    before = {role: base(run, role) for role in ROLES}
+    moved = []
+    for step in range(1, 5):
+        now = {role: load_file(run / f"checkpoint-{step}" / role / "model.safetensors") for role in ROLES}
+        moved.append([role for role in ROLES if not all(torch.equal(now[role][n], t) for n, t in before[role].items())])
+        before = now
+    assert moved == [["selector"], ["generator"], ["generator"], ["selector"]]
+
+
+def test_one_e_step_can_cover_the_whole_set_and_several_epochs(job: Job) -> None:
+    run = job(questions_per_iteration=None, m_step_epochs=2)
+    table = rollout_log.read(rollout_log.part_paths(run, 1)).to_pydict()
+    assert sorted(set(table["question_index"])) == list(range(12))
+    assert (run / "checkpoint-12").is_dir(), "two iterations, two epochs, three steps each"
+
+
+def test_adapters_train_alone_and_are_merged_to_serve(job: Job) -> None:
+    run = job(selector_lora_r=4, generator_lora_r=4, load_best_model_at_end=False)
+    for role in ROLES:
+        merged = AutoModelForCausalLM.from_pretrained(run / role)
+        start = AutoModelForCausalLM.from_pretrained(run.parent / "world" / f"base-{role}")
+        untouched = {"model.embed_tokens.weight", "model.norm.weight"}
+        state = merged.state_dict()
+        assert all(torch.equal(state[name], start.state_dict()[name]) for name in untouched)
+        assert not torch.equal(state["model.layers.0.self_attn.q_proj.weight"],
+                               start.state_dict()["model.layers.0.self_attn.q_proj.weight"])  # fmt: skip
+        assert (run / role / "adapter" / "adapter_model.safetensors").is_file()
+        assert {path.name for path in (run / "checkpoint-4" / role).glob("*.safetensors")} == {
+            "adapter_model.safetensors"
+        }
+
+
+def test_a_run_with_adapters_resumes_bit_for_bit(job: Job) -> None:
+    keys = {"selector_lora_r": 4, "generator_lora_r": 2, "optim": "adamw_torch"}
+    whole = job("whole", **keys)
+    job("half", **keys, max_steps=2)
+    half = job("half", **keys, resume_from_checkpoint="auto")
+    assert largest_difference(weights(whole), weights(half)) == 0
+
+
+def test_bfloat16_runs(job: Job) -> None:
+    run = job(bf16=True)
+    assert all(bool(tensor.isfinite().all()) for tensor in weights(run).values())
+
+
+def test_a_proposal_other_than_p_is_corrected_and_logged(job: Job) -> None:
+    run = job(temperature=1.7, top_k=12)
+    rows = rollout_log.read(rollout_log.part_paths(run, 1)).to_pylist()
+    assert any(abs(row["selection_logp"] - row["proposal_logp"]) > 0.1 for row in rows)
+    group = [row for row in rows if row["position"] == 0 and row["valid"]]
+    logits = torch.tensor([r["answer_logp"] + min(r["selection_logp"] - r["proposal_logp"], 2.0) for r in group])
+    torch.testing.assert_close(
+        torch.tensor([row["weight"] for row in group]), logits.softmax(0).float(), rtol=1e-4, atol=1e-6
+    )
+
+
+def test_regularisers_keep_the_selector_near_its_start(job: Job) -> None:
+    free, held = job("free"), job("held", beta=5.0)
+
+    def distance(run: Path) -> float:
+        trained = load_file(run / "selector" / "model.safetensors")
+        return sum((trained[name] - tensor).square().sum().item() for name, tensor in base(run, "selector").items())
+
+    assert distance(held) != distance(free)
+    rows = rollout_log.read(rollout_log.part_paths(held, 1)).to_pylist()
+    assert all(abs(row["reference_logp"] - row["selection_logp"]) < 1e-3 for row in rows), "it starts at the reference"
+
+
+def test_the_saved_pair_answers_as_it_was_evaluated(job: Job) -> None:
+    import pyarrow.parquet as pq
+
+    run = job()
+    rag = pipeline.RAGPipeline.from_pretrained(run)
+    for row, question in zip(
+        pq.read_table(run / "evaluation" / "final.parquet").to_pylist(),
+        load_questions(str(run.parent / "world"), "dev"),
+        strict=True,
+    ):
+        answer = rag.answer(question.question, question.documents)
+        assert answer.text == row["prediction"]
+        assert list(answer.selection.numbers) == row["selection"]
+        assert answer.logp == pytest.approx(row["prediction_logp"], abs=1e-4)
+
+
+def test_training_stops_when_dev_no_longer_improves(job: Job) -> None:
+    run = job(early_stopping_patience=1, num_iterations=20, learning_rate=0.0001)
+    stages = [stage["stage"] for stage in rag_stages(run)]
+    assert stages == ["base", "iteration-1", "final"]
+
+
+def rag_stages(run: Path) -> list[dict[str, Any]]:
+    from dro_rl.evaluation.evaluator import read_stages
+
+    return read_stages(run)
