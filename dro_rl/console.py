@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from rich.console import Console
 from rich.table import Table
 from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -60,19 +60,30 @@ class LineProgress(ProgressCallback):
             )
 
 
-def print_stages(stages: Sequence[Mapping[str, Any]], output_dir: str | None) -> None:
-    """The dev split at every stage, as a table."""
-    if not PartialState().is_main_process:
-        return
-    table = Table(title=f"{output_dir}: {stages[0]['split']}, {stages[0]['n']} questions")
+def print_stages(stages: Sequence[Mapping[str, Any]], run_dir: Path, curves: Path) -> None:
+    """The dev split before, on the way and after, as a table, and where the rest is."""
+    table = Table(title=f"{run_dir}: {stages[0]['split']}, {stages[0]['n']} questions")
     names = ("em", "f1", "recall@1", "recall@3", "recall@5", "answer_logp", "valid")
     table.add_column("stage", no_wrap=True)
     for name in names:
-        table.add_column(name.replace("recall@", "R@"), justify="right", no_wrap=True)
-    for stage in stages:
-        cells = ["–" if stage[name] is None else f"{stage[name]:.2f}" for name in names]
-        table.add_row(stage["stage"], *cells)
-    Console().print(table)
+        table.add_column(name.replace("recall@", "R@").replace("answer_logp", "log p"), justify="right", no_wrap=True)
+
+    def row(label: str, summary: Mapping[str, Any], style: str | None = None) -> None:
+        table.add_row(label, *("–" if summary[name] is None else f"{summary[name]:.2f}" for name in names), style=style)
+
+    shown = stages if len(stages) <= 9 else [*stages[:2], *stages[-1:]]
+    for stage in shown:
+        row(stage["stage"], stage)
+    first, last = stages[-1 if len(stages) == 1 else min(1, len(stages) - 2)], stages[-1]
+    table.add_section()
+    for kind in last.get("by_type", {}):
+        row(f"{first['stage']}, {kind}", first["by_type"][kind], "dim")
+        row(f"{last['stage']}, {kind}", last["by_type"][kind], "dim")
+    console = Console()
+    console.print(table)
+    console.print(f"curves      {curves}", highlight=False)
+    console.print(f"rollouts    dro-rl rollouts show {run_dir}", highlight=False)
+    console.print(f"ask         dro-rl ask {run_dir} QUESTION --documents FILE", highlight=False)
 
 
 def print_help(summary: str) -> None:

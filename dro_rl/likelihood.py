@@ -1,9 +1,9 @@
 """Log-probabilities of completions, and only of completions: logits over the prompt are never made.
 
-A `Row` is one prompt with its completions. On the plain path each completion is a sequence of its own. On the
-shared-prefix path the row is one sequence: the prompt once, then every completion, each of which sees the prompt and
-itself and stands at the positions that follow the prompt. Both give the same numbers and gradients; the second
-computes the prompt once instead of m times. This module knows of causal LMs, not of trainers or engines.
+A `Row` is one prompt with its completions. On the plain path each completion is a padded sequence of its own. On the
+shared-prefix path rows are packed without padding (`attention`): each prompt once, then its completions, which stand at
+the positions that follow it. Both give the same numbers and gradients; the second computes a prompt once instead of m
+times. This module knows of causal LMs, not of trainers or engines.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
+
+from dro_rl.attention import NO_MASK, pack, takes_packed_rows
 
 
 class Model(Protocol):
@@ -74,11 +75,11 @@ def row_logps(model: Model, rows: Sequence[Row], *, shared_prefix: bool = True) 
     for row in rows:
         if not len(row.prompt) or not row.completions or not all(len(c) for c in row.completions):
             raise ValueError("a row has a prompt token, at least one completion, and no empty completion")
-    if shared_prefix and shares_prefix(model.config, max(_depth(row) for row in rows)):
-        return _forward(model, rows)
-    singles = [Row(row.prompt, [completion]) for row in rows for completion in row.completions]
-    flat = iter(_forward(model, singles))
-    return [[next(flat)[0] for _ in row.completions] for row in rows]
+    if shared_prefix and takes_packed_rows(model, max(_depth(row) for row in rows)):
+        flat = iter(_packed(model, rows))
+    else:
+        flat = iter(_padded(model, [(row.prompt, completion) for row in rows for completion in row.completions]))
+    return [[next(flat) for _ in row.completions] for row in rows]
 
 
 @torch.no_grad()
@@ -95,93 +96,68 @@ def score_rows(model: Model, rows: Sequence[Row], batch_size: int, shared_prefix
     return scored
 
 
-def shares_prefix(config: PretrainedConfig, length: int) -> bool:
-    """Whether one row with an attention mask of our own is exact for this architecture, up to `length` positions.
-
-    The mask replaces the model's, so every layer must be attention that takes a dense mask, and a sliding window must
-    not be narrower than the sequence. Elsewhere the plain path is taken.
-    """
-    config = config.get_text_config()
-    if config._attn_implementation not in ("sdpa", "eager") or config.model_type not in SHARED_PREFIX_ARCHITECTURES:
-        return False
-    layer_types = getattr(config, "layer_types", None)
-    window = getattr(config, "sliding_window", None)
-    slides = window is not None if layer_types is None else "sliding_attention" in layer_types
-    return not slides or (window is not None and length <= window)
-
-
-SHARED_PREFIX_ARCHITECTURES = frozenset(
-    {"llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "phi3", "olmo2", "granite"}
-)
-"""Decoders whose every layer is attention under the mask passed in (llama, qwen2, mistral, gemma2 are tested)."""
-
-
 def _depth(row: Row) -> int:
     return len(row.prompt) + max(len(completion) for completion in row.completions)
 
 
-def _forward(model: Model, rows: Sequence[Row]) -> list[list[Tensor]]:
-    """One pass over rows padded on the left, so that completions end together and `logits_to_keep` is one number."""
-    device = model.device
-    width = max(len(row) for row in rows)
-    tails = [sum(len(completion) for completion in row.completions) for row in rows]
-    keep = max(tails) + 1
-    ids = torch.zeros(len(rows), width, dtype=torch.long)
-    positions = torch.zeros_like(ids)
-    mask = torch.zeros_like(ids)
-    for i, row in enumerate(rows):
-        start = width - len(row)
-        ids[i, start:] = torch.tensor([*row.prompt, *(t for completion in row.completions for t in completion)])
+def _packed(model: Model, rows: Sequence[Row]) -> list[Tensor]:
+    """One pass over all rows without padding; each completion's token log-probabilities, in order."""
+    ids: list[int] = []
+    positions: list[int] = []
+    sources: list[int] = []  # the token that predicts each completion token: the last of the prompt, or the one before
+    targets: list[int] = []
+    for row in rows:
         p = len(row.prompt)
-        positions[i, start:] = torch.tensor([*range(p), *(p + t for c in row.completions for t in range(len(c)))])
+        ids += row.prompt
+        positions += range(p)
+        last_of_prompt = len(ids) - 1
+        for completion in row.completions:
+            sources += [last_of_prompt, *range(len(ids), len(ids) + len(completion) - 1)]
+            targets += completion
+            ids += completion
+            positions += range(p, p + len(completion))
+    device = model.device
+    kept, where = torch.tensor(sources).unique(return_inverse=True)
+    logits = model(
+        input_ids=torch.tensor([ids], device=device),
+        position_ids=torch.tensor([positions], device=device),
+        attention_mask=NO_MASK.to(device),
+        packing=pack([(len(row.prompt), [len(c) for c in row.completions]) for row in rows], device),
+        logits_to_keep=kept.to(device),
+        use_cache=False,
+    ).logits[0]
+    return _pick(logits[where.to(device)], targets, [len(c) for row in rows for c in row.completions])
+
+
+def _padded(model: Model, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Tensor]:
+    """The plain path: one sequence a completion, padded on the left, so that `logits_to_keep` is one number."""
+    device = model.device
+    width = max(len(prompt) + len(completion) for prompt, completion in pairs)
+    keep = max(len(completion) for _, completion in pairs) + 1
+    ids = torch.zeros(len(pairs), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for i, (prompt, completion) in enumerate(pairs):
+        start = width - len(prompt) - len(completion)
+        ids[i, start:] = torch.tensor([*prompt, *completion])
         mask[i, start:] = 1
-    packed = any(len(row.completions) > 1 for row in rows)
     logits = model(
         input_ids=ids.to(device),
-        attention_mask=_tree_mask(rows, width, model.dtype, device) if packed else mask.to(device),
-        position_ids=positions.to(device),
+        attention_mask=mask.to(device),
+        position_ids=(mask.cumsum(-1) - 1).clamp(min=0).to(device),
         logits_to_keep=keep,
         use_cache=False,
     ).logits
-    # Logit j of the kept ones predicts after position width - keep + j. The first token of a completion is predicted
-    # by the last prompt token, every other one by the token before it.
-    sources, targets, owners = [], [], []
-    for i, (row, tail) in enumerate(zip(rows, tails, strict=True)):
-        last_prompt = keep - 1 - tail
-        offset = last_prompt + 1
-        for completion in row.completions:
-            sources += [last_prompt, *range(offset, offset + len(completion) - 1)]
-            targets += list(completion)
-            owners += [i] * len(completion)
-            offset += len(completion)
-    picked = logits[torch.tensor(owners, device=device), torch.tensor(sources, device=device)].float()
-    target = torch.tensor(targets, device=device).unsqueeze(-1)
-    logps = picked.gather(-1, target).squeeze(-1) - picked.logsumexp(dim=-1)
-    pieces = iter(logps.split([len(completion) for row in rows for completion in row.completions]))
-    return [[next(pieces) for _ in row.completions] for row in rows]
+    lengths = [len(completion) for _, completion in pairs]
+    picked = torch.cat([logits[i, keep - 1 - n : keep - 1] for i, n in enumerate(lengths)])
+    return _pick(picked, [token for _, completion in pairs for token in completion], lengths)
 
 
-def _tree_mask(rows: Sequence[Row], width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(rows, 1, width, width), 0 where attention may look and the dtype's minimum elsewhere.
-
-    A token sees itself and what precedes it in the prompt or in its own completion. Padding sees itself alone, so that
-    no softmax is empty.
-    """
-    segment = torch.full((len(rows), width), -1, dtype=torch.long)  # -1 padding, 0 prompt, 1.. completions
-    for i, row in enumerate(rows):
-        at = width - len(row)
-        segment[i, at : at + len(row.prompt)] = 0
-        at += len(row.prompt)
-        for number, completion in enumerate(row.completions, start=1):
-            segment[i, at : at + len(completion)] = number
-            at += len(completion)
-    segment = segment.to(device)
-    query, key = segment.unsqueeze(2), segment.unsqueeze(1)
-    causal = torch.ones(width, width, dtype=torch.bool, device=device).tril()
-    visible = causal & (query >= 0) & ((key == 0) | (key == query))
-    visible |= torch.eye(width, dtype=torch.bool, device=device)
-    mask = torch.zeros(visible.shape, dtype=dtype, device=device)
-    return mask.masked_fill_(~visible, torch.finfo(dtype).min).unsqueeze(1)
+def _pick(logits: Tensor, targets: Sequence[int], lengths: Sequence[int]) -> list[Tensor]:
+    """log softmax at the targets, float32. `logits`: (tokens, vocabulary), split by completion."""
+    logits = logits.float()
+    target = torch.tensor(targets, device=logits.device).unsqueeze(-1)
+    logps = logits.gather(-1, target).squeeze(-1) - logits.logsumexp(dim=-1)
+    return list(logps.split(list(lengths)))
 
 
 def answer_logp(token_logps: Sequence[Tensor], likelihood: str = "sum", aliases: str = "first") -> Tensor:

@@ -20,6 +20,7 @@ from dro_rl.assembly import build_prompters, evaluate_base, load_models, load_re
 from dro_rl.console import print_help, print_stages
 from dro_rl.data import load_questions
 from dro_rl.errors import InputError
+from dro_rl.evaluation.plots import plot_curves
 from dro_rl.recipe import load_recipe, parse_command_line
 from dro_rl.trainer import DROTrainer
 
@@ -61,7 +62,9 @@ def main(arguments: Sequence[str]) -> None:
     trainer.evaluate(stage="final")
     trainer.save_model()
     trainer.save_state()
-    print_stages(trainer.stages, training.output_dir)
+    if trainer.is_world_process_zero():
+        curves = plot_curves(trainer.run_dir)
+        print_stages(trainer.stages, trainer.run_dir, curves)
 
 
 def run_job(arguments: Sequence[str]) -> int:

@@ -1,6 +1,6 @@
 """The engine that needs nothing but the model: cached decoding with transformers, on any device.
 
-Each prompt is prefilled once. Where the architecture takes a mask of ours (`likelihood.shares_prefix`), its m samples
+Each prompt is prefilled once. Where the architecture takes a mask of ours (`attention.takes_packed_rows`), its m samples
 decode side by side in one row over that one cache, so that memory and attention do not grow by m; elsewhere the cache
 is expanded to m rows. Both draw the same tokens.
 """
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from dro_rl.likelihood import Model, shares_prefix
+from dro_rl.attention import NO_MASK, pack, takes_packed_rows
+from dro_rl.likelihood import Model
 from dro_rl.rollouts.engine import Completion, SamplingParams, uniforms
 
 
@@ -62,24 +63,13 @@ class TransformersEngine:
         model, device = self.model, self.model.device
         batch, m, length = draws.shape
         width = max(len(prompt) for prompt in prompts)
-        ids = torch.zeros(batch, width, dtype=torch.long)
-        mask = torch.zeros(batch, width, dtype=torch.long)
-        for i, prompt in enumerate(prompts):
-            ids[i, width - len(prompt) :] = torch.tensor(list(prompt))
-            mask[i, width - len(prompt) :] = 1
-        ids, mask, draws = ids.to(device), mask.to(device), draws.to(device)
-        cache = DynamicCache(config=model.config.get_text_config())
-        logits = model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits
+        packed = self.shared_prefix and takes_packed_rows(model, width + length)
+        prefill = self._prefill_packed if packed else self._prefill_padded
+        logits, cache, mask = prefill([list(prompt) for prompt in prompts], width)
+        draws = draws.to(device)
         logits = logits.expand(batch, m, -1)
         positions = mask.sum(dim=-1, keepdim=True)
-        side_by_side = self.shared_prefix and m > 1 and shares_prefix(model.config, width + m * length)
+        side_by_side = packed and m > 1
         if not side_by_side and m > 1:
             cache.batch_repeat_interleave(m)
             mask = mask.repeat_interleave(m, dim=0)
@@ -98,7 +88,7 @@ class TransformersEngine:
             if side_by_side:
                 logits = model(
                     input_ids=tokens[:, :, t],
-                    attention_mask=_side_by_side_mask(mask, m, t + 1, model.dtype),
+                    attention_mask=_side_by_side_mask(mask, m, t + 1),
                     position_ids=(positions + t).expand(batch, m),
                     past_key_values=cache,
                     use_cache=True,
@@ -116,6 +106,55 @@ class TransformersEngine:
             [Completion(tuple(tokens[i, j, :n].tolist()), tuple(logps[i, j, :n].tolist())) for j, n in enumerate(row)]
             for i, row in enumerate(lengths.tolist())
         ]
+
+    def _prefill_padded(self, prompts: list[list[int]], width: int) -> tuple[Tensor, DynamicCache, Tensor]:
+        """The next token's logits (prompts, 1, vocabulary), the cache, and the mask of what is no padding."""
+        device = self.model.device
+        ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
+        mask = _left_padded_mask(prompts, width).to(device)
+        cache = DynamicCache(config=self.model.config.get_text_config())
+        logits = self.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits
+        return logits, cache, mask
+
+    def _prefill_packed(self, prompts: list[list[int]], width: int) -> tuple[Tensor, DynamicCache, Tensor]:
+        """The same without computing padding: prompts packed in one row, whose cache is then laid out as a batch."""
+        device = self.model.device
+        packed = DynamicCache(config=self.model.config.get_text_config())
+        lengths = [len(prompt) for prompt in prompts]
+        ends = torch.tensor(lengths).cumsum(0)
+        logits = self.model(
+            input_ids=torch.tensor([[token for prompt in prompts for token in prompt]], device=device),
+            position_ids=torch.tensor([[position for n in lengths for position in range(n)]], device=device),
+            attention_mask=NO_MASK.to(device),
+            packing=pack([(n, ()) for n in lengths], device),
+            past_key_values=packed,
+            use_cache=True,
+            logits_to_keep=(ends - 1).to(device),
+        ).logits
+        if len(prompts) > 1:
+            for layer in packed.layers:
+                layer.keys = _as_batch(layer.keys, lengths, width)
+                layer.values = _as_batch(layer.values, lengths, width)
+        return logits.transpose(0, 1), packed, _left_padded_mask(prompts, width).to(device)
+
+
+def _left_padded_mask(prompts: list[list[int]], width: int) -> Tensor:
+    return torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+
+
+def _as_batch(states: Tensor, lengths: list[int], width: int) -> Tensor:
+    """(1, heads, all tokens, size) of packed prompts as (prompts, heads, width, size), padded on the left."""
+    batch = states.new_zeros(len(lengths), states.shape[1], width, states.shape[3])
+    for i, piece in enumerate(states[0].split(lengths, dim=1)):
+        batch[i, :, width - lengths[i] :] = piece
+    return batch
 
 
 def draw(logits: Tensor, sampling: SamplingParams, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -160,10 +199,8 @@ def truncate(logits: Tensor, sampling: SamplingParams) -> Tensor:
     return logits
 
 
-def _side_by_side_mask(prompt_mask: Tensor, m: int, steps: int, dtype: torch.dtype) -> Tensor:
-    """(batch, 1, m, width + m·steps): sample j sees the prompt and its own tokens, every m-th after it."""
+def _side_by_side_mask(prompt_mask: Tensor, m: int, steps: int) -> Tensor:
+    """(batch, 1, m, width + m·steps) bool: sample j sees the prompt and its own tokens, every m-th after it."""
     prompt = prompt_mask.bool().unsqueeze(1).expand(-1, m, -1)
     own = torch.eye(m, dtype=torch.bool, device=prompt_mask.device).repeat(1, steps)
-    visible = torch.cat([prompt, own.expand(len(prompt), -1, -1)], dim=-1)
-    mask = torch.zeros(visible.shape, dtype=dtype, device=prompt_mask.device)
-    return mask.masked_fill_(~visible, torch.finfo(dtype).min).unsqueeze(1)
+    return torch.cat([prompt, own.expand(len(prompt), -1, -1)], dim=-1).unsqueeze(1)
