@@ -13,7 +13,7 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from dro_rl.evaluation.evaluator import evaluate, read_stages, summarise, write_results, write_stages
-from dro_rl.models import ROLES, LoraSettings, Role, SelectorGenerator, add_adapter, load_model, load_tokenizer
+from dro_rl.models import ROLES, LoraSettings, Role, SelectorGenerator, add_adapter, load_model, load_tokenizer, whole_parameters
 from dro_rl.pipeline import PipelineSettings, RAGPipeline
 from dro_rl.prompts import Prompter
 from dro_rl.recipe import Recipe, RunConfig
@@ -101,7 +101,9 @@ def load_reference(recipe: Recipe, sources: dict[Role, str]) -> nn.Module | None
     """The initial selector, when the objective keeps the trained one near it."""
     if recipe.training.beta == 0:
         return None
-    return load_model(sources["selector"], **_source_kwargs(recipe, "selector", sources)).requires_grad_(False)
+    with whole_parameters():
+        model = load_model(sources["selector"], **_source_kwargs(recipe, "selector", sources))
+    return model.requires_grad_(False)
 
 
 def _source_kwargs(recipe: Recipe, role: Role, sources: dict[Role, str]) -> dict[str, Any]:
@@ -124,7 +126,8 @@ def evaluate_base(recipe: Recipe, dev: Sequence[Question], prompters: dict[Role,
 
     @contextmanager
     def open_role(role: Role) -> Iterator[Any]:
-        model = load_model(run.model_name(role), **model_kwargs(run, role)).to(state.device).eval()
+        with whole_parameters():
+            model = load_model(run.model_name(role), **model_kwargs(run, role)).to(state.device).eval()
         half = torch.float16 if training.fp16 else torch.bfloat16
         with torch.no_grad(), torch.autocast(state.device.type, half, enabled=bool(training.bf16 or training.fp16)):
             yield model

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 
 class InputError(ValueError):
     """Something a user wrote is wrong: a recipe key, a line of a question file, a model folder.
@@ -26,3 +28,13 @@ def shorten(value: object, limit: int = 120) -> str:
 
 class Phrase(str):
     """A value that describes what was found ("nothing", "2 of 5 lines") and is printed without quotes."""
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Whether a write found no room: as the system says it, as safetensors repeats it, as torch's archive writer fails.
+
+    `torch.save` has no words for it. Its writer finds that less was written than it gave.
+    """
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return any(sign in str(error) for sign in ("No space left on device", "PytorchStreamWriter", "unexpected pos"))

@@ -18,7 +18,10 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 
 from dro_rl.errors import InputError, Phrase
 from dro_rl.likelihood import Row, answer_logp, row_logps
@@ -201,7 +204,8 @@ def check_model(name: str, place: str, *, revision: str | None = None, trust_rem
     try:
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:
+        # A hub, a config class and a tokenizer library stand behind these, each with errors of its own.
         raise InputError(
             place,
             name,
@@ -213,6 +217,14 @@ def check_model(name: str, place: str, *, revision: str | None = None, trust_rem
     ):
         raise InputError(
             place, f"{name} ({config.model_type})", "this is a causal language model", "Use a decoder-only model."
+        )
+    encodes = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+    if config.is_encoder_decoder or encodes:
+        raise InputError(
+            place,
+            f"{name} ({config.model_type})",
+            "this is a causal language model, and an encoder reads what comes after",
+            "Use a decoder-only model.",
         )
     rows = config.get_text_config().vocab_size
     if len(tokenizer) > rows:
@@ -226,6 +238,19 @@ def check_model(name: str, place: str, *, revision: str | None = None, trust_rem
         raise InputError(place, name, "the tokenizer is a fast one (documents are cut by offsets)", "Convert it.")
     if tokenizer.eos_token_id is None:
         raise InputError(place, name, "the tokenizer has an end-of-sequence token", "Set eos_token in its config.")
+
+
+@contextmanager
+def whole_parameters() -> Iterator[None]:
+    """Build or load models whole, also where ZeRO-3 would shard them on the way: to look at them, or to use them alone."""
+    from transformers.integrations import deepspeed
+
+    sharding = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = sharding
 
 
 def load_model(name: str, **kwargs: Any) -> PreTrainedModel:
@@ -359,4 +384,4 @@ def merged_copy(model: Any, adapter: Path) -> PreTrainedModel:
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0][:200]
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]

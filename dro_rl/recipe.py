@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import os
 import types
 import typing
@@ -101,6 +102,8 @@ class RunConfig:
         for name in ("selector_lora_r", "generator_lora_r", "lora_dropout", "lora_alpha"):
             if getattr(self, name) < 0:
                 raise InputError(name, getattr(self, name), "this is not negative", "Use 0 or more.")
+        if self.lora_dropout >= 1:
+            raise InputError("lora_dropout", self.lora_dropout, "this is a share below 1", "Use 0.05, or 0 for none.")
         for name in ("warmup_selector_steps", "warmup_generator_steps"):
             if getattr(self, name) < 1 and getattr(self, name) != -1:
                 raise InputError(name, getattr(self, name), "this is positive, or -1 for one epoch", "Use one of them.")
@@ -261,17 +264,23 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(str(path), Phrase("no such file"), "a recipe is a YAML file", "Check the path.")
     with path.open(encoding="utf-8") as stream:
-        loader = _StrictLoader(stream)
-        loader.name = str(path)
+        loader: _StrictLoader | None = None
         try:
+            loader = _StrictLoader(stream)
+            loader.name = str(path)
             values = loader.get_single_data()
+        except (UnicodeDecodeError, yaml.reader.ReaderError) as error:
+            raise InputError(
+                str(path), Phrase(str(error).splitlines()[0]), "a recipe is UTF-8 text", "Convert the file."
+            ) from None
         except yaml.MarkedYAMLError as error:
             line = error.problem_mark.line + 1 if error.problem_mark else "?"
             raise InputError(
                 f"{path}: line {line}", Phrase(str(error.problem)), "a recipe is YAML", "Correct it."
             ) from None
         finally:
-            loader.dispose()
+            if loader is not None:
+                loader.dispose()
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise InputError(str(path), Phrase(type(values).__name__), "a recipe is `key: value` lines", "Write some.")
     return values
@@ -316,10 +325,10 @@ def _matches(value: Any, kind: Any) -> tuple[bool, Any]:
     if kind is float:
         if isinstance(value, str):  # YAML reads 1e-5 as text
             try:
-                return True, float(value)
+                value = float(value)
             except ValueError:
                 return False, value
-        return isinstance(value, int | float) and not isinstance(value, bool), value
+        return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value), value
     return isinstance(value, str), value
 
 

@@ -91,6 +91,7 @@ class Rollout:
         selector_coefficient: what multiplies ∇ log p(z|x): the weight, less its control variate and regularisers.
         ess: effective sample size of the group's weights.
         weight_temperature: the temperature its weights were computed at.
+        prompt_cut: whether the selector read documents cut to fit `max_prompt_length`.
     """
 
     question: int
@@ -106,6 +107,7 @@ class Rollout:
     selector_coefficient: float
     ess: float
     weight_temperature: float
+    prompt_cut: bool = False
 
     @property
     def proposal_logp(self) -> float:

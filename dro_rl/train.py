@@ -7,6 +7,8 @@ python dro_rl/train.py recipes/quickstart.yaml --seed 1 --output_dir runs/seed-1
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
 from collections.abc import Sequence
 
@@ -19,7 +21,7 @@ from dro_rl import preflight
 from dro_rl.assembly import build_prompters, evaluate_base, load_models, load_reference, warm_up_models
 from dro_rl.console import print_help, print_stages
 from dro_rl.data import load_questions
-from dro_rl.errors import InputError
+from dro_rl.errors import InputError, Phrase, is_full_disk
 from dro_rl.evaluation.plots import plot_curves
 from dro_rl.recipe import load_recipe, parse_command_line
 from dro_rl.trainer import DROTrainer
@@ -38,6 +40,7 @@ def main(arguments: Sequence[str]) -> None:
         run.dataset_eval_split,
         config=run.dataset_config,
         limit=run.max_eval_samples,
+        key="eval_dataset_name" if run.eval_dataset_name else "dataset_name",
     )
     preflight.check(recipe, train, dev)
     prompters = build_prompters(recipe)
@@ -72,13 +75,30 @@ def run_job(arguments: Sequence[str]) -> int:
     if "--help" in arguments or "-h" in arguments or not arguments:
         print_help(__doc__ or "")
         return 0
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("dro_rl").setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
     try:
         main(arguments)
     except InputError as error:
-        if PartialState().is_local_main_process:
-            Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {error}", markup=False)
-        return 2
+        return _refuse(error)
+    except Exception as error:
+        if not is_full_disk(error):
+            raise
+        return _refuse(
+            InputError(
+                str(getattr(error, "filename", None) or "disk"),
+                Phrase(f"full ({str(error).splitlines()[0]})"),
+                "a run has room for its files; checkpoints that are in place are whole",
+                "Free some, and give the same command with --resume_from_checkpoint auto.",
+            )
+        )
     return 0
+
+
+def _refuse(error: InputError) -> int:
+    if PartialState().is_local_main_process:
+        Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {error}", markup=False)
+    return 2
 
 
 if __name__ == "__main__":

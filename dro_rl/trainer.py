@@ -6,6 +6,7 @@ stands in `objective`, `likelihood` and `rollouts`; what stands here is when, an
 
 from __future__ import annotations
 
+import logging
 import shutil
 import time
 from collections import defaultdict
@@ -54,6 +55,8 @@ from dro_rl.rollouts.engine import rollout_seed
 from dro_rl.rollouts.metrics import rollout_metrics
 from dro_rl.rollouts.transformers_engine import TransformersEngine
 from dro_rl.schedule import Schedule, Slots, SlotSampler
+
+logger = logging.getLogger(__name__)
 
 QUESTIONS_PER_PART = 128
 """Questions a process whose rollouts are computed and written together: what a kill in an E-step can cost."""
@@ -120,6 +123,12 @@ class DROTrainer(_BaseTrainer):
         self._sampled_logps = torch.empty(0)
         self._step_metrics: dict[str, list[float]] = defaultdict(list)
         self._phase_seconds: dict[str, float] = defaultdict(float)
+        several = sum(len(question.answers) > 1 for question in train_questions)
+        if several:
+            logger.info(
+                f"{several} of {len(train_questions)} questions have several accepted answers; "
+                f"the likelihood takes answer_aliases: {args.answer_aliases}"
+            )
         super().__init__(
             model=model,
             args=args,

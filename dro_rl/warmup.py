@@ -111,12 +111,14 @@ def read_ranking(path: Path) -> Callable[[Question], list[int]]:
     if not path.is_file():
         raise InputError("warmup_selector_ranking", str(path), "the file exists", "Check the path.")
     ranking: dict[str, list[str]] = {}
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8", errors="surrogateescape") as lines:
         for number, line in enumerate(lines, start=1):
             try:
                 row = json.loads(line)
-                ranking[row["id"]] = list(row["ranking"])
-            except (json.JSONDecodeError, KeyError, TypeError):
+                if not isinstance(row["ranking"], list):
+                    raise TypeError
+                ranking[row["id"]] = row["ranking"]
+            except (ValueError, KeyError, TypeError):
                 raise InputError(
                     f"{path}: line {number}",
                     line.strip()[:60],
@@ -128,6 +130,13 @@ def read_ranking(path: Path) -> Callable[[Question], list[int]]:
         if question.id not in ranking:
             raise InputError(str(path), question.id, "every training question has a ranking", "Add its line.")
         places = {identifier: place for place, identifier in enumerate(ranking[question.id])}
+        if not any(document.id in places for document in question.documents):
+            raise InputError(
+                f"{path}: id {question.id}",
+                ranking[question.id],
+                "a ranking names candidates of its question, by document id",
+                "Rank the documents of the question file.",
+            )
         numbers = range(1, len(question.documents) + 1)
         return sorted(numbers, key=lambda n: places.get(question.documents[n - 1].id, len(places)))
 

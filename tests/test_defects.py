@@ -27,7 +27,7 @@ from dro_rl.likelihood import completion_logps
 from dro_rl.pipeline import PipelineSettings, RAGPipeline
 from dro_rl.prompts import Prompter
 from dro_rl.recipe import RunConfig
-from dro_rl.records import Question, Rollout
+from dro_rl.records import Question, Rollout, Selection
 from dro_rl.rollouts.e_step import EStep
 from dro_rl.rollouts.engine import Completion
 from dro_rl.rollouts.metrics import rollout_metrics
@@ -145,7 +145,7 @@ def test_a5_duplicates_keep_their_multiplicity(lab) -> None:
 
 
 def test_a5_duplicates_are_scored_once_with_their_coefficients_summed(lab) -> None:
-    """A5: and were keyed on the raw text. The generator's key is what it reads; the selector's, its tokens."""
+    """A5: and were keyed on the text. The generator's key is what it reads; the selector's, its tokens."""
     rollouts = lab.rollouts(["[1] > [2]", "[1]>[2]", "[2] > [1]", "[1] > [2]"])
     generator = DROTrainer._generator_rows(lab.trainer(4), [rollouts])
     selector = DROTrainer._selector_rows(lab.trainer(4), [rollouts])
@@ -184,10 +184,13 @@ def test_a9_valid_lists_that_are_not_of_k_numbers_are_used(lab) -> None:
 @pytest.mark.parametrize("aliases", ["first", "max", "logsumexp"])
 def test_a10_every_accepted_answer_can_count(lab, aliases: str) -> None:
     """A10: one accepted answer, everywhere."""
-    first, second = (lab.answer_logps((1, 2), answer).sum() for answer in ("heron", "the grey heron"))
+    logps = {answer: lab.answer_logps((1, 2), answer).sum() for answer in "abcdefgh"}
+    worst, best = min(logps, key=logps.__getitem__), max(logps, key=logps.__getitem__)
+    lab.questions = [replace(lab.questions[0], answers=(worst, best, best))]
     expected = {
-        "first": first, "max": torch.maximum(first, second), "logsumexp": torch.logaddexp(first, second),
+        "first": logps[worst], "max": logps[best], "logsumexp": torch.logaddexp(logps[worst], logps[best]),
     }[aliases]  # fmt: skip
+    assert logps[best] > logps[worst] + 0.1
     assert lab.rollouts(TEXTS, answer_aliases=aliases)[0].answer_logp == pytest.approx(
         expected.item(), abs=1e-4
     )
@@ -227,8 +230,21 @@ def pipeline(lab) -> RAGPipeline:
     )
 
 
-def test_d1_evaluation_is_greedy(pipeline, questions) -> None:
-    """D1: temperature 0.8 for ranking and for answering, so that every run gave another exact match."""
+def test_d1_evaluation_is_greedy(pipeline, lab, questions) -> None:
+    """D1: temperature 0.8 for ranking and for answering."""
+    for answer, question in zip(pipeline.answer_all(questions), questions, strict=True):
+        prompt = lab.prompters["generator"].generator_prompt(question, answer.selection.numbers or (1, 2)).ids
+        ids = lab.generator.generate(
+            torch.tensor([prompt]), max_new_tokens=6, do_sample=False, use_cache=False
+        )
+        written = ids[0, len(prompt) :].tolist()
+        assert answer.text == lab.prompters["generator"].decode(written)
+        logp = completion_logps(lab.generator, prompt, [written])[0].sum().item()
+        assert answer.logp == pytest.approx(logp, abs=1e-3)
+
+
+def test_d1_evaluation_gives_the_same_every_time(pipeline, questions) -> None:
+    """D1: every run gave another exact match."""
     torch.manual_seed(1)
     first = pipeline.answer_all(questions)
     torch.manual_seed(2)
@@ -251,6 +267,23 @@ def test_d3_a_selector_that_names_nothing_leaves_documents_to_read(pipeline, lab
     answer = pipeline.answer_all(questions[:1])[0]
     assert not answer.selection.valid
     assert asked == [(1, 2)]
+
+
+def test_evaluation_reads_what_was_selected_and_scores_as_training_does(pipeline, lab, questions) -> None:
+    """The answer's log-probability is the reward's: a sum, after the selected documents in their order."""
+    pipeline.select_all = lambda asked: [Selection((3, 1), True)] * len(asked)
+    asked: list[Sequence[int]] = []
+    prompter = lab.prompters["generator"]
+    lab.prompters["generator"] = SimpleNamespace(
+        generator_prompt=lambda q, numbers: (
+            asked.append(tuple(numbers)) or prompter.generator_prompt(q, numbers)
+        ),
+        **{name: getattr(prompter, name) for name in ("eos_token_id", "decode", "completion")},
+    )
+    (result,) = evaluate(pipeline, questions[:1])
+    assert asked == [(3, 1)] * 2  # to write, and to score
+    assert result.selection == [3, 1]
+    assert result.answer_logp == pytest.approx(lab.answer_logps((3, 1), "heron").sum().item(), abs=1e-4)
 
 
 def test_d4_results_belong_to_their_questions(pipeline, questions) -> None:

@@ -44,10 +44,9 @@ def test_the_same_arguments_give_the_same_questions():
 
 def test_the_questions_are_those_of_any_machine():
     question = make_world("dev", 2)[1]
-    assert (question.question, question.answers, question.supporting_numbers) == PINNED
-
-
-PINNED = ("birthplace_of boss_of otto ?", ("tunis",), (4, 7))
+    assert question.question == "birthplace_of boss_of otto ?"
+    assert question.answers == ("tunis",)
+    assert question.supporting_numbers == (4, 7)
 
 
 def test_a_larger_world_continues_a_smaller_one():
@@ -100,7 +99,7 @@ def test_distractors_share_the_subject_or_the_relation(questions):
     shared = []
     for question in questions:
         *asked, subject, _ = question.question.split()
-        others = [fact for fact, d in zip(facts(question), question.documents, strict=True) if d.id not in question.supporting]
+        others = [fact for fact in facts(question) if "-".join(fact) not in question.supporting]
         assert sum(fact.subject == subject for fact in others) == 1
         assert len({(fact.relation, fact.subject) for fact in facts(question)}) == len(question.documents)
         shared.append(sum(fact.relation in asked for fact in others))
@@ -155,4 +154,5 @@ def test_the_shipped_base_is_small_and_reads(base):
     kinds = ["object", "number", "object later", "number later"]
     with torch.no_grad():
         _, right = reading_loss(model, tokenizer, lookup_batch(Random(0), 64, 10, kinds, linked=True))
-    assert min(right) > 0.7, dict(zip(kinds, right, strict=True))
+    accuracy = dict(zip(kinds, right, strict=False))  # the rest is the list, whose numbers are random
+    assert min(accuracy.values()) > 0.8, accuracy  # chance is one in ten

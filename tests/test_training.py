@@ -65,7 +65,7 @@ def test_a_run_leaves_all_its_files(job: Job) -> None:
     for name in ("recipe.yaml", "selector/config.json", "generator/config.json", "trainer_state.json", "pipeline.json"):
         assert (run / name).is_file(), name
     assert {path.name for path in (run / "evaluation").iterdir()} == {
-        "summary.json", "base.parquet", "iteration-1.parquet", "iteration-2.parquet", "final.parquet",
+        "summary.json", "curves.png", "base.parquet", "iteration-1.parquet", "iteration-2.parquet", "final.parquet",
     }  # fmt: skip
     assert len(rollout_log.part_paths(run)) == 2
     assert (run / "checkpoint-4").is_dir()

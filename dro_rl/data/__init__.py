@@ -13,7 +13,9 @@ TOY_SIZES = {"train": 2048, "dev": 256, "test": 512}
 """Questions of the toy world's splits, unless the recipe says how many."""
 
 
-def load_questions(name: str, split: str, *, config: str | None = None, limit: int | None = None) -> list[Question]:
+def load_questions(
+    name: str, split: str, *, config: str | None = None, limit: int | None = None, key: str = "dataset_name"
+) -> list[Question]:
     """The questions of a split.
 
     Args:
@@ -22,13 +24,14 @@ def load_questions(name: str, split: str, *, config: str | None = None, limit: i
         split: which split; ignored for a single file.
         config: configuration of a hub dataset.
         limit: the first so many.
+        key: the recipe key that errors name.
 
     Raises:
         InputError: see `dro_rl.records.read_questions`.
     """
     if name == "toy":
         if split not in ("train", "dev", "test"):
-            raise InputError("toy", split, f"its splits are {', '.join(TOY_SIZES)}", "Use one of them.")
+            raise InputError(f"{key}: toy", split, f"its splits are {', '.join(TOY_SIZES)}", "Use one of them.")
         return make_world(cast(Any, split), limit or TOY_SIZES[split])
     path = Path(name).expanduser()
     if path.is_file():
@@ -36,9 +39,9 @@ def load_questions(name: str, split: str, *, config: str | None = None, limit: i
     elif path.is_dir():
         questions = read_questions(_file_of_split(path, split))
     elif path.is_absolute() or path.suffix or name.startswith("."):
-        raise InputError("dataset_name", name, "a question file or folder exists", "Check the path.")
+        raise InputError(key, name, "a question file or folder exists", "Check the path.")
     else:
-        questions = _from_hub(name, split, config)
+        questions = _from_hub(name, split, config, key)
     return questions[:limit] if limit else questions
 
 
@@ -54,7 +57,7 @@ def _file_of_split(folder: Path, split: str) -> Path:
     return found[0]
 
 
-def _from_hub(name: str, split: str, config: str | None) -> list[Question]:
+def _from_hub(name: str, split: str, config: str | None, key: str) -> list[Question]:
     from datasets import load_dataset
 
     try:
@@ -63,7 +66,7 @@ def _from_hub(name: str, split: str, config: str | None) -> list[Question]:
         # Many libraries stand between us and a hub, each with errors of its own; all mean that there is no such data.
         message = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise InputError(
-            "dataset_name",
+            key,
             name,
             f"this is a file, a folder, toy, or a hub dataset with split {split} ({message})",
             "Check the name, the split and the network.",

@@ -1,8 +1,8 @@
-"""The toy world: a closed world of people and places, made by code, on which the whole method runs in minutes.
+"""The toy world: a closed world of people and places, made by code. The whole method runs on it in minutes.
 
-A document is one fact (`home_of mira oslo`: the home of Mira is Oslo). A question names one fact without its object
-(`home_of mira ?`), or goes from one person to the next (`home_of friend_of mira ?`). Facts are drawn afresh for
-every question, so an answer can be had from the documents alone. Knows of records; of no model.
+A document is one fact (`home_of mira oslo`: the home of Mira is Oslo). A question names one fact without its
+object (`home_of mira ?`), or goes from one person to the next (`home_of friend_of mira ?`). Facts are drawn afresh
+for every question, so an answer can be had from the documents alone. Knows of records; of no model.
 """
 
 from __future__ import annotations
@@ -89,8 +89,8 @@ def make_world(
 ) -> list[Question]:
     """Make questions with candidates, answers and exact labels.
 
-    Question i depends on the other arguments and on i alone, on any machine: a larger `size` continues the list
-    that a smaller one begins. No fact stands in two splits. The order of the candidates says nothing.
+    Question i depends on the other arguments and on i alone, on any machine: a larger `size` continues the
+    list that a smaller one begins. No fact stands in two splits. The order of the candidates says nothing.
 
     Args:
         split: which facts to draw from.

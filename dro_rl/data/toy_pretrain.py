@@ -1,8 +1,9 @@
-"""Pre-trains the tiny base model of the toy world: `python -m dro_rl.data.toy_pretrain --output DIR`, a few minutes.
+"""Pre-trains the toy world's base model: `python -m dro_rl.data.toy_pretrain --output DIR`.
 
-The base learns to *read*: to copy, and to look up what stands in its context, in both directions. It never sees a question of the
-toy world, a prompt of the selector or the generator, or a list of documents. Its result is shipped as `TOY_BASE`, so
-no run needs this file.
+The base learns to *read*: to copy, to look up what stands in its context in both directions, and what a list looks
+like. It never sees a question of the toy world, nor a prompt of the selector or the generator, nor which documents
+help. The shipped `TOY_BASE` went through stages of this kind, run in parts and not by this one command: another run
+gives another base, and may stay long at the first facts. No training run needs this file.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from dro_rl.selection import format_selection
 SPECIAL = ("<pad>", "<eos>", "<unk>")
 # The words of the prompts have embeddings from the start, but no meaning: they never occur in pre-training.
 PROMPT_WORDS = ("question", "answer", "select", ":", "?", ">")
+NUMBERS = tuple(f"[{n}]" for n in range(1, MAX_DOCUMENTS + 1))
 READING_WORDS = ("=", "in", "list")
 KINDS = ("object", "number", "object later", "number later", "chain")
 LENGTH = {"object": 3, "number": 4, "object later": 4, "number later": 5, "chain": 4}
@@ -32,9 +34,8 @@ LENGTH = {"object": 3, "number": 4, "object later": 4, "number later": 5, "chain
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """One token a word, `[3]` included, so that decoding a selection gives exactly `[3] > [1] > [2]`."""
-    numbers = [str(n) for n in range(1, MAX_DOCUMENTS + 1)]
-    words = [*SPECIAL, *PROMPT_WORDS, *READING_WORDS, *numbers, *(f"[{n}]" for n in numbers)]
-    words += [*RELATIONS, *PEOPLE, *PLACES]
+    counts = [str(n) for n in range(1, MAX_DOCUMENTS + 1)]
+    words = [*SPECIAL, *PROMPT_WORDS, *READING_WORDS, *counts, *NUMBERS, *RELATIONS, *PEOPLE, *PLACES]
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(
@@ -67,7 +68,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, layers: int = 3, width: int 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """Texts of one shape: which of their words are to be predicted, and what kind of reading each of these is."""
+    """Texts of one shape: which of their words are to be predicted, and what kind of reading each of them is."""
 
     texts: list[str]
     answers: list[int]
@@ -78,9 +79,7 @@ def copy_batch(rng: Random, rows: int, length: int) -> Reading:
     """Words without meaning, then the same words again: onwards after `=`, backwards after `in`."""
     texts = []
     for row in range(rows):
-        words = rng.sample(
-            [*PEOPLE, *PLACES, *RELATIONS, *(f"[{n}]" for n in range(1, MAX_DOCUMENTS + 1))], length
-        )
+        words = rng.sample([*PEOPLE, *PLACES, *RELATIONS, *NUMBERS], length)
         texts.append(" ".join([*words, "=", *words] if row % 2 else [*words, "in", *reversed(words)]))
     # The first word of a copy cannot be known.
     return Reading(texts, list(range(length + 2, 2 * length + 1)), ["copy"] * (length - 1))
@@ -95,11 +94,11 @@ def lookup_batch(rng: Random, rows: int, num_facts: int, kinds: list[str], linke
         rng: draws everything.
         rows: how many texts.
         num_facts: facts in each text.
-        kinds: of the look-ups, in order: `object` (home_of mira oslo), `number` of a fact (in home_of mira [3]), both
-            also with a word in between (`object later`: home_of mira = oslo), and `chain` over two facts
+        kinds: of the look-ups, in order: `object` (home_of mira oslo), `number` of a fact (in home_of mira [3]),
+            both also with a word in between (`object later`: home_of mira = oslo), and `chain` over two facts
             (home_of friend_of mira oslo).
-        linked: some facts share a subject, and some tell of another's object. Otherwise all subjects differ and the
-            relation is the same, so that look-ups go by the subject.
+        linked: some facts share a subject, and some tell of another's object. Otherwise all subjects differ and
+            the relation is the same, so that look-ups go by the subject.
     """
     answers, end = [], 4 * num_facts
     for kind in kinds:
@@ -197,8 +196,8 @@ def pretrain(
 ) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     """Train by curriculum: to copy, then to look up among few facts, then among ten that are linked.
 
-    From ten facts at once, or without having learnt to copy, such a model stays at chance for as long as one cares to
-    wait. After the last stage is mastered come `finish` steps in which the learning rate falls to zero.
+    From ten facts at once, or without having learnt to copy, such a model stays at chance for as long as one cares
+    to wait. After the last stage is mastered come `finish` steps in which the learning rate falls to zero.
     """
     torch.manual_seed(seed)
     rng = Random(f"toy-pretrain/{seed}")
@@ -206,12 +205,14 @@ def pretrain(
     model = build_model(tokenizer, layers=layers)
     print(f"{sum(p.numel() for p in model.parameters()):,} weights")
     start, step, finishing = time.monotonic(), 0, 0
-    stage, entered, optimizer = -1, 0, None
-    right: dict[str, float] = {"copy": 1.0}
+    stage, entered = 0, 0
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01, betas=(0.9, 0.98))
+    right: dict[str, float] = {"copy": 0.0}
     while time.monotonic() - start < 60 * minutes and not (finishing and step - finishing >= finish):
         if stage < len(STAGES) - 1 and min(right.values()) > 0.9:
-            stage, right = stage + 1, {}
-            if optimizer is None or STAGES[stage].learning_rate != STAGES[stage - 1].learning_rate:
+            stage += 1
+            right = dict.fromkeys(STAGES[stage].kinds, 0.0)
+            if STAGES[stage].learning_rate != STAGES[stage - 1].learning_rate:
                 # Moments of another kind of text mislead: begin anew.
                 optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01, betas=(0.9, 0.98))
                 entered = step
@@ -229,7 +230,7 @@ def pretrain(
         optimizer.step()
         for kind in set(batch.kinds) - {"list"}:
             share = [hit for hit, of in zip(hits, batch.kinds, strict=True) if of == kind]
-            right[kind] = 0.8 * right.get(kind, 0.0) + 0.2 * sum(share) / len(share)
+            right[kind] = 0.8 * right[kind] + 0.2 * sum(share) / len(share)
         if step % 50 == 0:
             accuracy = ", ".join(f"{kind} {value:.2f}" for kind, value in sorted(right.items()))
             print(f"step {step}, {time.monotonic() - start:.0f} s, stage {stage}: {accuracy}", flush=True)
@@ -239,7 +240,7 @@ def pretrain(
 def reading_loss(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, batch: Reading
 ) -> tuple[torch.Tensor, list[float]]:
-    """Cross-entropy of the words to be predicted, and for each of them the share of rows that have it right."""
+    """Cross-entropy of the words to be predicted, and for each of them the share of texts with it right."""
     ids: torch.Tensor = tokenizer(batch.texts, return_tensors="pt", add_special_tokens=False)["input_ids"]
     places = torch.tensor(batch.answers)
     hidden = model.model(input_ids=ids).last_hidden_state[:, places - 1]
@@ -251,14 +252,10 @@ def reading_loss(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--output", type=Path, required=True, help="folder to write the model and tokenizer to"
-    )
+    parser.add_argument("--output", type=Path, required=True, help="folder for the model and tokenizer")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--layers", type=int, default=3)
-    parser.add_argument(
-        "--minutes", type=float, default=15.0, help="stop after this long, wherever it stands"
-    )
+    parser.add_argument("--minutes", type=float, default=15.0, help="stop after so long, wherever it stands")
     arguments = parser.parse_args()
     model, tokenizer = pretrain(seed=arguments.seed, layers=arguments.layers, minutes=arguments.minutes)
     model.save_pretrained(arguments.output)

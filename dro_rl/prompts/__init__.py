@@ -156,6 +156,10 @@ def load_template(name: str) -> jinja2.Template:
     )
     try:
         return environment.from_string(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise InputError(
+            str(path), Phrase(f"byte {error.start} is not UTF-8"), "a template is UTF-8 text", "Convert the file."
+        ) from None
     except jinja2.TemplateSyntaxError as error:
         raise InputError(
             f"{path}: line {error.lineno}", Phrase(str(error)), "a template is valid Jinja", "Correct it."

@@ -50,7 +50,6 @@ class EStep:
         self.open_selector, self.open_generator, self.open_reference = open_selector, open_generator, open_reference
         self.selector_prompter, self.generator_prompter = selector_prompter, generator_prompter
         self.config = config
-        self.num_cut = 0
 
     def __call__(self, indices: Sequence[int], questions: Sequence[Question], seeds: Sequence[int]) -> list[Rollout]:
         """Rollouts of some questions: m of each, in order.
@@ -62,7 +61,6 @@ class EStep:
         """
         config, m = self.config, self.config.num_generations
         prompts = [self.selector_prompter.selector_prompt(question, config.num_selected) for question in questions]
-        self.num_cut += sum(prompt.cut for prompt in prompts)
         with self.open_engine() as engine:
             groups = engine.generate([prompt.ids for prompt in prompts], m, config.sampling, seeds)
             on_policy = engine.samples_policy(config.sampling)
@@ -113,6 +111,7 @@ class EStep:
                 selector_coefficient=coefficients[i, j].item(),
                 ess=ess[i].item(),
                 weight_temperature=temperature[i].item(),
+                prompt_cut=prompts[i].cut,
             )
             for i in range(len(questions))
             for j in range(m)

@@ -53,6 +53,7 @@ SCHEMA = pa.schema(
         _column("selector_coefficient", pa.float64(), "what multiplies the gradient of log p of the rollout"),
         _column("ess", pa.float64(), "effective sample size of the group's weights, 0..m"),
         _column("weight_temperature", pa.float64(), "temperature of the group's weights"),
+        _column("prompt_cut", pa.bool_(), "the selector read documents cut to fit max_prompt_length"),
     ],
     metadata={"dro_rl.rollouts.version": VERSION},
 )
@@ -110,6 +111,7 @@ def to_table(
                 "selector_coefficient": rollout.selector_coefficient,
                 "ess": rollout.ess,
                 "weight_temperature": rollout.weight_temperature,
+                "prompt_cut": rollout.prompt_cut,
             }
         )
     return pa.Table.from_pylist(rows, schema=SCHEMA)
@@ -171,6 +173,7 @@ def to_rollouts(table: pa.Table) -> list[Rollout]:
             selector_coefficient=row["selector_coefficient"],
             ess=row["ess"],
             weight_temperature=row["weight_temperature"],
+            prompt_cut=row["prompt_cut"],
         )
         for row in table.to_pylist()
     ]

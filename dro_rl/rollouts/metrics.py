@@ -46,6 +46,7 @@ def rollout_metrics(
         "rollouts/clean": _mean(torch.tensor([not r.selection.problems for r in everything], dtype=torch.float64)),
         # Of the valid rollouts that could repeat an earlier one of their group, the share that does: 0..1 for any m.
         "rollouts/duplicate": repeated / repeatable if repeatable else math.nan,
+        "rollouts/prompt_cut": _mean(torch.tensor([group[0].prompt_cut for group in groups], dtype=torch.float64)),
         "rollouts/all_tie": _mean((valid.any(-1) & tie).double()),
         "rollouts/all_invalid": _mean((~valid.any(-1)).double()),
     }

@@ -126,7 +126,7 @@ class TransformersEngine:
     def _prefill_packed(self, prompts: list[list[int]], width: int) -> tuple[Tensor, DynamicCache, Tensor]:
         """The same without computing padding: prompts packed in one row, whose cache is then laid out as a batch."""
         device = self.model.device
-        packed = DynamicCache(config=self.model.config.get_text_config())
+        packed = DynamicCache()  # no window is narrower than the positions, and a window's cache would drop rows
         lengths = [len(prompt) for prompt in prompts]
         ends = torch.tensor(lengths).cumsum(0)
         logits = self.model(

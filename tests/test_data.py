@@ -1,0 +1,144 @@
+"""Where questions come from: a file, a folder with a file for each split, the toy world, a hub."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import sys
+import types
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from training_world import questions
+
+from dro_rl.data import TOY_SIZES, load_questions
+from dro_rl.errors import InputError
+from dro_rl.records import Question
+
+
+def rows(made: list[Question]) -> list[dict[str, Any]]:
+    return json.loads(json.dumps([asdict(question) for question in made]))
+
+
+def write(path: Path, made: list[Question]) -> Path:
+    text = "\n".join(json.dumps(row) for row in rows(made))
+    if path.name.endswith(".parquet"):
+        pq.write_table(pa.Table.from_pylist(rows(made)), path)
+    elif path.name.endswith(".gz"):
+        path.write_bytes(gzip.compress(text.encode()))
+    else:
+        path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".parquet"])
+def test_a_file_is_all_its_questions_whatever_the_split(tmp_path: Path, suffix: str) -> None:
+    path = write(tmp_path / f"mine{suffix}", questions(5))
+    assert load_questions(str(path), "train") == questions(5)
+    assert load_questions(str(path), "anything") == questions(5)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".parquet"])
+def test_a_folder_has_a_file_for_each_split(tmp_path: Path, suffix: str) -> None:
+    write(tmp_path / f"train{suffix}", questions(5))
+    write(tmp_path / f"dev{suffix}", questions(3, seed=1))
+    assert load_questions(str(tmp_path), "train") == questions(5)
+    assert load_questions(str(tmp_path), "dev") == questions(3, seed=1)
+
+
+def test_a_home_folder_may_be_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "train.jsonl", questions(2))
+    assert load_questions("~", "train") == load_questions("~/train.jsonl", "train") == questions(2)
+
+
+def test_two_files_for_a_split_are_refused(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", questions(5))
+    write(tmp_path / "train.parquet", questions(5))
+    with pytest.raises(InputError, match=r"2 files for split train: .*train\.jsonl\.gz.*Name the file itself"):
+        load_questions(str(tmp_path), "train")
+
+
+def test_no_file_for_a_split_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", questions(5))
+    with pytest.raises(InputError, match="0 files for split dev"):
+        load_questions(str(tmp_path), "dev")
+
+
+@pytest.mark.parametrize("name", ["/nowhere/questions", "nowhere/questions.jsonl", "./nowhere"])
+def test_a_path_that_leads_nowhere_is_not_looked_up_on_a_hub(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dro_rl.data._from_hub", lambda *args: pytest.fail("looked up"))
+    with pytest.raises(InputError, match=r"^dataset_name: .*a question file or folder exists"):
+        load_questions(name, "train")
+
+
+def test_the_limit_takes_the_first(tmp_path: Path) -> None:
+    path = write(tmp_path / "train.jsonl", questions(5))
+    assert load_questions(str(path), "train", limit=3) == questions(5)[:3]
+    assert load_questions(str(path), "train", limit=99) == questions(5)
+    assert load_questions("toy", "dev", limit=3) == load_questions("toy", "dev")[:3]
+
+
+def test_a_broken_line_beyond_the_limit_is_still_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "train.jsonl", questions(5))
+    path.write_text(path.read_text() + "\nnot json\n")
+    with pytest.raises(InputError, match="line 6"):
+        load_questions(str(path), "train", limit=2)
+
+
+@pytest.mark.parametrize("split", TOY_SIZES)
+def test_the_toy_world_is_the_same_each_time(split: str) -> None:
+    made = load_questions("toy", split)
+    assert len(made) == TOY_SIZES[split]
+    assert made == load_questions("toy", split)
+    assert len({question.id for question in made}) == len(made)
+
+
+def test_the_toy_world_asks_other_questions_in_each_split() -> None:
+    train, dev, test = ({(q.question, q.documents) for q in load_questions("toy", split)} for split in TOY_SIZES)
+    assert not train & dev
+    assert not train & test
+    assert not dev & test
+
+
+def test_the_toy_world_has_no_other_split() -> None:
+    with pytest.raises(InputError, match=r"'validation': its splits are train, dev, test"):
+        load_questions("toy", "validation")
+
+
+def test_a_hub_that_cannot_be_reached_is_an_input_error() -> None:
+    with pytest.raises(InputError, match=r"^dataset_name: 'nobody/nothing': .*hub dataset with split train.*network"):
+        load_questions("nobody/nothing", "train")
+
+
+def test_the_error_names_the_key_that_was_wrong() -> None:
+    with pytest.raises(InputError, match=r"^eval_dataset_name: 'nobody/nothing'"):
+        load_questions("nobody/nothing", "dev", key="eval_dataset_name")
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Rows that a hub dataset has."""
+    served: list[dict[str, Any]] = rows(questions(4))
+    fake = types.ModuleType("datasets")
+    fake.load_dataset = lambda name, config, split: served  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    return served
+
+
+def test_hub_rows_are_the_same_questions(hub: list[dict[str, Any]]) -> None:
+    assert load_questions("someone/questions", "train") == questions(4)
+    assert load_questions("someone/questions", "train", limit=2) == questions(2)
+
+
+def test_hub_rows_are_checked_like_lines(hub: list[dict[str, Any]]) -> None:
+    hub[2]["answers"] = []
+    with pytest.raises(InputError, match=r"someone/questions \(train\): row 3.*answers: empty list"):
+        load_questions("someone/questions", "train")
+    hub[2] = hub[0]
+    with pytest.raises(InputError, match=r"someone/questions \(train\): row 3: 'q0': ids are unique, and row 1 has it"):
+        load_questions("someone/questions", "train")

@@ -1,0 +1,117 @@
+"""The whole job on real questions of the five datasets, with models too small to learn and large enough to run."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from dro_rl import train
+from dro_rl.data.tiny_model import build
+from dro_rl.evaluation.evaluator import read_stages
+from dro_rl.pipeline import RAGPipeline
+from dro_rl.records import read_questions
+from dro_rl.rollouts import log as rollout_log
+
+ROOT = Path(__file__).parent.parent
+DATA = Path(os.environ.get("DRO_RL_DATA") or ROOT.parent / "shared" / "data")
+DATASETS = ("musique", "hotpotqa", "2wikimultihopqa", "nq", "wow")
+
+pytestmark = [
+    pytest.mark.real_data,
+    pytest.mark.slow,
+    pytest.mark.skipif(not DATA.is_dir(), reason="no question files at DRO_RL_DATA or ../shared/data"),
+]
+
+
+@pytest.fixture(scope="module")
+def run_of(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Runs by dataset, each made once."""
+    return {}
+
+
+@pytest.fixture(params=DATASETS)
+def finished(request: pytest.FixtureRequest, run_of: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    name = request.param
+    if name not in run_of:
+        folder = tmp_path_factory.mktemp(name)
+        questions = read_questions(DATA / "train" / f"{name}.jsonl.gz")
+        for role, seed in (("selector", 1), ("generator", 2)):
+            build(questions[:64], folder / role, vocab_size=2048, hidden_size=32, layers=1, seed=seed)
+        keys = {
+            "dataset_name": DATA / "train" / f"{name}.jsonl.gz",
+            "eval_dataset_name": DATA / "dev" / f"{name}.jsonl.gz",
+            "selector_model_name_or_path": folder / "selector",
+            "generator_model_name_or_path": folder / "generator",
+            "output_dir": folder / "run",
+            "warmup_cache_dir": folder / "cache",
+            "max_train_samples": 4,
+            "max_eval_samples": 2,
+            "num_iterations": 1,
+            "num_generations": 4,
+            "per_device_train_batch_size": 4,
+            "gradient_accumulation_steps": 2,
+            "per_device_eval_batch_size": 4,
+            "max_prompt_length": 1024,
+            "max_completion_length": 16,
+            "max_answer_length": 8,
+            "bf16": "false",
+            "gradient_checkpointing": "false",
+            "warmup_selector_steps": 2,
+            "warmup_generator_steps": 2,
+            "warmup_batch_size": 2,
+            "report_to": "none",
+            "disable_tqdm": "true",
+        }
+        options = [part for key, value in keys.items() for part in (f"--{key}", str(value))]
+        train.main([str(ROOT / "recipes" / "musique.yaml"), *options])
+        run_of[name] = folder / "run"
+    return run_of[name]
+
+
+def test_all_files_of_a_run_are_there(finished: Path) -> None:
+    for name in ("recipe.yaml", "trainer_state.json", "pipeline.json", "evaluation/summary.json"):
+        assert (finished / name).is_file(), name
+    for role in ("selector", "generator"):
+        AutoModelForCausalLM.from_pretrained(finished / role)
+    assert (finished / "checkpoint-2" / "trainer_state.json").is_file()
+    assert rollout_log.read(rollout_log.part_paths(finished)).num_rows == 4 * 4
+    assert not list(finished.rglob(".*.tmp"))
+
+
+def test_every_stage_is_reported_with_finite_numbers(finished: Path) -> None:
+    stages = read_stages(finished)
+    assert [stage["stage"] for stage in stages] == ["base", "warmup", "iteration-1", "final"]
+    for stage in stages:
+        assert stage["n"] == 2
+        assert all(math.isfinite(stage[name]) for name in ("em", "f1", "answer_logp", "valid"))
+
+
+def test_every_logged_number_is_finite(finished: Path) -> None:
+    history = json.loads((finished / "trainer_state.json").read_text())["log_history"]
+    steps = [entry for entry in history if "loss" in entry]
+    assert len(steps) == 2
+    for entry in steps:
+        assert all(value is None or math.isfinite(value) for value in entry.values() if not isinstance(value, str))
+
+
+def test_rollouts_name_the_documents_of_their_question(finished: Path) -> None:
+    name = finished.parent.name.rstrip("0123456789")
+    known = {question.id: question for question in read_questions(DATA / "train" / f"{name}.jsonl.gz")}
+    for row in rollout_log.read(rollout_log.part_paths(finished)).to_pylist():
+        question = known[row["question_id"]]
+        assert row["document_ids"] == [question.documents[number - 1].id for number in row["selection"]]
+        assert row["valid"] == bool(row["selection"])
+        assert math.isfinite(row["selection_logp"])
+        assert math.isfinite(row["answer_logp"]) == row["valid"]
+
+
+def test_the_trained_pair_answers(finished: Path) -> None:
+    name = finished.parent.name.rstrip("0123456789")
+    question = read_questions(DATA / "dev" / f"{name}.jsonl.gz")[0]
+    answer = RAGPipeline.from_pretrained(finished).answer(question.question, question.documents)
+    assert set(answer.selection.numbers) <= set(range(1, 21))
