@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,13 +13,26 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import nn
 
+from dro_rl.attention import ARCHITECTURES, takes_packed_rows
+from dro_rl.errors import InputError
 from dro_rl.evaluation.evaluator import evaluate, read_stages, summarise, write_results, write_stages
-from dro_rl.models import ROLES, LoraSettings, Role, SelectorGenerator, add_adapter, load_model, load_tokenizer, whole_parameters
+from dro_rl.models import (
+    ROLES,
+    LoraSettings,
+    Role,
+    SelectorGenerator,
+    add_adapter,
+    load_model,
+    load_tokenizer,
+    whole_parameters,
+)
 from dro_rl.pipeline import PipelineSettings, RAGPipeline
 from dro_rl.prompts import Prompter
 from dro_rl.recipe import Recipe, RunConfig
 from dro_rl.records import Question
 from dro_rl.warmup import WarmUp, warm_up
+
+logger = logging.getLogger(__name__)
 
 
 def model_kwargs(run: RunConfig, role: Role) -> dict[str, Any]:
@@ -86,6 +100,16 @@ def load_models(recipe: Recipe, sources: dict[Role, str]) -> SelectorGenerator:
     models = {}
     for role in ROLES:
         model = load_model(sources[role], **_source_kwargs(recipe, role, sources))
+        if training.shared_prefix != "off" and not takes_packed_rows(model, positions=1):
+            kind = f"{model.config.model_type} under {model.config._attn_implementation}"
+            if training.shared_prefix == "on":
+                raise InputError(
+                    "shared_prefix",
+                    f"on, for the {role}: {kind}",
+                    f"it needs sdpa attention and one of {', '.join(sorted(ARCHITECTURES))}",
+                    "Use auto, which takes the plain path here.",
+                )
+            logger.info(f"{role}: {kind} takes the plain path, which computes a prompt once for each completion")
         lora = lora_settings(run, role)
         models[role] = model if lora is None else add_adapter(model, lora)
     return SelectorGenerator(

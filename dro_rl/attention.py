@@ -75,9 +75,9 @@ def packed_attention(
     def attend(queries: slice, keys: slice, mask: Tensor | None) -> Tensor:
         q, k, v = query[:, :, queries], key[:, :, keys], value[:, :, keys]
         mask = None if mask is None else mask[None, None]
-        return sdpa_attention_forward(
-            module, q, k, v, mask, dropout=dropout, scaling=scaling, is_causal=mask is None
-        )[0]
+        return sdpa_attention_forward(module, q, k, v, mask, dropout=dropout, scaling=scaling, is_causal=mask is None)[
+            0
+        ]
 
     pieces = []
     for row in packing:

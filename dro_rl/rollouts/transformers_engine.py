@@ -8,6 +8,7 @@ is expanded to m rows. Both draw the same tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -139,7 +140,8 @@ class TransformersEngine:
             logits_to_keep=(ends - 1).to(device),
         ).logits
         if len(prompts) > 1:
-            for layer in packed.layers:
+            layers: list[Any] = packed.layers  # attention layers all: `takes_packed_rows` saw to it
+            for layer in layers:
                 layer.keys = _as_batch(layer.keys, lengths, width)
                 layer.values = _as_batch(layer.values, lengths, width)
         return logits.transpose(0, 1), packed, _left_padded_mask(prompts, width).to(device)
