@@ -23,14 +23,14 @@ NAME = "packed_rows"
 ARCHITECTURES = frozenset(
     {"llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "phi3", "olmo2", "granite"}
 )
-"""Decoders whose every layer is attention through the interface (llama, qwen2, qwen3, mistral, gemma2 are tested)."""
+"""Decoders whose every layer is attention through the interface; all are tested."""
 
 
 @dataclass(frozen=True, slots=True)
 class PackedRow:
-    """Where a row stands: `start`, then `prompt` tokens, then completions, whose block is `mask` (None for a single one).
+    """Where a row stands: from `start`, `prompt` tokens and then its completions, `length` tokens in all.
 
-    `mask`: (tokens of the completions, tokens of the row), True where attention may look.
+    `mask`: None for a single completion, else (tokens of completions, tokens of the row), True where it may look.
     """
 
     start: int
@@ -66,7 +66,7 @@ def packed_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function. `query`, `key`, `value`: (1, heads, tokens, head size); returns (1, tokens, heads, head size)."""
+    """The attention function, from (1, heads, tokens, head size) to (1, tokens, heads, head size)."""
     if packing is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs

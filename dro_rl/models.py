@@ -142,9 +142,12 @@ class _Routed:
     """One role of a sharded model, called through the module that was wrapped."""
 
     def __init__(self, wrapped: nn.Module, role: Role, plain: PreTrainedModel, accelerator: Accelerator) -> None:
-        self.wrapped, self.role, self.accelerator = wrapped, role, accelerator
+        self.wrapped, self.role, self.accelerator, self._plain = wrapped, role, accelerator, plain
         self.config, self.dtype, self.device = plain.config, plain.dtype, accelerator.device
         self._pulse = torch.zeros(1, device=accelerator.device)
+
+    def set_attn_implementation(self, name: str) -> None:
+        self._plain.set_attn_implementation(name)
 
     def __call__(self, **inputs: Any) -> Any:
         self._anyone_busy(True)
@@ -242,7 +245,7 @@ def check_model(name: str, place: str, *, revision: str | None = None, trust_rem
 
 @contextmanager
 def whole_parameters() -> Iterator[None]:
-    """Build or load models whole, also where ZeRO-3 would shard them on the way: to look at them, or to use them alone."""
+    """Build or load models whole, also where ZeRO-3 would shard them on the way."""
     from transformers.integrations import deepspeed
 
     sharding = deepspeed._hf_deepspeed_config_weak_ref

@@ -87,7 +87,7 @@ def temperature_for_ess(
 ) -> Tensor:
     """The smallest weight temperature ≥ 1 at which the effective sample size reaches `target` of the unmasked rollouts.
 
-    The tempering of sequential Monte Carlo, per question, by bisection of log T. Where no temperature reaches the
+    The tempering of sequential Monte Carlo, per question, by search in log T. Where no temperature reaches the
     target (the proposal ratios alone are too uneven), `max_temperature`. (..., m) -> (...).
     """
     logps = _wide(answer_logps)
@@ -103,21 +103,23 @@ def temperature_for_ess(
         )
         return effective_sample_size(weights) >= target * count * (1 - 1e-6)
 
-    low = torch.zeros_like(count)
-    high = torch.full_like(count, math.log(max_temperature))
-    at_one = reached(low)
-    for _ in range(60):
+    # With proposal ratios the effective sample size need not grow with T: look for the first step of a fine grid that
+    # reaches the target, then bisect within it.
+    grid = torch.linspace(0.0, math.log(max_temperature), 257, dtype=logps.dtype, device=logps.device)
+    reaches = torch.stack([reached(step.expand_as(count)) for step in grid], dim=-1)
+    first = torch.where(reaches.any(dim=-1), reaches.int().argmax(dim=-1), len(grid) - 1)
+    low, high = grid[(first - 1).clamp(min=0)], grid[first]
+    for _ in range(40):
         middle = (low + high) / 2
         enough = reached(middle)
         low, high = torch.where(enough, low, middle), torch.where(enough, middle, high)
-    return torch.where(at_one, torch.zeros_like(high), high).exp()
+    return high.exp()
 
 
 def selector_coefficients(
     weights: Tensor,
     *,
     baseline: str = "none",
-    mask: Tensor | None = None,
     proposal_weights: Tensor | None = None,
     selection_logps: Tensor | None = None,
     reference_logps: Tensor | None = None,
@@ -130,21 +132,21 @@ def selector_coefficients(
     log p(y|x) − beta · KL(p ‖ reference) + entropy_coef · H(p), with KL and entropy by the score function, each against
     the mean of the other rollouts (leave-one-out, unbiased on-policy).
 
+    All m rollouts take part, those of weight 0 too: the control variate has expectation zero over what was sampled, and
+    leaving the invalid out would bias it, and take away what pushes the selector from them.
+
     Args:
         weights: (..., m) importance weights.
         baseline: `none`, the paper's form (Eq. 12), or `mean`, which subtracts the proposal's own weight (1/m
             on-policy). Its expectation on-policy is zero, and a group that ties gives no gradient.
-        mask: (..., m) bool. A masked rollout has coefficient 0.
-        proposal_weights: (..., m) normalised p/q of the rollouts, 1/m over the unmasked when None (on-policy).
+        proposal_weights: (..., m) p/q of the rollouts, normalised over the group; 1/m when None (on-policy).
         selection_logps: (..., m) log p(z_i|x), needed for `beta` or `entropy_coef`.
         reference_logps: (..., m) the same under the initial selector, needed for `beta`.
         beta: weight of the KL divergence to the reference.
         entropy_coef: weight of the entropy bonus.
     """
-    if mask is None:
-        mask = torch.ones_like(weights, dtype=torch.bool)
     if proposal_weights is None:
-        proposal_weights = importance_weights(torch.zeros_like(weights), mask=mask)
+        proposal_weights = torch.full_like(weights, 1 / weights.shape[-1])
     if baseline == "none":
         coefficients = weights
     elif baseline == "mean":
@@ -158,8 +160,8 @@ def selector_coefficients(
         if factor:
             if cost is None:
                 raise ValueError("beta needs selection_logps and reference_logps, entropy_coef needs selection_logps")
-            coefficients = coefficients - factor * proposal_weights * _minus_others(cost, mask)
-    return coefficients.masked_fill(~mask, 0.0)
+            coefficients = coefficients - factor * proposal_weights * _minus_others(cost)
+    return coefficients
 
 
 def selector_loss(selection_logps: Tensor, weights: Tensor, *, baseline: str = "none") -> Tensor:
@@ -185,17 +187,18 @@ def generator_loss(answer_logps: Tensor, weights: Tensor) -> Tensor:
 
 def _weighted_nll(logps: Tensor, coefficients: Tensor) -> Tensor:
     logps, coefficients = _wide(logps), _wide(coefficients).detach()
-    # A masked rollout is never scored: its log-probability may be NaN, and 0 · NaN is NaN.
+    # An invalid selection leads to no answer: its log-probability may be NaN, and 0 · NaN is NaN.
     terms = torch.where(coefficients == 0, torch.zeros_like(logps), coefficients * logps)
     return -terms.sum(dim=-1).mean()
 
 
-def _minus_others(values: Tensor, mask: Tensor) -> Tensor:
-    """Each value less the mean of the other unmasked ones in its group; 0 where it is alone."""
-    values = _wide(values).masked_fill(~mask, 0.0)
-    others = (mask.sum(dim=-1, keepdim=True) - 1).clamp(min=0)
-    mean_of_others = (values.sum(dim=-1, keepdim=True) - values) / others.clamp(min=1)
-    return torch.where((others > 0) & mask, values - mean_of_others, torch.zeros_like(values))
+def _minus_others(values: Tensor) -> Tensor:
+    """Each value less the mean of the others in its group; 0 where it is alone."""
+    values = _wide(values)
+    m = values.shape[-1]
+    if m == 1:
+        return torch.zeros_like(values)
+    return (values - values.mean(dim=-1, keepdim=True)) * (m / (m - 1))
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -64,6 +64,7 @@ class RAGPipeline:
         prompters: the prompts of each role.
         settings: lengths and K.
         batch_size: questions answered at once.
+        shared_prefix: pack prompts without padding, where that is exact.
     """
 
     def __init__(
@@ -72,8 +73,10 @@ class RAGPipeline:
         prompters: dict[Role, Prompter],
         settings: PipelineSettings,
         batch_size: int = 8,
+        shared_prefix: bool = True,
     ) -> None:
-        self.open_role, self.prompters, self.settings, self.batch_size = open_role, prompters, settings, batch_size
+        self.open_role, self.prompters, self.settings = open_role, prompters, settings
+        self.batch_size, self.shared_prefix = batch_size, shared_prefix
 
     @classmethod
     def from_pretrained(
@@ -153,7 +156,7 @@ class RAGPipeline:
     ) -> list[tuple[tuple[int, ...], float]]:
         sampling = SamplingParams(length, temperature=0.0)
         with self.open_role(role) as model:
-            engine = TransformersEngine(model, self.prompters[role].eos_token_id, self.batch_size)
+            engine = TransformersEngine(model, self.prompters[role].eos_token_id, self.batch_size, self.shared_prefix)
             groups = engine.generate(prompts, 1, sampling, [0] * len(prompts))
         return [(group[0].ids, sum(group[0].logps)) for group in groups]
 

@@ -74,7 +74,22 @@ def check(recipe: Recipe, train: Sequence[Question], dev: Sequence[Question]) ->
             check_weights(Path(run.model_name(role)), models[role], place)
         if getattr(run, f"{role}_lora_r") > 0:
             check_adapters(run, role, models[role])
+        check_positions(recipe, role, models[role])
     check_disk(recipe, models)
+
+
+def check_positions(recipe: Recipe, role: Role, model: PreTrainedModel) -> None:
+    """Refuse sequences longer than the model has positions for."""
+    training = recipe.training
+    written = training.max_completion_length if role == "selector" else training.max_answer_length
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and (training.max_prompt_length or 0) + written > positions:
+        raise InputError(
+            "max_prompt_length",
+            training.max_prompt_length,
+            f"with {written} tokens to write this is at most the {role}'s {positions} positions",
+            "Lower it: documents are cut evenly to fit.",
+        )
 
 
 def check_splits(run: RunConfig, train: Sequence[Question], dev: Sequence[Question]) -> None:

@@ -213,6 +213,8 @@ def parse_command_line(arguments: Sequence[str]) -> tuple[str | None, dict[str, 
         if argument.startswith("--"):
             name, _, value = argument[2:].partition("=")
             key = name.replace("-", "_")
+            if key in values:
+                raise InputError("command line", argument, "a key is given once", "Remove one of the two.")
             values[key] = [value] if value else []
         elif key is None or (key == "config" and values["config"]):
             if path is not None:
@@ -312,9 +314,12 @@ def _matches(value: Any, kind: Any) -> tuple[bool, Any]:
     if kind is Any:
         return True, value
     if origin is Literal:
+        if isinstance(value, bool) and "on" in typing.get_args(kind):  # YAML reads on and off as booleans
+            value = "on" if value else "off"
         return value in typing.get_args(kind), value
     if origin is list:
         inner = typing.get_args(kind)[0]
+        value = [value] if isinstance(value, str) else value  # a list of one, as the command line gives it
         return isinstance(value, list) and all(_matches(item, inner)[0] for item in value), value
     if kind is dict or origin is dict:
         return isinstance(value, dict), value

@@ -152,7 +152,11 @@ class DROTrainer(_BaseTrainer):
             args,
         )
         self._pipeline = RAGPipeline(
-            self._open, self.prompters, self.pipeline_settings(), batch_size=args.per_device_eval_batch_size
+            self._open,
+            self.prompters,
+            self.pipeline_settings(),
+            batch_size=args.per_device_eval_batch_size,
+            shared_prefix=args.shared_prefix != "off",
         )
 
     @property
@@ -461,6 +465,8 @@ class DROTrainer(_BaseTrainer):
         """
         run = self.run_dir
         current = 1
+        for leftover in run.glob(".*.tmp"):  # what a kill, or a full disk, left half-written
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         if checkpoint is not None:
             state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
             current = self.schedule.iteration(state.global_step) + 1

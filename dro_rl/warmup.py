@@ -174,8 +174,9 @@ def fingerprint(job: WarmUp, pairs: Sequence[Pair], run: RunConfig, training: DR
     digest.update(repr([(prompt, completion) for prompt, completion in pairs]).encode())
     folder = Path(job.model)
     if folder.is_dir():
-        for path in sorted(folder.glob("*.safetensors")):
-            digest.update(hashlib.sha256(path.read_bytes()).digest())
+        for path in sorted(path for path in folder.iterdir() if path.is_file()):
+            with path.open("rb") as stream:
+                digest.update(f"{path.name}/{hashlib.file_digest(stream, 'sha256').hexdigest()}".encode())
     settings = (
         job.role,
         "" if folder.is_dir() else job.model,

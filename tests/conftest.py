@@ -107,9 +107,7 @@ def chat_tokenizer() -> PreTrainedTokenizerFast:
 def _question(
     number: int, text: str, answers: tuple[str, ...], supporting: int, *documents: tuple[str, str]
 ) -> Question:
-    made = tuple(
-        Document(f"q{number}-d{n}", title, body) for n, (title, body) in enumerate(documents, start=1)
-    )
+    made = tuple(Document(f"q{number}-d{n}", title, body) for n, (title, body) in enumerate(documents, start=1))
     return Question(f"q{number}", text, answers, made, (made[supporting - 1].id,))
 
 

@@ -52,9 +52,7 @@ def rollouts(
             token_ids=(1, 2),
             proposal_logps=(-1.0, -0.5),
             text="x" if selection else "I cannot [b]tell",
-            selection=Selection(
-                tuple(selection), bool(selection), () if selection else ("format", "too_few")
-            ),
+            selection=Selection(tuple(selection), bool(selection), () if selection else ("format", "too_few")),
             selection_logp=-1.5 + (log_ratios[sample] if log_ratios else 0.0),
             reference_logp=math.nan,
             answer_logp=answer_logps[sample],
@@ -482,9 +480,7 @@ def pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
 def documents_file(tmp_path: Path) -> Path:
     """Three documents, of which text is all that is required."""
     path = tmp_path / "documents.jsonl"
-    path.write_text(
-        '{"text": "one"}\n\n{"title": "Zwei", "text": "two"}\n{"id": "x", "text": "drei\\nthree"}\n'
-    )
+    path.write_text('{"text": "one"}\n\n{"title": "Zwei", "text": "two"}\n{"id": "x", "text": "drei\\nthree"}\n')
     return path
 
 

@@ -191,9 +191,7 @@ def test_a10_every_accepted_answer_can_count(lab, aliases: str) -> None:
         "first": logps[worst], "max": logps[best], "logsumexp": torch.logaddexp(logps[worst], logps[best]),
     }[aliases]  # fmt: skip
     assert logps[best] > logps[worst] + 0.1
-    assert lab.rollouts(TEXTS, answer_aliases=aliases)[0].answer_logp == pytest.approx(
-        expected.item(), abs=1e-4
-    )
+    assert lab.rollouts(TEXTS, answer_aliases=aliases)[0].answer_logp == pytest.approx(expected.item(), abs=1e-4)
 
 
 def test_a11_every_step_reports_what_its_weights_are_worth(lab) -> None:
@@ -234,9 +232,7 @@ def test_d1_evaluation_is_greedy(pipeline, lab, questions) -> None:
     """D1: temperature 0.8 for ranking and for answering."""
     for answer, question in zip(pipeline.answer_all(questions), questions, strict=True):
         prompt = lab.prompters["generator"].generator_prompt(question, answer.selection.numbers or (1, 2)).ids
-        ids = lab.generator.generate(
-            torch.tensor([prompt]), max_new_tokens=6, do_sample=False, use_cache=False
-        )
+        ids = lab.generator.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False, use_cache=False)
         written = ids[0, len(prompt) :].tolist()
         assert answer.text == lab.prompters["generator"].decode(written)
         logp = completion_logps(lab.generator, prompt, [written])[0].sum().item()
@@ -275,9 +271,7 @@ def test_evaluation_reads_what_was_selected_and_scores_as_training_does(pipeline
     asked: list[Sequence[int]] = []
     prompter = lab.prompters["generator"]
     lab.prompters["generator"] = SimpleNamespace(
-        generator_prompt=lambda q, numbers: (
-            asked.append(tuple(numbers)) or prompter.generator_prompt(q, numbers)
-        ),
+        generator_prompt=lambda q, numbers: asked.append(tuple(numbers)) or prompter.generator_prompt(q, numbers),
         **{name: getattr(prompter, name) for name in ("eos_token_id", "decode", "completion")},
     )
     (result,) = evaluate(pipeline, questions[:1])

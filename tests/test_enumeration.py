@@ -65,9 +65,7 @@ class World(torch.nn.Module):
     def posterior(self, question: int) -> Tensor:
         """(12,) p(z|x,y), by the package: every selection once, so that the ratio p/q is p itself."""
         with torch.no_grad():
-            return importance_weights(
-                self.answer_logps(question), proposal_log_ratio=self.selection_logps(question)
-            )
+            return importance_weights(self.answer_logps(question), proposal_log_ratio=self.selection_logps(question))
 
 
 def gradient(value: Tensor, parameters: Sequence[Tensor]) -> Tensor:
@@ -88,9 +86,7 @@ def estimates(world: World, m: int, repeats: int, temperature: float, ratio: boo
 
     def of(role: str) -> Tensor:
         loss, logps, parameters = (
-            (selector_loss, logp, world.selector)
-            if role == "selector"
-            else (generator_loss, answers, world.generator)
+            (selector_loss, logp, world.selector) if role == "selector" else (generator_loss, answers, world.generator)
         )
         rows = []
         for i in range(repeats):
@@ -101,9 +97,7 @@ def estimates(world: World, m: int, repeats: int, temperature: float, ratio: boo
     return of
 
 
-def error(
-    world: World, role: str, m: int, repeats: int, temperature: float = 1.0, ratio: bool = False
-) -> float:
+def error(world: World, role: str, m: int, repeats: int, temperature: float = 1.0, ratio: bool = False) -> float:
     """Root mean square distance of the estimates to the exact gradient, relative to its length."""
     exact = gradient(world.evidence(0), getattr(world, role))
     found = estimates(world, m, repeats, temperature, ratio)(role)
@@ -151,9 +145,7 @@ def test_sampled_gradients_converge_to_the_exact_one(world: World, role: str) ->
 
 
 @pytest.mark.parametrize("role", ["selector", "generator"])
-def test_another_proposal_converges_to_the_same_gradient_with_the_ratio_alone(
-    world: World, role: str
-) -> None:
+def test_another_proposal_converges_to_the_same_gradient_with_the_ratio_alone(world: World, role: str) -> None:
     """Samples at temperature 2: corrected by p/q they have the same limit, uncorrected another."""
     few = error(world, role, 16, 64, temperature=2.0, ratio=True)
     many = error(world, role, 4096, 8, temperature=2.0, ratio=True)
@@ -200,9 +192,7 @@ def test_the_evidence_never_falls_over_exact_iterations(world: World) -> None:
     assert history[-1] > history[0] + 1
 
 
-def test_one_forward_of_two_language_models_has_the_gradient_of_the_evidence(
-    make_model, tokenizer, questions
-) -> None:
+def test_one_forward_of_two_language_models_has_the_gradient_of_the_evidence(make_model, tokenizer, questions) -> None:
     """The same identity through tokens, prompts and `SelectorGenerator`: every parameter of both models."""
     question = questions[0]
     selector_prompter, generator_prompter = (

@@ -23,9 +23,7 @@ EXTRAS = ("vllm", "colbert", "peft", "wandb", "trackio", "mlflow", "deepspeed")
 
 
 def run_python(source: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", source], capture_output=True, text=True, timeout=120
-    )
+    return subprocess.run([sys.executable, "-W", "ignore", "-c", source], capture_output=True, text=True, timeout=120)
 
 
 # Names ------------------------------------------------------------------------------------------------------
@@ -37,9 +35,7 @@ def test_no_module_of_ours_hides_another() -> None:
     names -= {"__init__", "__pycache__"}
     ours = {"dro_rl", "dro-rl"}
     installed = {
-        name
-        for name, owners in importlib.metadata.packages_distributions().items()
-        if not ours.issuperset(owners)
+        name for name, owners in importlib.metadata.packages_distributions().items() if not ours.issuperset(owners)
     }
     assert len(names) > 10
     assert not names & (installed | set(sys.stdlib_module_names))
@@ -131,11 +127,7 @@ def trl_names() -> dict[str, set[str]]:
             elif isinstance(node, ast.Import):
                 for alias in node.names:
                     assert alias.name.split(".")[0] != "trl" or (alias.name, alias.asname) == ("trl", None)
-            elif (
-                isinstance(node, ast.Attribute)
-                and isinstance(node.value, ast.Name)
-                and node.value.id == "trl"
-            ):
+            elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "trl":
                 found.setdefault("trl", set()).add(node.attr)
     return found
 
@@ -212,7 +204,6 @@ def test_nothing_is_reported_to_anyone() -> None:
     """Neither TRL's telemetry, nor the hub client's unless it is asked for."""
     assert "_send_telemetry" in vars(DROTrainer)
     done = run_python(
-        "import os; key = 'HF_HUB_DISABLE_TELEMETRY'; os.environ.pop(key, 0);"
-        "import dro_rl; print(os.environ[key])"
+        "import os; key = 'HF_HUB_DISABLE_TELEMETRY'; os.environ.pop(key, 0);import dro_rl; print(os.environ[key])"
     )
     assert done.stdout.strip() == "1"

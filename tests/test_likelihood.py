@@ -237,13 +237,13 @@ class Stand:
     def __init__(self, model) -> None:
         self.model, self.config, self.device, self.dtype = model, model.config, model.device, model.dtype
 
+    def set_attn_implementation(self, name: str) -> None:
+        self.model.set_attn_implementation(name)
+
     def __call__(self, **inputs):
         return self.model(**inputs)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="takes_packed_rows calls set_attn_implementation, which _Routed has not"
-)
 def test_what_stands_for_a_model_is_enough(make_model) -> None:
     """Under FSDP and ZeRO-3 a role is called through the wrapped module."""
     model = make_model()
@@ -272,9 +272,7 @@ def test_a_window_narrower_than_the_sequence_takes_the_plain_path(make_model, ar
 
 @SLIDING
 @pytest.mark.parametrize("window", [32, 31])
-def test_a_window_as_wide_as_prompt_and_completion_is_wide_enough(
-    make_model, architecture: str, window: int
-) -> None:
+def test_a_window_as_wide_as_prompt_and_completion_is_wide_enough(make_model, architecture: str, window: int) -> None:
     """23 + 9 tokens: the row's other completions do not count, since positions restart after the prompt."""
     model = make_model(architecture, sliding_window=window)
     assert takes_packed_rows(model, 32) == (window == 32)
@@ -293,9 +291,7 @@ def test_a_qwen2_that_does_not_use_its_window_shares_prefixes(make_model) -> Non
     torch.testing.assert_close(found[2], naive(sliding, PROMPT, RAGGED[2]), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "attention", ["flash_attention_2", "flash_attention_3", "flex_attention", "kernels/x"]
-)
+@pytest.mark.parametrize("attention", ["flash_attention_2", "flash_attention_3", "flex_attention", "kernels/x"])
 def test_another_attention_takes_the_plain_path(make_model, attention: str) -> None:
     model = make_model()
     model.config._attn_implementation_internal = attention
@@ -306,9 +302,7 @@ def test_another_attention_takes_the_plain_path(make_model, attention: str) -> N
 def test_an_architecture_not_known_to_pack_takes_the_plain_path() -> None:
     """Its positions are absolute: padding must not move them."""
     torch.manual_seed(0)
-    config = transformers.GPT2Config(
-        vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=2, initializer_range=0.4
-    )
+    config = transformers.GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=2, initializer_range=0.4)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     assert not takes_packed_rows(model, 1)
     found = completion_logps(model, PROMPT, RAGGED)

@@ -34,14 +34,10 @@ def prompters(tokenizer) -> dict[str, Prompter]:
 
 
 @pytest.mark.parametrize("template", ["selector", "generator", "toy_selector", "toy_generator"])
-def test_documents_are_numbered_from_one_in_their_order_with_their_titles(
-    tokenizer, questions, template
-) -> None:
+def test_documents_are_numbered_from_one_in_their_order_with_their_titles(tokenizer, questions, template) -> None:
     """Defect A2 of the first implementation: numbered when sampling, not numbered when training."""
     question = questions[0]
-    text = Prompter(tokenizer, template).render(
-        question.question, question.documents, k=K, example="[2] > [1]"
-    )
+    text = Prompter(tokenizer, template).render(question.question, question.documents, k=K, example="[2] > [1]")
     at = [text.index(f"[{n}] {d.title}".strip()) for n, d in enumerate(question.documents, start=1)]
     assert at == sorted(at)
     for n, document in enumerate(question.documents, start=1):
@@ -81,9 +77,7 @@ def test_a_custom_template_is_a_file(tokenizer, questions, tmp_path) -> None:
     path = tmp_path / "mine.jinja"
     path.write_text("{{ question }} / {{ documents | length }} / {{ k }}")
     prompter = Prompter(tokenizer, str(path))
-    assert (
-        prompter.decode(prompter.selector_prompt(questions[0], 3).ids) == f"{questions[0].question} / 4 / 3"
-    )
+    assert prompter.decode(prompter.selector_prompt(questions[0], 3).ids) == f"{questions[0].question} / 4 / 3"
     assert prompter.source == path.read_text()
 
 
@@ -232,9 +226,7 @@ def test_a_question_that_cannot_fit_is_an_error_that_names_it(tokenizer) -> None
 
 
 def test_a_missing_template_is_an_error_that_lists_the_shipped_ones() -> None:
-    with pytest.raises(
-        InputError, match=r"'slector': a template is one of generator, selector,.*Check the name"
-    ):
+    with pytest.raises(InputError, match=r"'slector': a template is one of generator, selector,.*Check the name"):
         load_template("slector")
 
 
@@ -257,9 +249,7 @@ class Recorder:
 
     def generate(self, prompts, num_generations, sampling, seeds):
         self.prompts += [tuple(prompt) for prompt in prompts]
-        return [
-            [Completion(self.completion, (-0.5,) * len(self.completion))] * num_generations for _ in prompts
-        ]
+        return [[Completion(self.completion, (-0.5,) * len(self.completion))] * num_generations for _ in prompts]
 
     def samples_policy(self, sampling) -> bool:
         return True
@@ -291,7 +281,7 @@ def seen(monkeypatch) -> dict[str, list[tuple[int, ...]]]:
 
     monkeypatch.setattr(e_step, "score_rows", stub("e-step scoring"))
     monkeypatch.setattr(evaluator, "score_rows", stub("evaluation scoring"))
-    monkeypatch.setattr(pipeline, "TransformersEngine", lambda model, eos, batch_size: model)
+    monkeypatch.setattr(pipeline, "TransformersEngine", lambda model, eos, batch_size, shared_prefix: model)
     return seen
 
 
@@ -311,9 +301,7 @@ def test_sampling_scoring_training_evaluation_and_warm_up_ask_with_the_same_toke
     assert prompters["selector"].selector_prompt(questions[0], K).cut
     assert prompters["generator"].generator_prompt(questions[0], (1, 2)).cut
     expected_selector = [prompters["selector"].selector_prompt(question, K).ids for question in questions]
-    expected_generator = [
-        prompters["generator"].generator_prompt(question, (1, 2)).ids for question in questions
-    ]
+    expected_generator = [prompters["generator"].generator_prompt(question, (1, 2)).ids for question in questions]
 
     written = prompters["selector"].completion("[1] > [2]")
     engine, writer = Recorder(written), Recorder(written)
@@ -332,9 +320,7 @@ def test_sampling_scoring_training_evaluation_and_warm_up_ask_with_the_same_toke
     assert writer.prompts == expected_selector + expected_generator
     assert seen["e-step scoring"] == expected_generator
     assert seen["evaluation scoring"] == expected_generator
-    assert [
-        tuple(row.prompt) for row in DROTrainer._generator_rows(trainer, groups).rows
-    ] == expected_generator
+    assert [tuple(row.prompt) for row in DROTrainer._generator_rows(trainer, groups).rows] == expected_generator
     assert [prompt for prompt, _ in generator_examples(questions, prompters["generator"], run, config)] == (
         expected_generator
     )

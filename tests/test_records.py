@@ -273,6 +273,4 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
 
 def test_an_error_stays_short(tmp_path: Path) -> None:
     """Defect: an error that prints a passage of a thousand words hides what it says."""
-    assert len(refusal(write(tmp_path / "q.jsonl", [changed(answers="Ann " * 10_000)]))) < 400 + len(
-        str(tmp_path)
-    )
+    assert len(refusal(write(tmp_path / "q.jsonl", [changed(answers="Ann " * 10_000)]))) < 400 + len(str(tmp_path))

@@ -56,9 +56,7 @@ def test_passes_have_different_orders() -> None:
 
 
 def test_epochs_of_an_iteration_differ_in_order_and_not_in_content() -> None:
-    epochs = [
-        tuple(p for step in range(3 * e, 3 * e + 3) for p in SCHEDULE.positions(step)) for e in range(3)
-    ]
+    epochs = [tuple(p for step in range(3 * e, 3 * e + 3) for p in SCHEDULE.positions(step)) for e in range(3)]
     assert [sorted(epoch) for epoch in epochs] == [list(range(6))] * 3
     assert len(set(epochs)) == 3
 

@@ -68,9 +68,7 @@ def test_fewer_than_k_is_used_not_thrown_away() -> None:
 def test_a_ranking_of_all_candidates_is_cut_to_k() -> None:
     """Defect: dropping the full permutations that ranking models write, all of them."""
     everything = list(range(20, 0, -1))
-    assert parse_selection(format_selection(everything), 20, 5) == Selection(
-        (20, 19, 18, 17, 16), True, ("too_many",)
-    )
+    assert parse_selection(format_selection(everything), 20, 5) == Selection((20, 19, 18, 17, 16), True, ("too_many",))
 
 
 def test_missing_numbers_are_not_made_up() -> None:
@@ -78,9 +76,7 @@ def test_missing_numbers_are_not_made_up() -> None:
     assert parse_selection("[4]", 5, 3).numbers == (4,)
 
 
-@pytest.mark.parametrize(
-    "text", ["", "   ", "I cannot tell.", "[]", "[x]", "5 > 3", "[21] > [0]", "[1", "[-1]"]
-)
+@pytest.mark.parametrize("text", ["", "   ", "I cannot tell.", "[]", "[x]", "5 > 3", "[21] > [0]", "[1", "[-1]"])
 def test_a_text_that_names_no_document_is_invalid(text: str) -> None:
     """Defect: answering from an empty context as if a selection had been made."""
     selection = parse_selection(text, 20, 2)
@@ -140,6 +136,4 @@ def test_line_breaks_separate_but_are_not_the_format() -> None:
 
 def test_prose_after_the_list_is_reported() -> None:
     """Guards that the whole text is looked at: the log counts chatter."""
-    assert parse_selection("[2] > [1]. Document [4] is off.", 5, 2) == Selection(
-        (2, 1), True, ("format", "too_many")
-    )
+    assert parse_selection("[2] > [1]. Document [4] is off.", 5, 2) == Selection((2, 1), True, ("format", "too_many"))

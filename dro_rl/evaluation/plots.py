@@ -28,7 +28,12 @@ def plot_curves(output_dir: str | Path) -> Path:
     _dev(axes[0][0], dev)
     _steps(axes[0][1], steps, {"evidence_bound": "evidence bound", "answer_logp": "mean log p(answer)"}, "nats")
     _steps(axes[1][0], steps, {"ess": "effective sample size", "selector_entropy": "selector entropy (nats)"}, "")
-    _steps(axes[1][1], steps, {"recall@3": "recall@3", "rollouts/valid": "valid", "rollouts/duplicate": "duplicate"}, "share")
+    _steps(
+        axes[1][1],
+        steps,
+        {"recall@3": "recall@3", "rollouts/valid": "valid", "rollouts/duplicate": "duplicate"},
+        "share",
+    )
     path = Path(output_dir) / "evaluation" / "curves.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.tmp")

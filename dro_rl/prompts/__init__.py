@@ -48,6 +48,9 @@ class Prompter:
 
     def __post_init__(self) -> None:
         self._template = load_template(self.template)
+        self._special = tuple(
+            token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special and token.content
+        )
 
     @property
     def eos_token_id(self) -> int:
@@ -70,7 +73,7 @@ class Prompter:
 
     def completion(self, text: str) -> tuple[int, ...]:
         """Token ids of what the model should write: `text` and the end of the sequence."""
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = self.tokenizer(self._defused(text), add_special_tokens=False)["input_ids"]
         return (*ids, self.tokenizer.eos_token_id)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -91,6 +94,13 @@ class Prompter:
         assert isinstance(rendered, str)
         return rendered
 
+    def _defused(self, text: str) -> str:
+        """The text with the spelling of special tokens broken: a document must not end a sequence or open a turn."""
+        for token in self._special:
+            if token in text:
+                text = text.replace(token, f"{token[0]} {token[1:]}")
+        return text
+
     def _encode(self, text: str) -> tuple[int, ...]:
         # A chat template writes its own special tokens; plain text gets the tokenizer's, less a closing one.
         ids = self.tokenizer(text, add_special_tokens=not self.tokenizer.chat_template)["input_ids"]
@@ -99,7 +109,12 @@ class Prompter:
         return tuple(ids)
 
     def _fit(self, question: Question, documents: Sequence[Document], **variables: Any) -> Prompt:
-        ids = self._encode(self.render(question.question, documents, **variables))
+        text = self._defused(question.question)
+        documents = [
+            replace(document, title=self._defused(document.title), text=self._defused(document.text))
+            for document in documents
+        ]
+        ids = self._encode(self.render(text, documents, **variables))
         if self.max_prompt_length is None or len(ids) <= self.max_prompt_length:
             return Prompt(ids, cut=False)
         encoded = self.tokenizer(
@@ -112,7 +127,7 @@ class Prompter:
                 document if len(end) <= cap else replace(document, text=document.text[: end[cap - 1] if cap else 0])
                 for document, end in zip(documents, ends, strict=True)
             ]
-            ids = self._encode(self.render(question.question, cut, **variables))
+            ids = self._encode(self.render(text, cut, **variables))
             over = len(ids) - self.max_prompt_length
             if over <= 0:
                 return Prompt(ids, cut=True)

@@ -69,14 +69,14 @@ class EStep:
             [parse_selection(text, len(question.documents), config.num_selected) for text in group]
             for question, group in zip(questions, texts, strict=True)
         ]
-        proposal = torch.tensor([[sum(sample.logps) for sample in group] for group in groups], dtype=torch.float64)
+        proposal = _matrix([[sum(sample.logps) for sample in group] for group in groups], m)
         prompt_ids = [prompt.ids for prompt in prompts]
         policy = proposal if on_policy else self._selection_logps(self.open_selector, prompt_ids, groups)
         reference = None
         if self.open_reference is not None:
             reference = self._selection_logps(self.open_reference, prompt_ids, groups)
         answers = self._answer_logps(questions, selections)
-        mask = torch.tensor([[selection.valid for selection in group] for group in selections])
+        mask = _matrix([[float(selection.valid) for selection in group] for group in selections], m).bool()
 
         log_ratio = None if on_policy else policy - proposal
         options: dict[str, Any] = {"proposal_log_ratio": log_ratio, "mask": mask, "max_log_ratio": config.max_log_ratio}
@@ -88,8 +88,9 @@ class EStep:
         coefficients = selector_coefficients(
             weights,
             baseline=config.selector_baseline,
-            mask=mask,
-            proposal_weights=importance_weights(torch.zeros_like(answers), **options),
+            proposal_weights=importance_weights(
+                torch.zeros_like(answers), proposal_log_ratio=log_ratio, max_log_ratio=config.max_log_ratio
+            ),
             selection_logps=policy,
             reference_logps=reference,
             beta=config.beta,
@@ -129,10 +130,8 @@ class EStep:
             dict(zip(samples, (logps.sum().item() for logps in row), strict=True))
             for samples, row in zip(distinct, scored, strict=True)
         ]
-        return torch.tensor(
-            [[known[sample.ids] for sample in group] for known, group in zip(logps, groups, strict=True)],
-            dtype=torch.float64,
-        )
+        rows_of_logps = [[known[sample.ids] for sample in group] for known, group in zip(logps, groups, strict=True)]
+        return _matrix(rows_of_logps, self.config.num_generations)
 
     def _answer_logps(self, questions: Sequence[Question], selections: Sequence[Sequence[Selection]]) -> torch.Tensor:
         """(questions, m) log p(y|x, d_z), each distinct selection scored once; NaN for the invalid."""
@@ -151,13 +150,15 @@ class EStep:
             key: answer_logp(row, self.config.answer_likelihood, self.config.answer_aliases).item()
             for key, row in zip(keys, scored, strict=True)
         }
-        return torch.tensor(
-            [
-                [logps.get((i, selection.numbers), math.nan) for selection in group]
-                for i, group in enumerate(selections)
-            ],
-            dtype=torch.float64,
-        )
+        table = [
+            [logps.get((i, selection.numbers), math.nan) for selection in group] for i, group in enumerate(selections)
+        ]
+        return _matrix(table, self.config.num_generations)
+
+
+def _matrix(rows: Sequence[Sequence[float]], m: int) -> torch.Tensor:
+    """(questions, m) float64, also of no questions: a process may have none in the last part of an E-step."""
+    return torch.tensor(rows, dtype=torch.float64).reshape(-1, m)
 
 
 def answer_row(prompter: Prompter, question: Question, numbers: Sequence[int], aliases: str) -> Row:

@@ -1,6 +1,6 @@
 """The engine that needs nothing but the model: cached decoding with transformers, on any device.
 
-Each prompt is prefilled once. Where the architecture takes a mask of ours (`attention.takes_packed_rows`), its m samples
+Each prompt is prefilled once. Where the architecture takes packed rows (`attention.takes_packed_rows`), its m samples
 decode side by side in one row over that one cache, so that memory and attention do not grow by m; elsewhere the cache
 is expanded to m rows. Both draw the same tokens.
 """
