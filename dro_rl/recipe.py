@@ -36,10 +36,14 @@ class RunConfig:
 
     # > Data
     dataset_name: str = _option("", "Questions: a file, a folder with a file for each split, a hub name, or toy.")
-    dataset_config: str | None = _option(None, "Configuration of a hub dataset.")
+    dataset_config: str | None = _option(
+        None, "Configuration of a hub dataset, or a dataset of a folder that holds several."
+    )
     dataset_train_split: str = _option("train", "Split to train on: a hub split, or a file's stem in a folder.")
     dataset_eval_split: str = _option("dev", "Split to evaluate on: early stopping looks at it, so never report it.")
-    eval_dataset_name: str | None = _option(None, "Where the dev split is, when dataset_name is a single file.")
+    eval_dataset_name: str | None = _option(
+        None, "Where the dev split is, when dataset_name is a single file with no dev file beside it."
+    )
     max_train_samples: int | None = _option(None, "Use the first so many training questions.")
     max_eval_samples: int | None = _option(None, "Use the first so many dev questions.")
 

@@ -20,7 +20,7 @@ from transformers import set_seed
 from dro_rl import preflight
 from dro_rl.assembly import build_prompters, evaluate_base, load_models, load_reference, warm_up_models
 from dro_rl.console import print_help, print_stages
-from dro_rl.data import load_questions
+from dro_rl.data import dev_beside, load_questions
 from dro_rl.errors import InputError, Phrase, is_full_disk
 from dro_rl.evaluation.plots import plot_curves
 from dro_rl.recipe import load_recipe, parse_command_line
@@ -35,8 +35,9 @@ def main(arguments: Sequence[str]) -> None:
     train = load_questions(
         run.dataset_name, run.dataset_train_split, config=run.dataset_config, limit=run.max_train_samples
     )
+    beside = dev_beside(run.dataset_name, run.dataset_train_split, run.dataset_eval_split)
     dev = load_questions(
-        run.eval_dataset_name or run.dataset_name,
+        run.eval_dataset_name or beside or run.dataset_name,
         run.dataset_eval_split,
         config=run.dataset_config,
         limit=run.max_eval_samples,

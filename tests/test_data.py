@@ -13,9 +13,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from training_world import questions
+from training_world import questions, write_questions
 
-from dro_rl.data import TOY_SIZES, load_questions
+from dro_rl.data import TOY_SIZES, dev_beside, load_questions
 from dro_rl.errors import InputError
 from dro_rl.records import Question
 
@@ -142,3 +142,23 @@ def test_hub_rows_are_checked_like_lines(hub: list[dict[str, Any]]) -> None:
     hub[2] = hub[0]
     with pytest.raises(InputError, match=r"someone/questions \(train\): row 3: 'q0': ids are unique, and row 1 has it"):
         load_questions("someone/questions", "train")
+
+
+@pytest.mark.parametrize(
+    ("train", "dev"),
+    [("train.jsonl", "dev.jsonl"), ("train/nq.jsonl", "dev/nq.jsonl"), ("nq-train.jsonl", "nq-dev.jsonl")],
+)
+def test_the_dev_file_beside_a_training_file_is_found(tmp_path: Path, train: str, dev: str) -> None:
+    for name in (train, dev):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert dev_beside(str(tmp_path / train), "train", "dev") == str(tmp_path / dev)
+    (tmp_path / dev).unlink()
+    assert dev_beside(str(tmp_path / train), "train", "dev") is None
+
+
+@pytest.mark.parametrize("layout", ["train/nq.jsonl", "nq/train.jsonl"])
+def test_a_folder_of_several_datasets_is_read_by_config(tmp_path: Path, layout: str) -> None:
+    (tmp_path / layout).parent.mkdir()
+    write_questions(tmp_path / layout, questions(3))
+    assert load_questions(str(tmp_path), "train", config="nq") == questions(3)

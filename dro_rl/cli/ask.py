@@ -35,9 +35,12 @@ def ask(
     """
     asked = _asked(question, documents, question_file, question_id)
 
+    from transformers.utils.logging import disable_progress_bar
+
     from dro_rl.cli.output import console, plain, print_json
     from dro_rl.pipeline import RAGPipeline, read
 
+    disable_progress_bar()
     pipeline = RAGPipeline.from_pretrained(run)
     if k is not None:
         pipeline.settings = dataclasses.replace(pipeline.settings, num_selected=k)

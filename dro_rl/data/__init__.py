@@ -19,10 +19,11 @@ def load_questions(
     """The questions of a split.
 
     Args:
-        name: a question file; a folder with `<split>.jsonl`, `.jsonl.gz` or `.parquet`; `toy`; or a hub dataset whose
-            columns are the fields of a question file.
+        name: a question file; a folder with `<split>.jsonl`, `.jsonl.gz` or `.parquet` (given a config, with
+            `<split>/<config>.jsonl` or `<config>/<split>.jsonl`); `toy`; or a hub dataset whose columns are the fields
+            of a question file.
         split: which split; ignored for a single file.
-        config: configuration of a hub dataset.
+        config: configuration of a hub dataset, or a dataset of a folder that holds several.
         limit: the first so many.
         key: the recipe key that errors name.
 
@@ -37,7 +38,7 @@ def load_questions(
     if path.is_file():
         questions = read_questions(path)
     elif path.is_dir():
-        questions = read_questions(_file_of_split(path, split))
+        questions = read_questions(_file_of_split(path, split, config))
     elif path.is_absolute() or path.suffix or name.startswith("."):
         raise InputError(key, name, "a question file or folder exists", "Check the path.")
     else:
@@ -45,13 +46,24 @@ def load_questions(
     return questions[:limit] if limit else questions
 
 
-def _file_of_split(folder: Path, split: str) -> Path:
-    found = [folder / f"{split}{suffix}" for suffix in SUFFIXES if (folder / f"{split}{suffix}").is_file()]
+def dev_beside(train_file: str, train_split: str, dev_split: str) -> str | None:
+    """The dev file that stands beside a training file: `dev.jsonl` by `train.jsonl`, or `dev/x.jsonl` by `train/x.jsonl`."""
+    path = Path(train_file).expanduser()
+    beside = [path.with_name(path.name.replace(train_split, dev_split, 1))] if train_split in path.name else []
+    if path.parent.name == train_split:
+        beside.append(path.parent.parent / dev_split / path.name)
+    return next((str(candidate) for candidate in beside if candidate != path and candidate.is_file()), None)
+
+
+def _file_of_split(folder: Path, split: str, config: str | None) -> Path:
+    stems = [split] if config is None else [f"{split}/{config}", f"{config}/{split}"]
+    wanted = [folder / f"{stem}{suffix}" for stem in stems for suffix in SUFFIXES]
+    found = [path for path in wanted if path.is_file()]
     if len(found) != 1:
         raise InputError(
             str(folder),
             Phrase(f"{len(found)} files for split {split}"),
-            f"a folder has one of {', '.join(split + suffix for suffix in SUFFIXES)}",
+            f"a folder has one of {', '.join(str(path.relative_to(folder)) for path in wanted)}",
             "Name the file itself, or leave one.",
         )
     return found[0]
