@@ -238,8 +238,9 @@ def test_a_wrong_question_is_refused_with_its_line(refuse: Refuse, tmp_path: Pat
     assert says(refuse(**{key: path}), f"error: {path}: line 2", *parts)
 
 
-def test_training_questions_are_not_evaluated_on(refuse: Refuse, home: Path) -> None:
-    error = refuse(dataset_name=home / "train.jsonl")
+def test_training_questions_are_not_evaluated_on(refuse: Refuse, home: Path, tmp_path: Path) -> None:
+    alone = write_questions(tmp_path / "alone.jsonl", questions(12))
+    error = refuse(dataset_name=alone)
     assert says(error, "error: eval_dataset_name", "12 of 12 dev questions", "not trained on", "Name another file")
     error = refuse(dataset_eval_split="train")
     assert says(error, "error: dataset_eval_split", "12 of 12 dev questions", "not trained on", "Name another")

@@ -47,7 +47,7 @@ def load_questions(
 
 
 def dev_beside(train_file: str, train_split: str, dev_split: str) -> str | None:
-    """The dev file that stands beside a training file: `dev.jsonl` by `train.jsonl`, or `dev/x.jsonl` by `train/x.jsonl`."""
+    """The dev file beside a training file: `dev.jsonl` by `train.jsonl`, or `dev/x.jsonl` by `train/x.jsonl`."""
     path = Path(train_file).expanduser()
     beside = [path.with_name(path.name.replace(train_split, dev_split, 1))] if train_split in path.name else []
     if path.parent.name == train_split:

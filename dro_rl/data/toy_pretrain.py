@@ -150,11 +150,11 @@ def _lookups(rng: Random, num_facts: int, kinds: list[str], linked: bool) -> str
     for kind in kinds:
         n = rng.randrange(num_facts)
         fact = facts[n]
-        asked, later = f"{fact.relation} {fact.subject}", " =" if kind.endswith("later") else ""
+        asked, later = f"{fact.relation} {fact.subject}", kind.endswith("later")
         if kind.startswith("object"):
-            parts.append(f"{asked}{later} {fact.object}")
+            parts.append(f"{asked}{' =' if later else ''} {fact.object}")
         elif kind.startswith("number"):
-            parts.append(f"in {asked}{later} [{n + 1}]")
+            parts.append(f"in {asked}{' :' if later else ''} [{n + 1}]")
         else:
             first, second = rng.choice(chains)
             parts.append(f"{second.relation} {first.relation} {first.subject} {second.object}")
