@@ -99,6 +99,7 @@ class DROTrainer(_BaseTrainer):
         reference: nn.Module | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
+        args.check_batch(args.world_size, len(train_questions))
         self.train_questions, self.eval_questions = train_questions, eval_questions
         self.prompters, self.eval_split, self.initial_stage = dict(prompters), eval_split, initial_stage
         per_step = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
@@ -120,6 +121,7 @@ class DROTrainer(_BaseTrainer):
         self._iteration: int | None = None  # the iteration whose rollouts are in use
         self._rollouts: list[Rollout] = []
         self._measured_step = -1
+        self._group_roles: list[Role] = []  # whose each group of the optimizer is
         self._sampled_logps = torch.empty(0)
         self._step_metrics: dict[str, list[float]] = defaultdict(list)
         self._phase_seconds: dict[str, float] = defaultdict(float)
@@ -345,6 +347,7 @@ class DROTrainer(_BaseTrainer):
                         if name.split(".")[0] == role and parameter.requires_grad and (name in decayed) == decays
                     ]
                     if parameters:
+                        self._group_roles.append(role)
                         groups.append(
                             {
                                 "params": parameters,
@@ -436,11 +439,18 @@ class DROTrainer(_BaseTrainer):
                 known = [value for value in values if value == value]
                 if known:
                     logs[name] = max(known) if name.endswith("_max") else sum(known) / len(known)
+            for role, rate in self._learning_rates().items():
+                logs[f"{role}/learning_rate"] = rate
             for name, seconds in self._phase_seconds.items():
                 logs[f"time/{name}"] = round(seconds, 4)
             self._step_metrics.clear()
             self._phase_seconds.clear()
         super().log(logs, start_time)
+
+    def _learning_rates(self) -> dict[Role, float]:
+        """Each training model's current learning rate: the first group of each is its own."""
+        rates = self.lr_scheduler.get_last_lr()
+        return {role: float(rates[self._group_roles.index(role)]) for role in dict.fromkeys(self._group_roles)}
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:

@@ -80,7 +80,7 @@ def test_the_listed_metrics_are_reported_at_every_step(job: Job) -> None:
     wanted = {
         "evidence_bound", "ess", "weight_entropy", "answer_logp", "selector_entropy", "rollouts/valid",
         "rollouts/duplicate", "rollouts/all_tie", "recall@1", "recall@3", "recall@5", "selector/loss", "generator/loss",
-        "selector/grad_norm", "generator/grad_norm",
+        "selector/grad_norm", "generator/grad_norm", "selector/learning_rate", "generator/learning_rate",
     }  # fmt: skip
     assert len(steps) == 4
     for step in steps:
