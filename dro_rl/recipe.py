@@ -162,6 +162,10 @@ NOT_OURS = {
     "eval_on_start": "nothing: the models are always evaluated before the first iteration",
     "auto_find_batch_size": "a smaller per_device_train_batch_size and a larger gradient_accumulation_steps",
     "label_smoothing_factor": "nothing: the likelihood is exact",
+    "data_seed": "seed, from which the order of questions follows too",
+    "ignore_data_skip": "nothing: a resumed run finds its place without reading data",
+    "save_only_model": "nothing: a checkpoint is there to go on from",
+    "push_to_hub": "`hf upload` on selector/ and generator/ when the run is done",
     "ddp_find_unused_parameters": "nothing: it follows from interleave",
 }
 """Keys of the stock Trainer that have no effect here, with what to use instead."""

@@ -449,6 +449,7 @@ class DROTrainer(_BaseTrainer):
 
     def _learning_rates(self) -> dict[Role, float]:
         """Each training model's current learning rate: the first group of each is its own."""
+        assert self.lr_scheduler is not None
         rates = self.lr_scheduler.get_last_lr()
         return {role: float(rates[self._group_roles.index(role)]) for role in dict.fromkeys(self._group_roles)}
 
