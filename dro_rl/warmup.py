@@ -20,6 +20,7 @@ import pyarrow as pa
 import transformers
 import trl
 from accelerate import PartialState
+from accelerate.state import AcceleratorState
 from datasets import Dataset
 
 from dro_rl.config import DROConfig
@@ -229,6 +230,9 @@ def train_supervised(job: WarmUp, pairs: Sequence[Pair], run: RunConfig, trainin
         shutil.rmtree(scratch.parent, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.free_memory()
+    if trainer.is_deepspeed_enabled:
+        # accelerate keeps one DeepSpeed set-up a process; the joint training brings its own.
+        AcceleratorState._reset_state()
     del trainer, model
     gc.collect()
 

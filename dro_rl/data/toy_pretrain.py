@@ -31,9 +31,9 @@ PROMPT_WORDS = ("question", "answer", "select", "?")
 NUMBERS = tuple(f"[{n}]" for n in range(1, MAX_DOCUMENTS + 1))
 READING_WORDS = ("=", "in", ":", "list", ">")
 COPIED = (*chain.from_iterable(zip(PEOPLE, PLACES, strict=True)), *RELATIONS, *NUMBERS)
-LOOKUPS = ("object", "number", "object later", "number later")
+LOOKUPS = ("object", "object later", "number", "number later")
 KINDS = (*LOOKUPS, "chain")
-WEIGHTS = {"object": 1, "number": 1, "object later": 1, "number later": 2, "chain": 3}
+WEIGHTS = {"object": 1, "object later": 1, "number": 5, "number later": 3, "chain": 5}
 LENGTH = {"object": 3, "number": 4, "object later": 4, "number later": 5, "chain": 4}
 
 
@@ -191,7 +191,7 @@ class Stage:
     words: int = len(COPIED)
     linked: bool = False
     lists: bool = False
-    learning_rate: float = 3e-3
+    fresh: bool = False
     mastered: float = 0.9
     most: int = 1000
 
@@ -205,13 +205,18 @@ class Stage:
 
 
 STAGES = (
-    *(Stage(8, words=words) for words in (12, 24, 60)),
+    Stage(8, words=12, fresh=True),
+    *(Stage(8, words=words) for words in (24, 60)),
     *(Stage(length) for length in (8, 16, 28)),
-    *(Stage(num_facts, LOOKUPS, learning_rate=2e-3) for num_facts in (4, 7, 10)),
-    Stage(10, KINDS, linked=True, learning_rate=2e-3, mastered=0.7),
-    Stage(10, KINDS, linked=True, lists=True, learning_rate=2e-3, mastered=1.0, most=250),
+    Stage(2, LOOKUPS[:2], fresh=True),
+    Stage(4, LOOKUPS[:2]),
+    Stage(2, LOOKUPS, fresh=True),
+    *(Stage(num_facts, LOOKUPS) for num_facts in (4, 7, 10)),
+    Stage(10, KINDS, linked=True, mastered=0.6),
+    Stage(10, KINDS, linked=True, lists=True, mastered=1.0, most=200),
 )
-"""The next one begins when so large a share of every kind is right. In the last one the learning rate falls to zero."""
+"""The next one begins when a share `mastered` of every kind is right, and with an optimizer of its own if `fresh`. In
+the last one the learning rate falls to zero."""
 
 
 def pretrain(seed: int = 0, rows: int = 32) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
@@ -232,7 +237,7 @@ def pretrain(seed: int = 0, rows: int = 32) -> tuple[LlamaForCausalLM, PreTraine
     start, step = time.monotonic(), 0
     for number, stage in enumerate(STAGES):
         last = number == len(STAGES) - 1
-        if number == 0 or stage.learning_rate != STAGES[number - 1].learning_rate:
+        if stage.fresh:
             # Moments of another kind of text mislead: begin anew.
             optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01, betas=(0.9, 0.98))
             entered = step
@@ -241,7 +246,7 @@ def pretrain(seed: int = 0, rows: int = 32) -> tuple[LlamaForCausalLM, PreTraine
             step += 1
             rate = min(1.0, (step - entered) / 50) * (1 - (taken - 1) / stage.most if last else 1.0)
             for group in optimizer.param_groups:
-                group["lr"] = stage.learning_rate * rate
+                group["lr"] = (3e-3 if stage.kinds == ("copy",) else 2e-3) * rate
             batch = stage.batch(rng, rows)
             loss, hits = reading_loss(model, tokenizer, batch)
             optimizer.zero_grad()
