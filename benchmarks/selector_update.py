@@ -90,7 +90,9 @@ def main(
         "model": f"Llama, {layers} layers, {width} wide, float32",
         "rows": rows,
     }
-    print(f"Selector update, {result['model']}, P={prompt}, R={completion}; {result['machine']}, torch {torch.__version__}\n")
+    print(
+        f"Selector update, {result['model']}, P={prompt}, R={completion}; {result['machine']}, torch {torch.__version__}\n"
+    )
     print("| m | plain s | packed s | faster | fewer tokens | plain MiB | packed MiB | memory |")
     print("|---:|---:|---:|---:|---:|---:|---:|---:|")
     for row in rows:
