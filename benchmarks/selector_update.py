@@ -3,8 +3,8 @@
     python -m benchmarks.selector_update                    # both paths, a table and JSON
     python -m benchmarks.selector_update --case plain --m 8 # one measurement, as JSON, in this process
 
-Both paths make completion-only logits; the plain one runs the prompt once for each selection. Each case runs in a process
-of its own, so that its peak memory is its own. Ratios are of medians within one run of this script.
+Both paths make completion-only logits; the plain one runs the prompt once for each selection. Each case has a process of
+its own, so that its peak memory is its own. Ratios are of medians within one run of this script.
 """
 
 from __future__ import annotations
@@ -91,14 +91,16 @@ def main(
         "rows": rows,
     }
     print(
-        f"Selector update, {result['model']}, P={prompt}, R={completion}; {result['machine']}, torch {torch.__version__}\n"
+        f"Selector update, {result['model']}, P={prompt}, R={completion}; "
+        f"{result['machine']}, torch {torch.__version__}\n"
     )
     print("| m | plain s | packed s | faster | fewer tokens | plain MiB | packed MiB | memory |")
     print("|---:|---:|---:|---:|---:|---:|---:|---:|")
     for row in rows:
         plain, packed = row["plain"], row["packed"]
+        faster = plain["seconds"] / packed["seconds"]
         print(
-            f"| {row['m']} | {plain['seconds']:.2f} | {packed['seconds']:.2f} | {plain['seconds'] / packed['seconds']:.1f}x "
+            f"| {row['m']} | {plain['seconds']:.2f} | {packed['seconds']:.2f} | {faster:.1f}x "
             f"| {row['tokens']:.1f}x | {plain['mib']:.0f} | {packed['mib']:.0f} | {packed['mib'] / plain['mib']:.2f} |"
         )
     if output is not None:
