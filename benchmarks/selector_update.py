@@ -3,8 +3,8 @@
     python -m benchmarks.selector_update                    # both paths, a table and JSON
     python -m benchmarks.selector_update --case plain --m 8 # one measurement, as JSON, in this process
 
-Both paths make completion-only logits; the plain one runs the prompt once for each selection. Each case has a process of
-its own, so that its peak memory is its own. Ratios are of medians within one run of this script.
+Both paths make completion-only logits; the plain one runs the prompt once for each selection. Each case has a process
+of its own, so that its peak memory is its own. Ratios are of medians within one run of this script.
 """
 
 from __future__ import annotations
