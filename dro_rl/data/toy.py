@@ -83,7 +83,7 @@ def make_world(
     size: int,
     seed: int = 0,
     num_documents: int = 10,
-    two_hop_share: float = 0.3,
+    two_hop_share: float = 0.2,
     same_subject: int = 1,
     same_relation: float = 0.5,
 ) -> list[Question]:
