@@ -2,9 +2,9 @@
 
 The base learns to *read*: to copy (stages 0-5), to look up an object by its subject (6, 7), and the number of a fact
 too (8-11), among ten facts at the last; then among ten that are linked, over two facts as well (12), with any word
-before the mark of a question (13), and what a list looks like, its numbers random (14). It never sees a question of the toy
-world, nor a prompt of the selector or the generator, nor which documents help. The shipped `TOY_BASE` is what this
-command gave with the default seed: about 2,150 steps, five and a half minutes in one thread of a two-core virtual
+before the mark of a question (13), and what a list looks like, its numbers random (14). It never sees a question of
+the toy world, nor a prompt of the selector or the generator, nor which documents help. The shipped `TOY_BASE` is what
+this command gave with the default seed: 2,114 steps, five and a half minutes in one thread of a two-core virtual
 machine that did the same with another seed beside it, which read nearly as well. Another machine's arithmetic gives
 other weights. No training run needs this file.
 """
