@@ -168,6 +168,7 @@ def evaluate_base(recipe: Recipe, dev: Sequence[Question], prompters: dict[Role,
     pipeline = RAGPipeline(
         open_role, prompters, settings, training.per_device_eval_batch_size, training.shared_prefix != "off"
     )
+    logger.info(f"evaluation of the base models: {len(dev)} dev questions")
     rank, world = state.process_index, state.num_processes
     mine = evaluate(pipeline, dev[rank::world], training.answer_likelihood, training.answer_aliases)
     gathered = gather_object([(i * world + rank, result) for i, result in enumerate(mine)])

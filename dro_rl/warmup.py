@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ from dro_rl.prompts import Prompter
 from dro_rl.recipe import RunConfig
 from dro_rl.records import Question
 from dro_rl.selection import format_selection
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,10 @@ def warm_up(job: WarmUp, questions: Sequence[Question], run: RunConfig, training
     pairs = examples(questions, job.prompter, run, training)
     folder = Path(run.warmup_cache_dir).expanduser() / f"{job.role}-{fingerprint(job, pairs, run, training)}"
     state = PartialState()
-    if not (folder / "config.json").is_file():
+    if (folder / "config.json").is_file():
+        logger.info(f"warm-up of the {job.role}: found in {folder}")
+    else:
+        logger.info(f"warm-up of the {job.role}: {len(pairs)} examples")
         train_supervised(job, pairs, run, training, folder)
     state.wait_for_everyone()
     return str(folder)
