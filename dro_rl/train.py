@@ -1,7 +1,7 @@
 """The job: a recipe in, a trained selector and generator out.
 
 accelerate launch dro_rl/train.py recipes/musique.yaml [--key value …]
-accelerate launch --config_file recipes/accelerate/ddp.yaml dro_rl/train.py --config recipes/nq.yaml
+accelerate launch --config_file recipes/accelerate/ddp.yaml dro_rl/train.py --config recipes/musique.yaml
 python dro_rl/train.py recipes/quickstart.yaml --seed 1 --output_dir runs/seed-1
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ import yaml
 from safetensors.torch import load_file
 from training_world import largest_difference, launch, weights, world
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 from dro_rl import pipeline, train
 from dro_rl.assembly import build_prompters, load_models
+from dro_rl.cli import app
 from dro_rl.data import load_questions
 from dro_rl.likelihood import completion_logps
 from dro_rl.models import ROLES
@@ -73,8 +76,6 @@ def test_a_run_leaves_all_its_files(job: Job) -> None:
 
 
 def test_the_listed_metrics_are_reported_at_every_step(job: Job) -> None:
-    import json
-
     run = job()
     steps = [e for e in json.loads((run / "trainer_state.json").read_text())["log_history"] if "loss" in e]
     wanted = {
@@ -294,6 +295,17 @@ def test_the_saved_pair_answers_as_it_was_evaluated(job: Job) -> None:
         assert answer.text == row["prediction"]
         assert list(answer.selection.numbers) == row["selection"]
         assert answer.logp == pytest.approx(row["prediction_logp"], abs=1e-4)
+
+
+def test_a_trained_pair_can_be_asked_from_the_command_line(job: Job, tmp_path: Path) -> None:
+    run = job()
+    question = load_questions(str(run.parent / "world"), "dev")[0]
+    documents = tmp_path / "documents.jsonl"
+    documents.write_text("\n".join(json.dumps({"id": d.id, "text": d.text}) for d in question.documents))
+    asked = CliRunner().invoke(app, ["ask", str(run), question.question, "--documents", str(documents), "--json"])
+    assert asked.exit_code == 0, asked.output
+    expected = pipeline.RAGPipeline.from_pretrained(run).answer(question.question, question.documents)
+    assert json.loads(asked.stdout)["answer"] == expected.text
 
 
 def test_training_stops_when_dev_no_longer_improves(job: Job) -> None:
