@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+import torch
 import transformers
 from accelerate import PartialState
 from rich.console import Console
@@ -103,4 +104,13 @@ def _refuse(error: InputError) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_job(sys.argv[1:]))
+    status = run_job(sys.argv[1:])
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    if os.environ.get("RANK", "0") != "0":
+        # Seen rarely: threads that libraries leave running abort a process that exits after all is done. Only the main
+        # process has anything to finish on exit.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
