@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from dro_rl.errors import InputError, Phrase
+from dro_rl.files import written_whole
 from dro_rl.likelihood import Model
 from dro_rl.models import ROLES, Role, check_model, load_model, load_tokenizer
 from dro_rl.prompts import Prompter
@@ -168,6 +169,5 @@ def read(selection: Selection, question: Question, k: int) -> tuple[int, ...]:
 
 def save_settings(directory: Path, settings: PipelineSettings) -> None:
     """Write `pipeline.json`, whole."""
-    beside = directory / f".{SETTINGS}.tmp"
-    beside.write_text(json.dumps(asdict(settings), indent=2) + "\n")
-    beside.replace(directory / SETTINGS)
+    with written_whole(directory / SETTINGS) as beside:
+        beside.write_text(json.dumps(asdict(settings), indent=2) + "\n")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-import os
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,7 @@ import yaml
 from dro_rl.config import DROConfig
 from dro_rl.data.toy import TOY_BASE
 from dro_rl.errors import InputError, Phrase
+from dro_rl.files import written_whole
 
 
 def _option(default: Any, help: str) -> Any:
@@ -150,9 +150,8 @@ class Recipe:
 
     def save(self, path: Path) -> None:
         """Write the resolved recipe, whole. It loads again as a recipe."""
-        beside = path.with_name(f".{path.name}.tmp")
-        beside.write_text(yaml.safe_dump(dict(self.values), sort_keys=False, allow_unicode=True))
-        os.replace(beside, path)
+        with written_whole(path) as beside:
+            beside.write_text(yaml.safe_dump(dict(self.values), sort_keys=False, allow_unicode=True))
 
 
 NOT_OURS = {

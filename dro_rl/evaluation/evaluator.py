@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dro_rl.evaluation.metrics import answer_recall_at_k, exact_match, f1, recall_at_k
+from dro_rl.files import written_whole
 from dro_rl.likelihood import answer_logp, score_rows
 from dro_rl.pipeline import RAGPipeline, read
 from dro_rl.records import Question
@@ -119,17 +119,11 @@ def read_stages(output_dir: str | Path) -> list[dict[str, Any]]:
 
 def write_stages(output_dir: str | Path, stages: Sequence[dict[str, Any]]) -> None:
     """Write `summary.json`, whole."""
-    path = summary_path(output_dir)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.tmp")
-    beside.write_text(json.dumps({"stages": list(stages)}, indent=2) + "\n")
-    os.replace(beside, path)
+    with written_whole(summary_path(output_dir)) as beside:
+        beside.write_text(json.dumps({"stages": list(stages)}, indent=2) + "\n")
 
 
 def write_results(output_dir: str | Path, stage: str, results: Sequence[QuestionResult]) -> None:
     """Write the per-question rows of a stage, whole."""
-    path = summary_path(output_dir).with_name(f"{stage}.parquet")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.tmp")
-    pq.write_table(pa.Table.from_pylist([asdict(result) for result in results]), beside, compression="zstd")
-    os.replace(beside, path)
+    with written_whole(summary_path(output_dir).with_name(f"{stage}.parquet")) as beside:
+        pq.write_table(pa.Table.from_pylist([asdict(result) for result in results]), beside, compression="zstd")

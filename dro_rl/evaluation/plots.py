@@ -10,6 +10,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from dro_rl.files import written_whole
+
 DEV = (("eval_em", "exact match"), ("eval_f1", "F1"), ("eval_recall@3", "recall@3"), ("eval_valid", "valid"))
 
 
@@ -35,10 +37,8 @@ def plot_curves(output_dir: str | Path) -> Path:
         "share",
     )
     path = Path(output_dir) / "evaluation" / "curves.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.tmp")
-    figure.savefig(beside, format="png", dpi=120)
-    beside.replace(path)
+    with written_whole(path) as beside:
+        figure.savefig(beside, format="png", dpi=120)
     return path
 
 

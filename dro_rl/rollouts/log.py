@@ -6,7 +6,6 @@ version, and a reader refuses another one.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dro_rl.errors import InputError, Phrase
+from dro_rl.files import written_whole
 from dro_rl.records import Question, Rollout, Selection
 
 VERSION = "1"
@@ -118,11 +118,9 @@ def to_table(
 
 
 def write(table: pa.Table, path: Path) -> None:
-    """Write a part whole: beside its place, then renamed into it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.tmp")
-    pq.write_table(table, beside, compression="zstd")
-    os.replace(beside, path)
+    """Write a part, whole."""
+    with written_whole(path) as beside:
+        pq.write_table(table, beside, compression="zstd")
 
 
 def read(paths: Sequence[Path], columns: Sequence[str] | None = None) -> pa.Table:
