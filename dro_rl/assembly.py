@@ -148,15 +148,18 @@ def evaluate_base(recipe: Recipe, dev: Sequence[Question], prompters: dict[Role,
         return
     state = PartialState()
 
+    loaded: dict[Role, Any] = {}
+
     @contextmanager
     def open_role(role: Role) -> Iterator[Any]:
-        with whole_parameters():
-            model = load_model(run.model_name(role), **model_kwargs(run, role)).to(state.device).eval()
+        if role not in loaded:
+            loaded.clear()
+            gc.collect()
+            with whole_parameters():
+                loaded[role] = load_model(run.model_name(role), **model_kwargs(run, role)).to(state.device).eval()
         half = torch.float16 if training.fp16 else torch.bfloat16
         with torch.no_grad(), torch.autocast(state.device.type, half, enabled=bool(training.bf16 or training.fp16)):
-            yield model
-        del model
-        gc.collect()
+            yield loaded[role]
 
     settings = PipelineSettings(
         training.num_selected,

@@ -74,7 +74,8 @@ def print_stages(stages: Sequence[Mapping[str, Any]], run_dir: Path, curves: Pat
     shown = stages if len(stages) <= 9 else [*stages[:2], *stages[-1:]]
     for stage in shown:
         row(stage["stage"], stage)
-    first, last = stages[-1 if len(stages) == 1 else min(1, len(stages) - 2)], stages[-1]
+    # What joint training began from: the warm-up where there was one, else the base.
+    first, last = [stage for stage in stages if stage["stage"] in ("base", "warmup")][-1], stages[-1]
     table.add_section()
     for kind in last.get("by_type", {}):
         row(f"{first['stage']}, {kind}", first["by_type"][kind], "dim")
