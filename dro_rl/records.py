@@ -8,8 +8,9 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dro_rl.errors import InputError, Phrase
+from dro_rl.files import written_whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +156,24 @@ def read_questions(path: str | Path) -> list[Question]:
     if not questions:
         raise InputError(str(path), Phrase("no questions"), "a question file has at least one line", "Check the file.")
     return questions
+
+
+def write_questions(path: str | Path, questions: Iterable[Question]) -> int:
+    """Write a question file (`.jsonl` or `.jsonl.gz`), whole, from a stream. Equal questions give equal bytes.
+
+    Returns:
+        How many were written.
+    """
+    path, count = Path(path), 0
+    with written_whole(path) as beside, beside.open("wb") as raw, ExitStack() as stack:
+        lines: Any = raw
+        if path.name.lower().endswith(".gz"):
+            lines = stack.enter_context(gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0))
+        for question in questions:
+            row = {name: value for name, value in asdict(question).items() if value or name in REQUIRED_FIELDS}
+            lines.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+            count += 1
+    return count
 
 
 def parse_question(row: Any, place: str) -> Question:

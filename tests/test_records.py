@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dro_rl.errors import InputError
-from dro_rl.records import Document, Question, read_questions
+from dro_rl.records import Document, Question, read_questions, write_questions
 
 FIRST = {
     "id": "2hop__1",
@@ -274,3 +274,31 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
 def test_an_error_stays_short(tmp_path: Path) -> None:
     """Defect: an error that prints a passage of a thousand words hides what it says."""
     assert len(refusal(write(tmp_path / "q.jsonl", [changed(answers="Ann " * 10_000)]))) < 400 + len(str(tmp_path))
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
+def test_written_questions_read_back_equal(tmp_path, suffix):
+    questions = [
+        Question("a", "où?", ("x", "y"), (Document("d", "", "t\n"),), ("d",), "nq", "2 hops"),
+        Question("b", "q", ("z",), (Document("d", "T", "t"), Document("e", "", "u"))),
+    ]
+    path = tmp_path / "made" / f"questions{suffix}"
+    assert write_questions(path, iter(questions)) == 2
+    assert read_questions(path) == questions
+    before = path.read_bytes()
+    write_questions(path, questions)
+    assert path.read_bytes() == before
+
+
+def test_an_interrupted_write_leaves_the_file_before(tmp_path):
+    path = tmp_path / "questions.jsonl"
+    question = Question("a", "q", ("x",), (Document("d", "", "t"),))
+    write_questions(path, [question])
+
+    def broken():
+        yield question
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_questions(path, broken())
+    assert read_questions(path) == [question]
