@@ -1,7 +1,7 @@
-"""What stands beside a question file: where it came from, what was done to it, and hashes that say it is still the same.
+"""What stands beside a question file: where it came from, what was done to it, hashes that say it is still the same.
 
-The manifest of `dev.jsonl.gz` is `dev.jsonl.gz.manifest.json`. It is optional for a file that somebody wrote by hand, and
-always there for one that `dro-rl data prepare` or `dro-rl retrieve` wrote.
+The manifest of `dev.jsonl.gz` is `dev.jsonl.gz.manifest.json`. It is optional for a file that somebody wrote by hand,
+and always there for one that `dro-rl data prepare` or `dro-rl retrieve` wrote.
 """
 
 from __future__ import annotations
