@@ -56,7 +56,7 @@ from dro_rl.rollouts.metrics import rollout_metrics
 from dro_rl.rollouts.micro_batch import Group, MicroBatch
 from dro_rl.rollouts.transformers_engine import TransformersEngine
 from dro_rl.schedule import Schedule, Slots, SlotSampler
-from dro_rl.timing import PhaseClock, flops_per_token, peak_flops, rates
+from dro_rl.timing import Phase, PhaseClock, flops_per_token, peak_flops, rates
 from dro_rl.verify import check, difference
 
 logger = logging.getLogger(__name__)
@@ -130,7 +130,7 @@ class DROTrainer(_BaseTrainer):
         self._step_metrics: dict[str, list[float]] = defaultdict(list)
         self._verified = False
         self._flops = {role: flops_per_token(getattr(model, role)) for role in ROLES}
-        self._peak = peak_flops(args.device)
+        self.peak_flops = peak_flops(args.device)
         self.clock = PhaseClock(args.device)
         several = sum(len(question.answers) > 1 for question in train_questions)
         if several:
@@ -526,9 +526,14 @@ class DROTrainer(_BaseTrainer):
                     logs[name] = max(known) if name.endswith("_max") else sum(known) / len(known)
             for role, rate in self._learning_rates().items():
                 logs[f"{role}/learning_rate"] = rate
-            logs.update(rates(self.clock.flush(), self._peak))
+            logs.update(rates(self.clock.flush(), self.peak_flops))
             self._step_metrics.clear()
         super().log(logs, start_time)
+
+    def phases(self) -> dict[str, Phase]:
+        """Seconds, tokens and operations of each phase on this process, since the trainer was made."""
+        self.clock.flush()
+        return dict(self.clock.total)
 
     def _learning_rates(self) -> dict[Role, float]:
         """Each training model's current learning rate: the first group of each is its own."""
