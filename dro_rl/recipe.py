@@ -165,9 +165,13 @@ NOT_OURS = {
     "ignore_data_skip": "nothing: a resumed run finds its place without reading data",
     "save_only_model": "nothing: a checkpoint is there to go on from",
     "push_to_hub": "`hf upload` on selector/ and generator/ when the run is done",
+    "use_vllm": "rollout_engine: vllm",
+    "vllm_server_host": "vllm_server_base_url: http://host:port",
+    "vllm_server_port": "vllm_server_base_url: http://host:port",
+    "vllm_importance_sampling_correction": "max_log_ratio: rollouts are always corrected by p/q",
     "ddp_find_unused_parameters": "nothing: it follows from interleave",
 }
-"""Keys of the stock Trainer that have no effect here, with what to use instead."""
+"""Keys of the stock Trainer and of TRL that have no effect here, with what to use instead."""
 
 
 def load_recipe(path: str | Path | None, overrides: Mapping[str, Any] | None = None) -> Recipe:

@@ -51,9 +51,12 @@ from dro_rl.prompts import Prompter
 from dro_rl.records import Question, Rollout
 from dro_rl.rollouts import log as rollout_log
 from dro_rl.rollouts.e_step import EStep, answer_row
-from dro_rl.rollouts.engine import rollout_seed
+from dro_rl.rollouts.engine import RolloutEngine, rollout_seed
 from dro_rl.rollouts.metrics import rollout_metrics
 from dro_rl.rollouts.transformers_engine import TransformersEngine
+from dro_rl.rollouts.vllm_colocate import ColocatedEngine
+from dro_rl.rollouts.vllm_server import ServerEngine, check_servers
+from dro_rl.rollouts.vllm_weights import publisher
 from dro_rl.schedule import Schedule, Slots, SlotSampler
 
 logger = logging.getLogger(__name__)
@@ -144,6 +147,7 @@ class DROTrainer(_BaseTrainer):
         self.add_callback(LineProgress)
         self.reference = reference.to(self.accelerator.device).eval() if reference is not None else None
         self.stages: list[dict[str, Any]] = read_stages(self.run_dir)
+        self._vllm = self._start_vllm() if args.engine == "vllm" else None
         self._e_step = EStep(
             self._open_engine,
             partial(self._open, "selector"),
@@ -219,7 +223,12 @@ class DROTrainer(_BaseTrainer):
             yield model
 
     @contextmanager
-    def _open_engine(self) -> Iterator[TransformersEngine]:
+    def _open_engine(self) -> Iterator[RolloutEngine]:
+        if self._vllm is not None:
+            updates = self.state.global_step if self.args.role_learning_rate("selector") else 0
+            with self._vllm.at(updates) as engine:
+                yield engine
+            return
         with self._open("selector") as model:
             yield TransformersEngine(
                 model,
@@ -227,6 +236,28 @@ class DROTrainer(_BaseTrainer):
                 batch_size=self.args.per_device_eval_batch_size,
                 shared_prefix=self.args.shared_prefix != "off",
             )
+
+    def _start_vllm(self) -> ColocatedEngine | ServerEngine:
+        tokenizer = self.prompters["selector"].tokenizer
+        if self.args.vllm_mode == "colocate":
+            logger.info("rollouts: vLLM in this process; starting it takes a minute")
+            return ColocatedEngine(self._selector, self.accelerator, tokenizer, self.args)
+        if self.is_world_process_zero():
+            check_servers(self.args)
+        self.accelerator.wait_for_everyone()
+        folder = Path(self.args.vllm_weights_dir or self.run_dir / "vllm_weights")
+        publish = publisher(self.args, folder, self._save_selector, self._selector, tokenizer, self.accelerator)
+        logger.info(f"rollouts: vLLM at {', '.join(self.args.vllm_servers)}")
+        return ServerEngine(self.args, tokenizer.eos_token_id, publish)
+
+    def _selector(self) -> Any:
+        return self._unwrapped().selector
+
+    def _save_selector(self, folder: Path) -> None:
+        """Write the selector to be read by a vLLM server."""
+        state = self._gathered_state()
+        if self.is_world_process_zero():
+            export_role(self._selector(), self.prompters["selector"].tokenizer, folder, _of_role("selector", state))
 
     @contextmanager
     def _open_reference(self) -> Iterator[Any]:
@@ -277,7 +308,9 @@ class DROTrainer(_BaseTrainer):
             logps = {}
             for rollout in group:
                 merged[rollout.token_ids] += rollout.selector_coefficient
-                logps[rollout.token_ids] = rollout.selection_logp
+                # Between two engines log q is what to compare with, where it is of the same distribution.
+                same = self.args.sampling.on_policy
+                logps[rollout.token_ids] = rollout.proposal_logp if same else rollout.selection_logp
             prompt = self.prompters["selector"].selector_prompt(question, self.args.num_selected)
             rows.append(Row(prompt.ids, list(merged)))
             coefficients += list(merged.values())
@@ -467,7 +500,10 @@ class DROTrainer(_BaseTrainer):
             self._restore_logs(Path(str(resume_from_checkpoint)) if resume_from_checkpoint else None)
         self.accelerator.wait_for_everyone()
         self.stages = broadcast_object_list([read_stages(self.run_dir)])[0]
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        result = super().train(resume_from_checkpoint, *args, **kwargs)
+        if isinstance(self._vllm, ServerEngine):
+            self._vllm.remove_weights()
+        return result
 
     def _restore_logs(self, checkpoint: Path | None) -> None:
         """Put the rollout log and the evaluations back to where the checkpoint was: what came after happens again.
@@ -531,15 +567,11 @@ class DROTrainer(_BaseTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write `selector/` and `generator/`: to go on from (within a checkpoint), or to serve, with their prompts."""
         folder = Path(output_dir or self.run_dir)
-        state: dict[str, Tensor] | None = None
-        if self.is_fsdp_enabled:
-            state = self.accelerator.get_state_dict(self.model)
-        elif self.is_deepspeed_enabled:
-            state = self.accelerator.get_state_dict(self.model_wrapped)
+        state = self._gathered_state()
         if not self.args.should_save:
             return
         for role in ROLES:
-            own = state and {n.removeprefix(f"{role}."): v for n, v in state.items() if n.startswith(f"{role}.")}
+            own = _of_role(role, state)
             model, prompter = getattr(self._unwrapped(), role), self.prompters[role]
             if _internal_call:
                 save_role(model, prompter.tokenizer, folder / role, own)
@@ -548,7 +580,15 @@ class DROTrainer(_BaseTrainer):
         if not _internal_call:
             save_settings(folder, self.pipeline_settings())
 
+    def _gathered_state(self) -> dict[str, Tensor] | None:
+        """The whole state of a sharded model, where this process writes files; None for one that is not sharded."""
+        if self.is_fsdp_enabled:
+            return self.accelerator.get_state_dict(self.model)
+        return self.accelerator.get_state_dict(self.model_wrapped) if self.is_deepspeed_enabled else None
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self._vllm is not None:
+            self._vllm.forget()
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
@@ -573,6 +613,11 @@ class DROTrainer(_BaseTrainer):
             max_answer_length=self.args.max_answer_length,
             chat_template_kwargs=dict(self.prompters["selector"].chat_template_kwargs),
         )
+
+
+def _of_role(role: Role, state: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
+    """One role's part of a gathered state, under the role's own names."""
+    return state and {name.removeprefix(f"{role}."): v for name, v in state.items() if name.startswith(f"{role}.")}
 
 
 class _Iterations(TrainerCallback):

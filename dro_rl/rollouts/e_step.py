@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -21,6 +22,11 @@ from dro_rl.prompts import Prompter
 from dro_rl.records import Question, Rollout, Selection
 from dro_rl.rollouts.engine import Completion, RolloutEngine
 from dro_rl.selection import parse_selection
+
+logger = logging.getLogger(__name__)
+
+MAX_DIFFERENCE = 0.1
+"""Nats a token, on average over an E-step: two implementations of a model in bfloat16 stay below it."""
 
 OpenModel = Callable[[], AbstractContextManager[Model]]
 
@@ -50,6 +56,7 @@ class EStep:
         self.open_selector, self.open_generator, self.open_reference = open_selector, open_generator, open_reference
         self.selector_prompter, self.generator_prompter = selector_prompter, generator_prompter
         self.config = config
+        self._warned = False
 
     def __call__(self, indices: Sequence[int], questions: Sequence[Question], seeds: Sequence[int]) -> list[Rollout]:
         """Rollouts of some questions: m of each, in order.
@@ -72,6 +79,8 @@ class EStep:
         proposal = _matrix([[sum(sample.logps) for sample in group] for group in groups], m)
         prompt_ids = [prompt.ids for prompt in prompts]
         policy = proposal if on_policy else self._selection_logps(self.open_selector, prompt_ids, groups)
+        if config.sampling.on_policy and not on_policy:
+            self._warn_of_other_weights(policy - proposal, groups)
         reference = None
         if self.open_reference is not None:
             reference = self._selection_logps(self.open_reference, prompt_ids, groups)
@@ -117,6 +126,18 @@ class EStep:
             for i in range(len(questions))
             for j in range(m)
         ]
+
+    def _warn_of_other_weights(self, difference: torch.Tensor, groups: Sequence[Sequence[Completion]]) -> None:
+        """Say so when the engine's log q is too far from log p for rounding, both of the plain distribution."""
+        tokens = sum(len(sample.ids) for group in groups for sample in group)
+        mean = difference.abs().sum().item() / tokens if tokens else 0.0
+        if mean > MAX_DIFFERENCE and not self._warned:
+            self._warned = True
+            logger.warning(
+                f"the engine's log-probabilities differ from the trainer's by {mean:.2g} nats a token on average; "
+                f"by rounding it would be less than {MAX_DIFFERENCE}: does it hold the weights that it was sent? "
+                "Rollouts are corrected by p/q; sampling/logp_difference_mean and sampling/log_ratio_max say how far."
+            )
 
     def _selection_logps(
         self, open_model: OpenModel, prompts: Sequence[tuple[int, ...]], groups: Sequence[Sequence[Completion]]

@@ -50,7 +50,7 @@ def rollout_metrics(
         "rollouts/all_tie": _mean((valid.any(-1) & tie).double()),
         "rollouts/all_invalid": _mean((~valid.any(-1)).double()),
     }
-    if not config.sampling.on_policy:
+    if not config.samples_policy:
         metrics["sampling/log_ratio_mean"] = _mean(log_ratio)
         metrics["sampling/log_ratio_max"] = log_ratio.max().item()
         metrics["sampling/truncated"] = _mean((log_ratio > config.max_log_ratio).double())
