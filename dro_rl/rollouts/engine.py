@@ -9,10 +9,12 @@ from typing import Protocol
 
 import torch
 
+from dro_rl.constraint import SelectionConstraint
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """The proposal q: how tokens are drawn from the selector's logits.
+    """The proposal q: how tokens are drawn from the selector's logits, those that a constraint allows where there is one.
 
     Args:
         max_completion_length: tokens at most, end-of-sequence included.
@@ -49,6 +51,7 @@ class RolloutEngine(Protocol):
         num_generations: int,
         sampling: SamplingParams,
         seeds: Sequence[int],
+        constraints: Sequence[SelectionConstraint] | None = None,
     ) -> list[list[Completion]]:
         """`num_generations` completions for each prompt.
 
@@ -59,6 +62,8 @@ class RolloutEngine(Protocol):
             seeds: one a prompt. The same prompt, seed and weights give the same completions, whatever else is in the
                 batch: runs resume exactly, and do not depend on the number of processes. An engine that cannot
                 promise that says so in its docstring.
+            constraints: one a prompt. Tokens are drawn from the softmax over those that it allows, then tempered and
+                truncated, and log q is that distribution's: p, to which the trainer compares it, is constrained too.
         """
         ...
 
