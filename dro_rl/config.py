@@ -47,10 +47,22 @@ class DROConfig(_BaseConfig):
     )
     max_completion_length: int = _option(64, "Tokens of a selection at most.")
     max_answer_length: int = _option(64, "Tokens of a generated answer at most (evaluation and serving).")
+    constrain_selection: bool = _option(
+        False, "Let the selector write K distinct valid numbers and nothing else: sampled, scored and served like that."
+    )
     temperature: float = _option(1.0, "Sampling temperature. Other than 1 the weights are corrected by p/q.")
-    top_p: float = _option(1.0, "Nucleus truncation of the proposal; 1 is off. Corrected by p/q.")
-    top_k: int = _option(0, "Top-k truncation of the proposal; 0 is off. Corrected by p/q.")
-    min_p: float = _option(0.0, "Minimum probability, relative to the likeliest token; 0 is off. Corrected by p/q.")
+    temperature_end: float | None = _option(
+        None, "Temperature of the last iteration, reached in a straight line; unset: temperature throughout."
+    )
+    duplicate_threshold: float | None = _option(
+        None, "Raise the temperature after an iteration in which more than this share of rollouts repeat another."
+    )
+    temperature_max: float = _option(2.0, "The most that duplicate_threshold raises the temperature to.")
+    top_p: float = _option(1.0, "Nucleus truncation of the proposal; 1 is off. Corrected by p/q on what is left.")
+    top_k: int = _option(0, "Top-k truncation of the proposal; 0 is off. Corrected by p/q on what is left.")
+    min_p: float = _option(
+        0.0, "Minimum probability, relative to the likeliest token; 0 is off. Corrected by p/q on what is left."
+    )
     max_log_ratio: float = _option(2.0, "Truncation from above of log p/q in the weights, in nats.")
 
     # > Objective
@@ -127,6 +139,25 @@ class DROConfig(_BaseConfig):
         )
         self._require(
             "temperature", self.temperature > 0, "rollouts are sampled, so this is above 0", "Use 1.0 to sample from p."
+        )
+        self._require(
+            "temperature_end",
+            self.temperature_end is None or self.temperature_end > 0,
+            "rollouts are sampled, so this is above 0",
+            "Use 1.0 to end at p, or leave it unset.",
+        )
+        self._require(
+            "duplicate_threshold",
+            self.duplicate_threshold is None or 0 < self.duplicate_threshold < 1,
+            "this is a share of the rollouts, between 0 and 1",
+            "Use 0.5, or leave it unset.",
+        )
+        highest = max(self.temperature, self.temperature_end or 0.0)
+        self._require(
+            "temperature_max",
+            self.duplicate_threshold is None or self.temperature_max > highest,
+            f"duplicate_threshold raises the temperature above the {highest} that it has without it",
+            "Raise it, or leave duplicate_threshold unset.",
         )
         self._require("top_p", 0 < self.top_p <= 1, "this is in (0, 1]", "Use 1.0 to switch it off.")
         self._require("top_k", self.top_k >= 0, "this is at least 0", "Use 0 to switch it off.")

@@ -6,11 +6,11 @@ and then the end of the sequence. One selection is one sequence of tokens, so p(
 and not of a spelling, and the probabilities of all N!/(N−K)! of them sum to one.
 
 **How.** Nothing is enumerated. The text `[a] > [b] > [c]` is cut into stretches, `[a]`, ` > [b]`, ` > [c]`, and a token
-belongs to the stretch in which it ends. Merges reach over a cut (`] >`, ` [1`), so the tokens of a stretch depend on the
-number before and on the number after it, or on there being none. They are read off the tokenizer's encoding of those
-numbers. Numbers that make no difference when they come after are one class, so tables of about N² spellings, made as
-they are needed, serve all selections. What has been written is followed along all readings at once (is `[1` the number
-1, or the beginning of 12?), as an automaton without determinism is.
+belongs to the stretch in which it ends. Merges reach over a cut (`] >`, ` [1`), so the tokens of a stretch depend on
+the number before and on the number after it, or on there being none. They are read off the tokenizer's encoding of
+those numbers. Numbers that make no difference when they come after are one class, so tables of about N² spellings,
+made as they are needed, serve all selections. What has been written is followed along all readings at once (is `[1`
+the number 1, or the beginning of 12?), as an automaton without determinism is.
 
 **Why it is exact.** Let the tokens of a stretch depend on no more than that. Then the tokens of any path through the
 automaton are the tokenizer's encoding of a selection (soundness), and every selection's encoding is a path
@@ -198,8 +198,8 @@ class SelectionConstraint:
                 raise InputError(
                     "constrain_selection",
                     text,
-                    "the selector's tokenizer writes a number of a selection by itself and its neighbours, and reads it "
-                    f"back; here it writes {self.tokenizer.convert_ids_to_tokens(ids)}",
+                    "the selector's tokenizer writes a number of a selection by itself and its neighbours, and reads "
+                    f"it back; here it writes {self.tokenizer.convert_ids_to_tokens(ids)}",
                     "Use another tokenizer, or constrain_selection: false.",
                 )
         return self._max_length()
@@ -218,7 +218,7 @@ class SelectionConstraint:
     def _max_length(self) -> int:
         """The longest first number and the K − 1 longest of the others, and the end of the sequence."""
         first = max(len(tokens) for spelled in self._table(0, None).values() for tokens, _ in spelled)
-        longest = {number: 0 for number in range(1, self.num_documents + 1)}
+        longest = dict.fromkeys(range(1, self.num_documents + 1), 0)
         for index in range(1, self.k):
             for before in longest:
                 for number, spelled in self._table(index, before).items():

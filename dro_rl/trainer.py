@@ -27,6 +27,7 @@ from trl.trainer.base_trainer import _BaseTrainer
 
 from dro_rl.config import DROConfig
 from dro_rl.console import LineProgress
+from dro_rl.constraint import allowed_for
 from dro_rl.evaluation.evaluator import (
     QuestionResult,
     evaluate,
@@ -53,6 +54,7 @@ from dro_rl.rollouts import log as rollout_log
 from dro_rl.rollouts.e_step import EStep, answer_row
 from dro_rl.rollouts.engine import rollout_seed
 from dro_rl.rollouts.metrics import rollout_metrics
+from dro_rl.rollouts.temperature import duplicate_share, groups_of, guarded_temperature
 from dro_rl.rollouts.transformers_engine import TransformersEngine
 from dro_rl.schedule import Schedule, Slots, SlotSampler
 
@@ -131,6 +133,11 @@ class DROTrainer(_BaseTrainer):
                 f"{several} of {len(train_questions)} questions have several accepted answers; "
                 f"the likelihood takes answer_aliases: {args.answer_aliases}"
             )
+        if args.sampling.truncates:
+            logger.warning(
+                "top_p, top_k and min_p leave out selections that p could write. The weights are right among those "
+                "that can be drawn; how much of p these have is logged as sampling/ratio_mean"
+            )
         super().__init__(
             model=model,
             args=args,
@@ -175,17 +182,37 @@ class DROTrainer(_BaseTrainer):
         """The iteration's rollouts, by slot: from memory, from the log, or sampled now."""
         if self._iteration != iteration:
             indices = self.schedule.questions(iteration)
+            temperature = self._temperature(iteration)
             size = QUESTIONS_PER_PART * self.args.world_size
             quiet = self.args.disable_tqdm or len(indices) <= size or not self.is_world_process_zero()
             self._rollouts = []
             with tqdm(total=len(indices), desc=f"iteration {iteration + 1}: rollouts", unit="q", disable=quiet) as bar:
                 for part, first in enumerate(range(0, len(indices), size)):
-                    self._rollouts += self._part(iteration, part, first, indices[first : first + size])
+                    self._rollouts += self._part(iteration, part, first, indices[first : first + size], temperature)
                     bar.update(min(size, len(indices) - first))
             self._iteration = iteration
         return self._rollouts
 
-    def _part(self, iteration: int, part: int, first: int, indices: list[int]) -> list[Rollout]:
+    def _temperature(self, iteration: int) -> float:
+        """What an iteration is sampled at. The guard goes by the iteration before: from memory, or from the log."""
+        found = [0.0]
+        if self.is_world_process_zero():
+            before: Sequence[Rollout] = ()
+            if self.args.duplicate_threshold is not None:
+                known = self._iteration == iteration - 1
+                logged = rollout_log.part_paths(self.run_dir, iteration)  # 1-based there
+                before = self._rollouts if known else rollout_log.to_rollouts(rollout_log.read(logged))
+            found[0] = guarded_temperature(self.args, iteration, before)
+            if before and found[0] != before[0].temperature:
+                repeated = duplicate_share(groups_of(before, self.args.num_generations))
+                logger.info(
+                    f"iteration {iteration + 1}: temperature {before[0].temperature:.3g} -> {found[0]:.3g}, after "
+                    f"{repeated:.0%} of the rollouts repeated another "
+                    f"(duplicate_threshold: {self.args.duplicate_threshold})"
+                )
+        return broadcast_object_list(found)[0]
+
+    def _part(self, iteration: int, part: int, first: int, indices: list[int], temperature: float) -> list[Rollout]:
         """One part of an E-step: read where a killed run left it whole, else sampled, shared and written."""
         path = rollout_log.part_path(self.run_dir, iteration + 1, part)
         kept: list[Any] = [None]
@@ -202,6 +229,7 @@ class DROTrainer(_BaseTrainer):
                 [indices[i] for i in mine],
                 [self.train_questions[indices[i]] for i in mine],
                 [rollout_seed(self.args.seed, iteration, first + i) for i in mine],
+                temperature,
             )
             m = self.args.num_generations
             groups = gather_object([(i, rollouts[n * m : (n + 1) * m]) for n, i in enumerate(mine)])
@@ -278,8 +306,10 @@ class DROTrainer(_BaseTrainer):
             for rollout in group:
                 merged[rollout.token_ids] += rollout.selector_coefficient
                 logps[rollout.token_ids] = rollout.selection_logp
-            prompt = self.prompters["selector"].selector_prompt(question, self.args.num_selected)
-            rows.append(Row(prompt.ids, list(merged)))
+            prompter, k = self.prompters["selector"], self.args.num_selected
+            constraint = prompter.constraint(len(question.documents), k) if self.args.constrain_selection else None
+            samples = list(merged)
+            rows.append(Row(prompter.selector_prompt(question, k).ids, samples, allowed_for(constraint, samples)))
             coefficients += list(merged.values())
             sampled += [logps[ids] for ids in merged]
         self._sampled_logps = torch.tensor(sampled, dtype=torch.float64)
@@ -510,9 +540,12 @@ class DROTrainer(_BaseTrainer):
             self.state.best_model_checkpoint = str(best)
         if self.is_world_process_zero():
             write_stages(beside, self.stages)
-            if self.state.global_step % self.schedule.steps_per_iteration:
-                (beside / "rollouts").mkdir()
-                for part in rollout_log.part_paths(run, self.schedule.iteration(self.state.global_step) + 1):
+            current, within = divmod(self.state.global_step, self.schedule.steps_per_iteration)
+            needed = [current + 1] if within else []
+            needed += [] if self.args.duplicate_threshold is None else [current]  # the guard's memory
+            for iteration in needed:
+                (beside / "rollouts").mkdir(exist_ok=True)
+                for part in rollout_log.part_paths(run, iteration):
                     shutil.copy2(part, beside / "rollouts" / part.name)
             cast(dict[str, Any], self.state.stateful_callbacks)["TrainerControl"] = self.control.state()
             self.state.save_to_json(str(beside / "trainer_state.json"))
@@ -572,6 +605,7 @@ class DROTrainer(_BaseTrainer):
             max_completion_length=self.args.max_completion_length,
             max_answer_length=self.args.max_answer_length,
             chat_template_kwargs=dict(self.prompters["selector"].chat_template_kwargs),
+            constrain_selection=self.args.constrain_selection,
         )
 
 

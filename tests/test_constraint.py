@@ -1,4 +1,4 @@
-"""Claims about the constraint: what it admits is every selection, once, as the tokenizer writes it, and nothing else."""
+"""Claims about the constraint: it admits every selection, once, as the tokenizer writes it, and nothing else."""
 
 from __future__ import annotations
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from dro_rl.config import DROConfig
+from dro_rl.constraint import SelectionConstraint, allowed_for
 from dro_rl.likelihood import Model, Row, answer_logp, score_rows
 from dro_rl.objective import (
     effective_sample_size,
@@ -51,30 +53,41 @@ class EStep:
         self.selector_prompter, self.generator_prompter = selector_prompter, generator_prompter
         self.config = config
 
-    def __call__(self, indices: Sequence[int], questions: Sequence[Question], seeds: Sequence[int]) -> list[Rollout]:
+    def __call__(
+        self,
+        indices: Sequence[int],
+        questions: Sequence[Question],
+        seeds: Sequence[int],
+        temperature: float | None = None,
+    ) -> list[Rollout]:
         """Rollouts of some questions: m of each, in order.
 
         Args:
             indices: of the questions in the training set.
             questions: the questions themselves.
             seeds: one a question.
+            temperature: of the sampling; the config's, unless told.
         """
-        config, m = self.config, self.config.num_generations
-        prompts = [self.selector_prompter.selector_prompt(question, config.num_selected) for question in questions]
+        config, m, k = self.config, self.config.num_generations, self.config.num_selected
+        sampling = config.sampling if temperature is None else replace(config.sampling, temperature=temperature)
+        prompts = [self.selector_prompter.selector_prompt(question, k) for question in questions]
+        constraints: list[SelectionConstraint] | None = None
+        if config.constrain_selection:
+            constraints = [self.selector_prompter.constraint(len(question.documents), k) for question in questions]
         with self.open_engine() as engine:
-            groups = engine.generate([prompt.ids for prompt in prompts], m, config.sampling, seeds)
-            on_policy = engine.samples_policy(config.sampling)
+            groups = engine.generate([prompt.ids for prompt in prompts], m, sampling, seeds, constraints)
+            on_policy = engine.samples_policy(sampling)
         texts = [[self.selector_prompter.decode(sample.ids) for sample in group] for group in groups]
         selections = [
-            [parse_selection(text, len(question.documents), config.num_selected) for text in group]
+            [parse_selection(text, len(question.documents), k) for text in group]
             for question, group in zip(questions, texts, strict=True)
         ]
         proposal = _matrix([[sum(sample.logps) for sample in group] for group in groups], m)
         prompt_ids = [prompt.ids for prompt in prompts]
-        policy = proposal if on_policy else self._selection_logps(self.open_selector, prompt_ids, groups)
+        policy = proposal if on_policy else self._selection_logps(self.open_selector, prompt_ids, groups, constraints)
         reference = None
         if self.open_reference is not None:
-            reference = self._selection_logps(self.open_reference, prompt_ids, groups)
+            reference = self._selection_logps(self.open_reference, prompt_ids, groups, constraints)
         answers = self._answer_logps(questions, selections)
         mask = _matrix([[float(selection.valid) for selection in group] for group in selections], m).bool()
 
@@ -113,17 +126,25 @@ class EStep:
                 ess=ess[i].item(),
                 weight_temperature=temperature[i].item(),
                 prompt_cut=prompts[i].cut,
+                temperature=sampling.temperature,
             )
             for i in range(len(questions))
             for j in range(m)
         ]
 
     def _selection_logps(
-        self, open_model: OpenModel, prompts: Sequence[tuple[int, ...]], groups: Sequence[Sequence[Completion]]
+        self,
+        open_model: OpenModel,
+        prompts: Sequence[tuple[int, ...]],
+        groups: Sequence[Sequence[Completion]],
+        constraints: Sequence[SelectionConstraint] | None,
     ) -> torch.Tensor:
-        """(questions, m) log p of the sampled tokens at temperature 1."""
+        """(questions, m) log p of the sampled tokens at temperature 1, under the constraints where there are any."""
         distinct = [list(dict.fromkeys(sample.ids for sample in group)) for group in groups]
-        rows = [Row(prompt, samples) for prompt, samples in zip(prompts, distinct, strict=True)]
+        rows = [
+            Row(prompt, samples, allowed_for(constraint, samples))
+            for prompt, samples, constraint in zip(prompts, distinct, constraints or [None] * len(prompts), strict=True)
+        ]
         with open_model() as model:
             scored = score_rows(model, rows, self.config.per_device_eval_batch_size, self.config.shared_prefix != "off")
         logps = [

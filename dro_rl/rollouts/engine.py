@@ -14,7 +14,7 @@ from dro_rl.constraint import SelectionConstraint
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """The proposal q: how tokens are drawn from the selector's logits, those that a constraint allows where there is one.
+    """The proposal q: how tokens are drawn from the selector's logits, or from those that a constraint allows.
 
     Args:
         max_completion_length: tokens at most, end-of-sequence included.
@@ -31,7 +31,12 @@ class SamplingParams:
     @property
     def on_policy(self) -> bool:
         """Whether q is p, so that the importance ratio is one by definition."""
-        return self.temperature == 1.0 and self.top_p == 1.0 and self.top_k == 0 and self.min_p == 0.0
+        return self.temperature == 1.0 and not self.truncates
+
+    @property
+    def truncates(self) -> bool:
+        """Whether there are completions that p could write and q cannot."""
+        return self.top_p < 1.0 or self.top_k > 0 or self.min_p > 0.0
 
 
 @dataclass(frozen=True, slots=True)
