@@ -49,10 +49,22 @@ class DROConfig(_BaseConfig):
     )
     max_completion_length: int = _option(64, "Tokens of a selection at most.")
     max_answer_length: int = _option(64, "Tokens of a generated answer at most (evaluation and serving).")
+    constrain_selection: bool = _option(
+        False, "Let the selector write K distinct valid numbers and nothing else: sampled, scored and served like that."
+    )
     temperature: float = _option(1.0, "Sampling temperature. Other than 1 the weights are corrected by p/q.")
-    top_p: float = _option(1.0, "Nucleus truncation of the proposal; 1 is off. Corrected by p/q.")
-    top_k: int = _option(0, "Top-k truncation of the proposal; 0 is off. Corrected by p/q.")
-    min_p: float = _option(0.0, "Minimum probability, relative to the likeliest token; 0 is off. Corrected by p/q.")
+    temperature_end: float | None = _option(
+        None, "Temperature of the last iteration, reached in a straight line; unset: temperature throughout."
+    )
+    duplicate_threshold: float | None = _option(
+        None, "Raise the temperature after an iteration in which more than this share of rollouts repeat another."
+    )
+    temperature_max: float = _option(2.0, "The most that duplicate_threshold raises the temperature to.")
+    top_p: float = _option(1.0, "Nucleus truncation of the proposal; 1 is off. Corrected by p/q on what is left.")
+    top_k: int = _option(0, "Top-k truncation of the proposal; 0 is off. Corrected by p/q on what is left.")
+    min_p: float = _option(
+        0.0, "Minimum probability, relative to the likeliest token; 0 is off. Corrected by p/q on what is left."
+    )
     max_log_ratio: float = _option(2.0, "Truncation from above of log p/q in the weights, in nats.")
 
     # > Rollout engine
@@ -83,6 +95,9 @@ class DROConfig(_BaseConfig):
     )
     vllm_server_timeout: float = _option(240.0, "Seconds to wait for a server that is not up, or has gone away.")
     vllm_request_timeout: float = _option(600.0, "Seconds that a server may take over the rollouts of one question.")
+    overlap_rollouts: bool = _option(
+        False, "Sample the next step's rollouts while this one trains: weights one step old, corrected by p/q (server)."
+    )
     vllm_weight_sync: Literal["auto", "folder", "nccl"] = _option(
         "auto", "How servers get weights; auto is nccl where trainer and server have it, else folder."
     )
@@ -166,6 +181,25 @@ class DROConfig(_BaseConfig):
         self._require(
             "temperature", self.temperature > 0, "rollouts are sampled, so this is above 0", "Use 1.0 to sample from p."
         )
+        self._require(
+            "temperature_end",
+            self.temperature_end is None or self.temperature_end > 0,
+            "rollouts are sampled, so this is above 0",
+            "Use 1.0 to end at p, or leave it unset.",
+        )
+        self._require(
+            "duplicate_threshold",
+            self.duplicate_threshold is None or 0 < self.duplicate_threshold < 1,
+            "this is a share of the rollouts, between 0 and 1",
+            "Use 0.5, or leave it unset.",
+        )
+        highest = max(self.temperature, self.temperature_end or 0.0)
+        self._require(
+            "temperature_max",
+            self.duplicate_threshold is None or self.temperature_max > highest,
+            f"duplicate_threshold raises the temperature above the {highest} that it has without it",
+            "Raise it, or leave duplicate_threshold unset.",
+        )
         self._require("top_p", 0 < self.top_p <= 1, "this is in (0, 1]", "Use 1.0 to switch it off.")
         self._require("top_k", self.top_k >= 0, "this is at least 0", "Use 0 to switch it off.")
         self._require("min_p", 0 <= self.min_p < 1, "this is in [0, 1)", "Use 0 to switch it off.")
@@ -221,6 +255,12 @@ class DROConfig(_BaseConfig):
             "a server has its memory to itself",
             "Leave it out, or use vllm_mode: colocate.",
         )
+        self._require(
+            "overlap_rollouts",
+            not self.overlap_rollouts or (self.engine == "vllm" and self.vllm_mode == "server"),
+            "only a server samples while the trainer trains",
+            "Use vllm_mode: server, or leave it out.",
+        )
         if self.engine != "vllm":
             return
         self._require(
@@ -258,11 +298,6 @@ class DROConfig(_BaseConfig):
         suits = torch.cuda.is_available() and not self.use_cpu
         return "vllm" if suits and importlib.util.find_spec("vllm") is not None else "transformers"
 
-    @property
-    def samples_policy(self) -> bool:
-        """Whether q is p by definition: the trainer's own model, without temperature or truncation."""
-        return self.engine == "transformers" and self.sampling.on_policy
-
     def check_batch(self, processes: int, num_questions: int) -> None:
         """Raise `InputError` unless steps hold whole questions and iterations whole steps."""
         rollouts = self.per_device_train_batch_size * processes * self.gradient_accumulation_steps
@@ -281,6 +316,12 @@ class DROConfig(_BaseConfig):
             wanted is None or wanted % per_step == 0,
             f"an iteration has whole steps of {per_step} questions",
             f"Use a multiple of {per_step}.",
+        )
+        self._require(
+            "overlap_rollouts",
+            not self.overlap_rollouts or (wanted == per_step and self.m_step_epochs == 1),
+            f"rollouts are at most one step old, so an iteration is one step, of {per_step} questions",
+            f"Use questions_per_iteration: {per_step} and m_step_epochs: 1.",
         )
         needed = per_step if wanted is None else wanted
         if needed > num_questions:

@@ -40,10 +40,17 @@ class Model(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A prompt and the completions to score after it, as token ids."""
+    """A prompt and the completions to score after it, as token ids.
+
+    Args:
+        prompt, completions: token ids.
+        allowed: for each token of each completion the ids that it was chosen among (`SelectionConstraint`): its
+            log-probability is under the distribution renormalised over them. None: over the vocabulary.
+    """
 
     prompt: Sequence[int]
     completions: Sequence[Sequence[int]]
+    allowed: Sequence[Sequence[Sequence[int]]] | None = None
 
     def __len__(self) -> int:
         """Tokens of the row on the shared-prefix path."""
@@ -80,8 +87,18 @@ def row_logps(model: Model, rows: Sequence[Row], *, shared_prefix: bool = True) 
     if shared_prefix and takes_packed_rows(model, max(_depth(row) for row in rows)):
         flat = iter(_packed(model, rows))
     else:
-        flat = iter(_padded(model, [(row.prompt, completion) for row in rows for completion in row.completions]))
+        pairs = [(row.prompt, completion) for row in rows for completion in row.completions]
+        flat = iter(_padded(model, pairs, _allowed(rows)))
     return [[next(flat) for _ in row.completions] for row in rows]
+
+
+def _allowed(rows: Sequence[Row]) -> list[Sequence[int]] | None:
+    """What each token of each completion was chosen among, in order; None where all rows are unconstrained."""
+    if all(row.allowed is None for row in rows):
+        return None
+    if any(row.allowed is None for row in rows):
+        raise ValueError("rows are scored together that are all constrained, or none")
+    return [ids for row in rows for completion in row.allowed or () for ids in completion]
 
 
 @torch.no_grad()
@@ -128,10 +145,12 @@ def _packed(model: Model, rows: Sequence[Row]) -> list[Tensor]:
         logits_to_keep=kept.to(device),
         use_cache=False,
     ).logits[0]
-    return _pick(logits[where.to(device)], targets, [len(c) for row in rows for c in row.completions])
+    return _pick(logits[where.to(device)], targets, [len(c) for row in rows for c in row.completions], _allowed(rows))
 
 
-def _padded(model: Model, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Tensor]:
+def _padded(
+    model: Model, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], allowed: list[Sequence[int]] | None
+) -> list[Tensor]:
     """The plain path: one sequence a completion, padded on the left, so that `logits_to_keep` is one number."""
     device = model.device
     width = max(len(prompt) + len(completion) for prompt, completion in pairs)
@@ -151,15 +170,37 @@ def _padded(model: Model, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) 
     ).logits
     lengths = [len(completion) for _, completion in pairs]
     picked = torch.cat([logits[i, keep - 1 - n : keep - 1] for i, n in enumerate(lengths)])
-    return _pick(picked, [token for _, completion in pairs for token in completion], lengths)
+    return _pick(picked, [token for _, completion in pairs for token in completion], lengths, allowed)
 
 
-def _pick(logits: Tensor, targets: Sequence[int], lengths: Sequence[int]) -> list[Tensor]:
-    """log softmax at the targets, float32. `logits`: (tokens, vocabulary), split by completion."""
-    logits = logits.float()
+def _pick(
+    logits: Tensor, targets: Sequence[int], lengths: Sequence[int], allowed: list[Sequence[int]] | None
+) -> list[Tensor]:
+    """log softmax at the targets, float32, split by completion.
+
+    `logits`: (tokens, vocabulary). `allowed`: the ids that each softmax is over; None: all.
+    """
     target = torch.tensor(targets, device=logits.device).unsqueeze(-1)
-    logps = logits.gather(-1, target).squeeze(-1) - logits.logsumexp(dim=-1)
-    return list(logps.split(list(lengths)))
+    chosen = logits.gather(-1, target).squeeze(-1).float()
+    among = logits.float() if allowed is None else among_allowed(logits, allowed)[0]
+    return list((chosen - among.logsumexp(dim=-1)).split(list(lengths)))
+
+
+def among_allowed(logits: Tensor, allowed: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """The logits of some ids alone.
+
+    Args:
+        logits: (rows, vocabulary).
+        allowed: the ids of each row, at least one.
+
+    Returns:
+        their logits (rows, most ids), float32, −inf after the last id of a row, and the ids themselves.
+    """
+    width = max(len(ids) for ids in allowed)
+    ids = torch.tensor([[*row, *[row[0]] * (width - len(row))] for row in allowed], device=logits.device)
+    counts = torch.tensor([len(row) for row in allowed], device=logits.device)
+    beyond = torch.arange(width, device=logits.device) >= counts.unsqueeze(-1)
+    return logits.gather(-1, ids).float().masked_fill(beyond, -torch.inf), ids
 
 
 def answer_logp(token_logps: Sequence[Tensor], likelihood: str = "sum", aliases: str = "first") -> Tensor:

@@ -290,6 +290,22 @@ def _check_role_prompts(questions: Sequence[Question], role: Role, prompter: Pro
                 prompter.generator_prompt(question, [question.documents.index(d) + 1 for d in longest])
 
 
+def check_constraint(recipe: Recipe, questions: Sequence[Question], prompter: Prompter) -> None:
+    """Refuse a constraint that the selector's tokenizer cannot follow, or that does not fit `max_completion_length`."""
+    training = recipe.training
+    if not training.constrain_selection:
+        return
+    for count in sorted({len(question.documents) for question in questions}):
+        longest = prompter.constraint(count, training.num_selected).verify()
+        if longest > training.max_completion_length:
+            raise InputError(
+                "max_completion_length",
+                training.max_completion_length,
+                f"constrain_selection writes all {training.num_selected} of {count} numbers, in up to {longest} tokens",
+                f"Use {longest} or more.",
+            )
+
+
 def check_disk(recipe: Recipe, models: Mapping[Role, PreTrainedModel]) -> None:
     """Refuse a run whose checkpoints would not fit. Weights, and two moments for what trains, in float32."""
     run, training = recipe.run, recipe.training

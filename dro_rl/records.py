@@ -94,6 +94,7 @@ class Rollout:
         ess: effective sample size of the group's weights.
         weight_temperature: the temperature its weights were computed at.
         prompt_cut: whether the selector read documents cut to fit `max_prompt_length`.
+        temperature: what it was sampled at.
     """
 
     question: int
@@ -110,6 +111,7 @@ class Rollout:
     ess: float
     weight_temperature: float
     prompt_cut: bool = False
+    temperature: float = 1.0
 
     @property
     def proposal_logp(self) -> float:

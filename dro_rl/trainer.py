@@ -10,8 +10,10 @@ import logging
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -27,6 +29,7 @@ from trl.trainer.base_trainer import _BaseTrainer
 
 from dro_rl.config import DROConfig
 from dro_rl.console import LineProgress
+from dro_rl.constraint import allowed_for
 from dro_rl.evaluation.evaluator import (
     QuestionResult,
     evaluate,
@@ -51,8 +54,9 @@ from dro_rl.prompts import Prompter
 from dro_rl.records import Question, Rollout
 from dro_rl.rollouts import log as rollout_log
 from dro_rl.rollouts.e_step import EStep, answer_row
-from dro_rl.rollouts.engine import RolloutEngine, rollout_seed
+from dro_rl.rollouts.engine import Completion, RolloutEngine, rollout_seed
 from dro_rl.rollouts.metrics import rollout_metrics
+from dro_rl.rollouts.temperature import duplicate_share, groups_of, guarded_temperature
 from dro_rl.rollouts.transformers_engine import TransformersEngine
 from dro_rl.rollouts.vllm_colocate import ColocatedEngine
 from dro_rl.rollouts.vllm_server import ServerEngine, check_servers
@@ -63,6 +67,16 @@ logger = logging.getLogger(__name__)
 
 QUESTIONS_PER_PART = 128
 """Questions a process whose rollouts are computed and written together: what a kill in an E-step can cost."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Ahead:
+    """An iteration that is being sampled while the one before it trains: by weights of `step` updates, in parts."""
+
+    iteration: int
+    step: int
+    temperature: float
+    parts: Sequence[Future[list[list[Completion]]]]
 
 
 class DROTrainer(_BaseTrainer):
@@ -124,6 +138,9 @@ class DROTrainer(_BaseTrainer):
         self._iteration: int | None = None  # the iteration whose rollouts are in use
         self._rollouts: list[Rollout] = []
         self._measured_step = -1
+        self._ahead: _Ahead | None = None
+        self._staleness = 0  # updates between the weights that sampled the rollouts in use and those they train first
+        self._pool = ThreadPoolExecutor(1, "rollouts")
         self._group_roles: list[Role] = []  # whose each group of the optimizer is
         self._sampled_logps = torch.empty(0)
         self._step_metrics: dict[str, list[float]] = defaultdict(list)
@@ -133,6 +150,11 @@ class DROTrainer(_BaseTrainer):
             logger.info(
                 f"{several} of {len(train_questions)} questions have several accepted answers; "
                 f"the likelihood takes answer_aliases: {args.answer_aliases}"
+            )
+        if args.sampling.truncates:
+            logger.warning(
+                "top_p, top_k and min_p leave out selections that p could write. The weights are right among those "
+                "that can be drawn; how much of p these have is logged as sampling/ratio_mean"
             )
         super().__init__(
             model=model,
@@ -179,17 +201,67 @@ class DROTrainer(_BaseTrainer):
         """The iteration's rollouts, by slot: from memory, from the log, or sampled now."""
         if self._iteration != iteration:
             indices = self.schedule.questions(iteration)
+            ahead = self._ahead if self._ahead is not None and self._ahead.iteration == iteration else None
+            temperature = self._temperature(iteration) if ahead is None else ahead.temperature
+            self._staleness = 0 if ahead is None else self.state.global_step - ahead.step
             size = QUESTIONS_PER_PART * self.args.world_size
             quiet = self.args.disable_tqdm or len(indices) <= size or not self.is_world_process_zero()
             self._rollouts = []
             with tqdm(total=len(indices), desc=f"iteration {iteration + 1}: rollouts", unit="q", disable=quiet) as bar:
                 for part, first in enumerate(range(0, len(indices), size)):
-                    self._rollouts += self._part(iteration, part, first, indices[first : first + size])
+                    sampled = None if ahead is None else ahead.parts[part].result
+                    some = indices[first : first + size]
+                    self._rollouts += self._part(iteration, part, first, some, temperature, sampled)
                     bar.update(min(size, len(indices) - first))
             self._iteration = iteration
+            if self.args.overlap_rollouts and iteration + 1 < self.args.num_iterations:
+                self._ahead = self._sample_ahead(iteration + 1)
         return self._rollouts
 
-    def _part(self, iteration: int, part: int, first: int, indices: list[int]) -> list[Rollout]:
+    def _sample_ahead(self, iteration: int) -> _Ahead:
+        """Ask the servers for an iteration's rollouts with the weights of now, while the one before it trains."""
+        indices, temperature = self.schedule.questions(iteration), self._temperature(iteration)
+        size = QUESTIONS_PER_PART * self.args.world_size
+        parts = []
+        with self._open_engine() as engine:
+            for first in range(0, len(indices), size):
+                mine = range(self.args.process_index, min(size, len(indices) - first), self.args.world_size)
+                request = self._e_step.request(
+                    [self.train_questions[indices[first + i]] for i in mine],
+                    [rollout_seed(self.args.seed, iteration, first + i) for i in mine],
+                    temperature,
+                )
+                parts.append(self._pool.submit(engine.generate, *request))
+        return _Ahead(iteration, self.state.global_step, temperature, parts)
+
+    def _temperature(self, iteration: int) -> float:
+        """What an iteration is sampled at. The guard goes by the iteration before: from memory, or from the log."""
+        found = [0.0]
+        if self.is_world_process_zero():
+            before: Sequence[Rollout] = ()
+            if self.args.duplicate_threshold is not None:
+                known = self._iteration == iteration - 1
+                logged = rollout_log.part_paths(self.run_dir, iteration)  # 1-based there
+                before = self._rollouts if known else rollout_log.to_rollouts(rollout_log.read(logged))
+            found[0] = guarded_temperature(self.args, iteration, before)
+            if before and found[0] != before[0].temperature:
+                repeated = duplicate_share(groups_of(before, self.args.num_generations))
+                logger.info(
+                    f"iteration {iteration + 1}: temperature {before[0].temperature:.3g} -> {found[0]:.3g}, after "
+                    f"{repeated:.0%} of the rollouts repeated another "
+                    f"(duplicate_threshold: {self.args.duplicate_threshold})"
+                )
+        return broadcast_object_list(found)[0]
+
+    def _part(
+        self,
+        iteration: int,
+        part: int,
+        first: int,
+        indices: list[int],
+        temperature: float,
+        sampled: Callable[[], list[list[Completion]]] | None,
+    ) -> list[Rollout]:
         """One part of an E-step: read where a killed run left it whole, else sampled, shared and written."""
         path = rollout_log.part_path(self.run_dir, iteration + 1, part)
         kept: list[Any] = [None]
@@ -206,6 +278,8 @@ class DROTrainer(_BaseTrainer):
                 [indices[i] for i in mine],
                 [self.train_questions[indices[i]] for i in mine],
                 [rollout_seed(self.args.seed, iteration, first + i) for i in mine],
+                temperature,
+                None if sampled is None else sampled(),
             )
             m = self.args.num_generations
             groups = gather_object([(i, rollouts[n * m : (n + 1) * m]) for n, i in enumerate(mine)])
@@ -290,6 +364,8 @@ class DROTrainer(_BaseTrainer):
             groups = [rollouts[p * m : (p + 1) * m] for p in self.schedule.positions(step)]
             for name, value in rollout_metrics(groups, self.train_questions, self.args).items():
                 self._step_metrics[name].append(value)
+            if self.args.overlap_rollouts:
+                self._step_metrics["sampling/staleness"].append(self._staleness)
         micro: dict[int, list[Rollout]] = defaultdict(list)
         for slot in slots:
             micro[slot // m].append(rollouts[slot])
@@ -308,11 +384,13 @@ class DROTrainer(_BaseTrainer):
             logps = {}
             for rollout in group:
                 merged[rollout.token_ids] += rollout.selector_coefficient
-                # Between two engines log q is what to compare with, where it is of the same distribution.
-                same = self.args.sampling.on_policy
+                # Between two engines log q is what to compare with, where both are of the same distribution.
+                same = rollout.temperature == 1 and not self.args.sampling.truncates
                 logps[rollout.token_ids] = rollout.proposal_logp if same else rollout.selection_logp
-            prompt = self.prompters["selector"].selector_prompt(question, self.args.num_selected)
-            rows.append(Row(prompt.ids, list(merged)))
+            prompter, k = self.prompters["selector"], self.args.num_selected
+            constraint = prompter.constraint(len(question.documents), k) if self.args.constrain_selection else None
+            samples = list(merged)
+            rows.append(Row(prompter.selector_prompt(question, k).ids, samples, allowed_for(constraint, samples)))
             coefficients += list(merged.values())
             sampled += [logps[ids] for ids in merged]
         self._sampled_logps = torch.tensor(sampled, dtype=torch.float64)
@@ -501,6 +579,7 @@ class DROTrainer(_BaseTrainer):
         self.accelerator.wait_for_everyone()
         self.stages = broadcast_object_list([read_stages(self.run_dir)])[0]
         result = super().train(resume_from_checkpoint, *args, **kwargs)
+        self._pool.shutdown()  # early stopping leaves rollouts in flight, that read the weights' folder
         if isinstance(self._vllm, ServerEngine):
             self._vllm.remove_weights()
         return result
@@ -546,9 +625,12 @@ class DROTrainer(_BaseTrainer):
             self.state.best_model_checkpoint = str(best)
         if self.is_world_process_zero():
             write_stages(beside, self.stages)
-            if self.state.global_step % self.schedule.steps_per_iteration:
-                (beside / "rollouts").mkdir()
-                for part in rollout_log.part_paths(run, self.schedule.iteration(self.state.global_step) + 1):
+            current, within = divmod(self.state.global_step, self.schedule.steps_per_iteration)
+            needed = [current + 1] if within else []
+            needed += [] if self.args.duplicate_threshold is None else [current]  # the guard's memory
+            for iteration in needed:
+                (beside / "rollouts").mkdir(exist_ok=True)
+                for part in rollout_log.part_paths(run, iteration):
                     shutil.copy2(part, beside / "rollouts" / part.name)
             cast(dict[str, Any], self.state.stateful_callbacks)["TrainerControl"] = self.control.state()
             self.state.save_to_json(str(beside / "trainer_state.json"))
@@ -612,6 +694,7 @@ class DROTrainer(_BaseTrainer):
             max_completion_length=self.args.max_completion_length,
             max_answer_length=self.args.max_answer_length,
             chat_template_kwargs=dict(self.prompters["selector"].chat_template_kwargs),
+            constrain_selection=self.args.constrain_selection,
         )
 
 

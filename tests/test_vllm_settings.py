@@ -62,12 +62,6 @@ def test_who_names_server_mode_gets_vllm(tmp_path: Path) -> None:
     assert config(tmp_path, vllm_mode="server", rollout_engine="transformers").engine == "transformers"
 
 
-def test_another_implementation_is_never_taken_for_the_policy(tmp_path: Path) -> None:
-    assert config(tmp_path).samples_policy
-    assert not config(tmp_path, vllm_mode="server").samples_policy
-    assert not config(tmp_path, temperature=0.7).samples_policy
-
-
 # What is refused --------------------------------------------------------------------------------------------
 
 

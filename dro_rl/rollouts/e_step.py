@@ -6,11 +6,13 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 
 from dro_rl.config import DROConfig
+from dro_rl.constraint import SelectionConstraint, allowed_for
 from dro_rl.likelihood import Model, Row, answer_logp, score_rows
 from dro_rl.objective import (
     effective_sample_size,
@@ -18,9 +20,9 @@ from dro_rl.objective import (
     selector_coefficients,
     temperature_for_ess,
 )
-from dro_rl.prompts import Prompter
+from dro_rl.prompts import Prompt, Prompter
 from dro_rl.records import Question, Rollout, Selection
-from dro_rl.rollouts.engine import Completion, RolloutEngine
+from dro_rl.rollouts.engine import Completion, RolloutEngine, SamplingParams
 from dro_rl.selection import parse_selection
 
 logger = logging.getLogger(__name__)
@@ -29,6 +31,16 @@ MAX_DIFFERENCE = 0.1
 """Nats a token, on average over an E-step: two implementations of a model in bfloat16 stay below it."""
 
 OpenModel = Callable[[], AbstractContextManager[Model]]
+
+
+class SamplingRequest(NamedTuple):
+    """The arguments of `RolloutEngine.generate`."""
+
+    prompts: Sequence[Sequence[int]]
+    num_generations: int
+    sampling: SamplingParams
+    seeds: Sequence[int]
+    constraints: Sequence[SelectionConstraint] | None
 
 
 class EStep:
@@ -58,32 +70,45 @@ class EStep:
         self.config = config
         self._warned = False
 
-    def __call__(self, indices: Sequence[int], questions: Sequence[Question], seeds: Sequence[int]) -> list[Rollout]:
+    def __call__(
+        self,
+        indices: Sequence[int],
+        questions: Sequence[Question],
+        seeds: Sequence[int],
+        temperature: float | None = None,
+        sampled: Sequence[Sequence[Completion]] | None = None,
+    ) -> list[Rollout]:
         """Rollouts of some questions: m of each, in order.
 
         Args:
             indices: of the questions in the training set.
             questions: the questions themselves.
             seeds: one a question.
+            temperature: of the sampling; the config's, unless told.
+            sampled: what `request` was answered ahead of time, with weights that may be older; None: sample now.
         """
-        config, m = self.config, self.config.num_generations
-        prompts = [self.selector_prompter.selector_prompt(question, config.num_selected) for question in questions]
-        with self.open_engine() as engine:
-            groups = engine.generate([prompt.ids for prompt in prompts], m, config.sampling, seeds)
-            on_policy = engine.samples_policy(config.sampling)
+        config, m, k = self.config, self.config.num_generations, self.config.num_selected
+        prompts = [self.selector_prompter.selector_prompt(question, k) for question in questions]
+        request = self._request(prompts, questions, seeds, temperature)
+        sampling, constraints = request.sampling, request.constraints
+        if sampled is None:
+            with self.open_engine() as engine:
+                groups, on_policy = engine.generate(*request), engine.samples_policy(sampling)
+        else:
+            groups, on_policy = [list(group) for group in sampled], False
         texts = [[self.selector_prompter.decode(sample.ids) for sample in group] for group in groups]
         selections = [
-            [parse_selection(text, len(question.documents), config.num_selected) for text in group]
+            [parse_selection(text, len(question.documents), k) for text in group]
             for question, group in zip(questions, texts, strict=True)
         ]
         proposal = _matrix([[sum(sample.logps) for sample in group] for group in groups], m)
         prompt_ids = [prompt.ids for prompt in prompts]
-        policy = proposal if on_policy else self._selection_logps(self.open_selector, prompt_ids, groups)
-        if config.sampling.on_policy and not on_policy:
+        policy = proposal if on_policy else self._selection_logps(self.open_selector, prompt_ids, groups, constraints)
+        if sampling.on_policy and not on_policy:
             self._warn_of_other_weights(policy - proposal, groups)
         reference = None
         if self.open_reference is not None:
-            reference = self._selection_logps(self.open_reference, prompt_ids, groups)
+            reference = self._selection_logps(self.open_reference, prompt_ids, groups, constraints)
         answers = self._answer_logps(questions, selections)
         mask = _matrix([[float(selection.valid) for selection in group] for group in selections], m).bool()
 
@@ -122,10 +147,33 @@ class EStep:
                 ess=ess[i].item(),
                 weight_temperature=temperature[i].item(),
                 prompt_cut=prompts[i].cut,
+                temperature=sampling.temperature,
             )
             for i in range(len(questions))
             for j in range(m)
         ]
+
+    def request(
+        self, questions: Sequence[Question], seeds: Sequence[int], temperature: float | None = None
+    ) -> SamplingRequest:
+        """What an engine is asked for the rollouts of some questions; arguments as above."""
+        prompts = [self.selector_prompter.selector_prompt(question, self.config.num_selected) for question in questions]
+        return self._request(prompts, questions, seeds, temperature)
+
+    def _request(
+        self, prompts: Sequence[Prompt], questions: Sequence[Question], seeds: Sequence[int], temperature: float | None
+    ) -> SamplingRequest:
+        config, prompter = self.config, self.selector_prompter
+        constraints: list[SelectionConstraint] | None = None
+        if config.constrain_selection:
+            constraints = [prompter.constraint(len(question.documents), config.num_selected) for question in questions]
+        return SamplingRequest(
+            [prompt.ids for prompt in prompts],
+            config.num_generations,
+            config.sampling if temperature is None else replace(config.sampling, temperature=temperature),
+            seeds,
+            constraints,
+        )
 
     def _warn_of_other_weights(self, difference: torch.Tensor, groups: Sequence[Sequence[Completion]]) -> None:
         """Say so when the engine's log q is too far from log p for rounding, both of the plain distribution."""
@@ -140,11 +188,18 @@ class EStep:
             )
 
     def _selection_logps(
-        self, open_model: OpenModel, prompts: Sequence[tuple[int, ...]], groups: Sequence[Sequence[Completion]]
+        self,
+        open_model: OpenModel,
+        prompts: Sequence[tuple[int, ...]],
+        groups: Sequence[Sequence[Completion]],
+        constraints: Sequence[SelectionConstraint] | None,
     ) -> torch.Tensor:
-        """(questions, m) log p of the sampled tokens at temperature 1."""
+        """(questions, m) log p of the sampled tokens at temperature 1, under the constraints where there are any."""
         distinct = [list(dict.fromkeys(sample.ids for sample in group)) for group in groups]
-        rows = [Row(prompt, samples) for prompt, samples in zip(prompts, distinct, strict=True)]
+        rows = [
+            Row(prompt, samples, allowed_for(constraint, samples))
+            for prompt, samples, constraint in zip(prompts, distinct, constraints or [None] * len(prompts), strict=True)
+        ]
         with open_model() as model:
             scored = score_rows(model, rows, self.config.per_device_eval_batch_size, self.config.shared_prefix != "off")
         logps = [

@@ -13,7 +13,7 @@ from transformers import AutoConfig
 
 from dro_rl.errors import InputError
 from dro_rl.recipe import Recipe
-from dro_rl.rollouts.vllm_common import CPU_CACHE_GIB, check_installed, engine_dtype, engine_length
+from dro_rl.rollouts.vllm_common import CPU_CACHE_GIB, LOGITS_PROCESSOR, check_installed, engine_dtype, engine_length
 
 LOOPBACK = "127.0.0.1"
 
@@ -70,6 +70,8 @@ def server_command(
         "--logprobs-mode": "processed_logprobs",
         "--generation-config": "vllm",
     }
+    if training.constrain_selection:
+        options["--logits-processors"] = LOGITS_PROCESSOR
     flags = ["--trust-remote-code"] if run.trust_remote_code else []
     environment = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
     if torch.cuda.is_available():

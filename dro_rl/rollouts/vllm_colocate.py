@@ -19,12 +19,15 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dro_rl.config import DROConfig
+from dro_rl.constraint import SelectionConstraint
 from dro_rl.errors import InputError
 from dro_rl.models import is_adapted
 from dro_rl.rollouts.engine import Completion, SamplingParams
 from dro_rl.rollouts.vllm_common import (
     CPU_CACHE_GIB,
+    LOGITS_PROCESSOR,
     check_installed,
+    constrained,
     engine_dtype,
     engine_length,
     random_state_kept,
@@ -79,6 +82,8 @@ class ColocatedEngine:
             "dtype": engine_dtype(config, str(model.dtype).removeprefix("torch.")),
             "skip_tokenizer_init": True,
         }
+        if config.constrain_selection:
+            options["logits_processors"] = [LOGITS_PROCESSOR]
         if self._cpu:
             options |= cpu_options(length)
         plain = vllm_generation.LLM
@@ -151,21 +156,25 @@ class ColocatedEngine:
         num_generations: int,
         sampling: SamplingParams,
         seeds: Sequence[int],
+        constraints: Sequence[SelectionConstraint] | None = None,
     ) -> list[list[Completion]]:
         """See `RolloutEngine.generate`."""
         from vllm import SamplingParams as VLLMSamplingParams
 
-        first, requests = self._of_the_group(list(zip(prompts, seeds, strict=True)))
+        extra = [None] * len(prompts) if constraints is None else [constrained(each) for each in constraints]
+        first, requests = self._of_the_group(list(zip(prompts, seeds, extra, strict=True)))
         if not requests:
             return []
         with random_state_kept():
             outputs = self._llm.generate(
-                [{"prompt_token_ids": list(prompt)} for prompt, _ in requests],
+                [{"prompt_token_ids": list(prompt)} for prompt, _, _ in requests],
                 [
                     VLLMSamplingParams(
-                        **request_options(sampling, num_generations, seed, self._eos_token_id), detokenize=False
+                        **request_options(sampling, num_generations, seed, self._eos_token_id),
+                        detokenize=False,
+                        extra_args=asked,
                     )
-                    for _, seed in requests
+                    for _, seed, asked in requests
                 ],
                 use_tqdm=False,
             )

@@ -17,11 +17,15 @@ import torch
 from packaging.version import Version
 
 from dro_rl.config import DROConfig
+from dro_rl.constraint import SelectionConstraint
 from dro_rl.errors import InputError, Phrase
 from dro_rl.rollouts.engine import SamplingParams
 
 VERSIONS = ("0.22", "0.31")
 """The vLLM releases, first and last, that TRL 1.16 is written for, and the weight sync here with it."""
+
+LOGITS_PROCESSOR = "dro_rl.rollouts.vllm_constraint:SelectionLogits"
+"""What vLLM is started with, for constrain_selection."""
 
 CPU_CACHE_GIB = "4"
 """Memory for vLLM's key-value cache on a CPU, unless VLLM_CPU_KVCACHE_SPACE says otherwise."""
@@ -76,6 +80,11 @@ def request_options(sampling: SamplingParams, num_generations: int, seed: int, e
         "ignore_eos": True,
         "stop_token_ids": [eos_token_id],
     }
+
+
+def constrained(constraint: SelectionConstraint) -> dict[str, int]:
+    """What a request says to `vllm_constraint.SelectionLogits`, which makes the constraint again where vLLM is."""
+    return {"num_documents": constraint.num_documents, "num_selected": constraint.k}
 
 
 def engine_dtype(config: DROConfig, weights: str) -> str:

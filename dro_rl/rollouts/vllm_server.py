@@ -19,9 +19,10 @@ from typing import Any
 import httpx
 
 from dro_rl.config import DROConfig
+from dro_rl.constraint import SelectionConstraint
 from dro_rl.errors import InputError, Phrase
 from dro_rl.rollouts.engine import Completion, SamplingParams
-from dro_rl.rollouts.vllm_common import request_options
+from dro_rl.rollouts.vllm_common import LOGITS_PROCESSOR, constrained, request_options
 
 logger = logging.getLogger(__name__)
 
@@ -129,6 +130,12 @@ class Server:
                 "log q is that of the distribution that tokens are drawn from",
                 "--logprobs-mode processed_logprobs",
             )
+        if config.constrain_selection and LOGITS_PROCESSOR not in (model["logits_processors"] or []):
+            raise self._refused(
+                "no constraint",
+                "constrain_selection is kept where tokens are drawn",
+                f"--logits-processors {LOGITS_PROCESSOR}",
+            )
         needed = (config.max_prompt_length or 0) + config.max_completion_length
         if model["max_model_len"] < needed:
             raise self._refused(
@@ -220,6 +227,7 @@ class ServerEngine:
         num_generations: int,
         sampling: SamplingParams,
         seeds: Sequence[int],
+        constraints: Sequence[SelectionConstraint] | None = None,
     ) -> list[list[Completion]]:
         """See `RolloutEngine.generate`. A question is a request; questions go to the servers in turn."""
         if not prompts:
@@ -227,6 +235,8 @@ class ServerEngine:
 
         def ask(i: int) -> list[Completion]:
             options = request_options(sampling, num_generations, seeds[i], self._eos_token_id)
+            if constraints is not None:
+                options["vllm_xargs"] = constrained(constraints[i])
             return self._ask(
                 i % len(self.servers), {"prompt": list(prompts[i]), "return_tokens_as_token_ids": True, **options}
             )
