@@ -22,11 +22,13 @@ from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dro_rl.config import DROConfig
-from dro_rl.likelihood import completion_logps
+from dro_rl.constraint import SelectionConstraint, allowed_for
+from dro_rl.likelihood import Row, completion_logps, score_rows
 from dro_rl.models import LoraSettings, add_adapter
 from dro_rl.rollouts.engine import Completion, SamplingParams
 from dro_rl.rollouts.transformers_engine import truncate
 from dro_rl.rollouts.vllm_colocate import ColocatedEngine
+from dro_rl.selection import parse_selection
 
 TOLERANCE = 1e-3
 """Nats a token between vLLM and transformers, both in float32: what docs/vllm.md states."""
@@ -44,7 +46,7 @@ class World:
 
     def __init__(self, folder: Path) -> None:
         build_model(hidden_size=64, seed=4).save_pretrained(folder)
-        tokenizer = build_tokenizer()
+        self.tokenizer = tokenizer = build_tokenizer()
         tokenizer.save_pretrained(folder)
         self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         config = DROConfig(
@@ -52,7 +54,8 @@ class World:
             report_to="none",
             rollout_engine="vllm",
             max_prompt_length=120,
-            max_completion_length=16,
+            max_completion_length=24,
+            constrain_selection=True,  # starts vLLM with the constraint, for the requests that ask for it
         )
         self.states_before = states()
         self.engine = ColocatedEngine(lambda: self.model, Accelerator(), tokenizer, config)
@@ -191,6 +194,26 @@ def test_the_end_of_sequence_ends_a_completion_and_belongs_to_it(vllm: World, mo
     for sample in ended:
         assert sample.ids.index(frequent) == len(sample.ids) - 1
         assert len(sample.logps) == len(sample.ids)
+
+
+def test_under_the_constraint_every_selection_is_valid_and_log_q_is_the_constrained_log_p(vllm: World) -> None:
+    """Numbers of one and of several tokens, 4 of 12, a thousand samples; with and without a temperature."""
+    constraint = SelectionConstraint(vllm.tokenizer, 12, 4)
+    for sampling in (SamplingParams(24), SamplingParams(24, 1.5)):
+        groups = vllm.engine.generate(PROMPTS, 170, sampling, SEEDS, [constraint] * len(PROMPTS))
+        for prompt, group in zip(PROMPTS, groups, strict=True):
+            samples = list(dict.fromkeys(sample.ids for sample in group))
+            for ids in samples:
+                assert not parse_selection(vllm.tokenizer.decode(ids, skip_special_tokens=True), 12, 4).problems
+            if sampling.on_policy:
+                allowed = allowed_for(constraint, samples)
+                known = dict(zip(samples, score_rows(vllm.model, [Row(prompt, samples, allowed)], 1)[0], strict=True))
+                for sample in group:
+                    assert sample.logps == pytest.approx(known[sample.ids].tolist(), abs=TOLERANCE)
+
+
+def test_beside_constrained_requests_others_are_not_constrained(vllm: World) -> None:
+    assert vllm.difference() < TOLERANCE
 
 
 def test_a_process_without_questions_has_no_rollouts(vllm: World) -> None:

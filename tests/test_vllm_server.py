@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import random
 import signal
@@ -18,27 +19,31 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import VOCABULARY, build_model, build_tokenizer
-from training_world import ROOT, launch, save_model, world
+from training_world import ROOT, launch, save_model, tokenizer, world
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make setup-vllm")
 
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dro_rl.config import DROConfig
+from dro_rl.constraint import SelectionConstraint, allowed_for
 from dro_rl.errors import InputError
-from dro_rl.likelihood import completion_logps
+from dro_rl.likelihood import Row, completion_logps, score_rows
 from dro_rl.rollouts.engine import Completion, SamplingParams
+from dro_rl.rollouts.log import part_paths, read, to_rollouts
 from dro_rl.rollouts.vllm_server import Server, ServerEngine, check_servers, load_everywhere
+from dro_rl.selection import parse_selection
 
 pytestmark = pytest.mark.slow
 
 TOLERANCE = 1e-3
 """Nats a token between vLLM and transformers, both in float32: what docs/vllm.md states."""
-PROMPTS = [[random.Random(f"{i}/{j}").randrange(2, VOCABULARY) for j in range(n)] for i, n in enumerate((90, 4, 33))]
+PROMPTS = [
+    [random.Random(f"{i}/{j}").randrange(2, len(tokenizer())) for j in range(n)] for i, n in enumerate((90, 4, 33))
+]
 SEEDS = [2**63 - 1, 22, 33]
 SAMPLING = SamplingParams(max_completion_length=7)
-UP = 180.0
+UP = 400.0
 """Seconds that a server may take to start on a busy machine."""
 
 
@@ -71,15 +76,15 @@ class World:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.port = folder, free_port()
-        build_model(hidden_size=64, seed=4).save_pretrained(folder / "selector")
-        build_tokenizer().save_pretrained(folder / "selector")
+        save_model(folder / "selector", 5, hidden_size=64, initializer_range=0.4)
         self.model: Any = AutoModelForCausalLM.from_pretrained(folder / "selector", dtype=torch.float32).eval()
         self.recipe = world(
             folder / "job",
             selector_model_name_or_path=str(folder / "selector"),
             vllm_mode="server",
             vllm_server_base_url=f"http://127.0.0.1:{self.port}",
-            max_prompt_length=240,
+            vllm_server_timeout=5.0,
+            constrain_selection=True,
         )
         self.pushes = 0
         self.process = Process(self.recipe, folder / "server.log")
@@ -94,6 +99,8 @@ class World:
             "vllm_server_base_url": [f"http://127.0.0.1:{self.port}", f"http://localhost:{self.port}/"],
             "vllm_server_timeout": UP,
             "max_prompt_length": 120,
+            "max_completion_length": 8,
+            "constrain_selection": True,
         }
         return DROConfig(**{**settings, **overrides})
 
@@ -153,7 +160,7 @@ def test_it_listens_on_loopback_alone(vllm: World) -> None:
 def test_a_server_too_short_for_the_prompts_is_refused(vllm: World) -> None:
     with pytest.raises(InputError, match="--max-model-len") as error:
         check_servers(vllm.config(max_prompt_length=4096))
-    assert f"Start it with --max-model-len {4096 + 64}" in str(error.value)
+    assert f"Start it with --max-model-len {4096 + 8}" in str(error.value)
 
 
 def test_log_q_is_the_trainers_log_p_to_rounding(vllm: World) -> None:
@@ -202,6 +209,20 @@ def test_without_a_push_log_q_is_not_that_of_the_new_weights_and_with_one_it_is(
         assert vllm.difference(engine) < TOLERANCE
 
 
+def test_under_the_constraint_every_selection_is_valid_and_log_q_is_the_constrained_log_p(vllm: World) -> None:
+    """Selections of 3 of 5, scored by the trainer among what the constraint allows."""
+    constraint = SelectionConstraint(tokenizer(), 5, 3)
+    groups = vllm.engine().generate(PROMPTS, 64, SamplingParams(8), SEEDS, [constraint] * len(PROMPTS))
+    for prompt, group in zip(PROMPTS, groups, strict=True):
+        samples = list(dict.fromkeys(sample.ids for sample in group))
+        for text in map(tokenizer().decode, samples):
+            assert not parse_selection(text.removesuffix("</s>"), 5, 3).problems
+        ((*scored,),) = score_rows(vllm.model, [Row(prompt, samples, allowed_for(constraint, samples))], 1)
+        known = dict(zip(samples, scored, strict=True))
+        for sample in group:
+            assert sample.logps == pytest.approx(known[sample.ids].tolist(), abs=TOLERANCE)
+
+
 def test_what_is_wrong_with_a_request_is_said_in_the_servers_words(vllm: World) -> None:
     with pytest.raises(InputError, match="context length"):
         vllm.engine().generate([[5] * 4000], 1, SAMPLING, [1])
@@ -217,21 +238,9 @@ def test_a_server_that_comes_back_is_given_the_weights_again(vllm: World, monkey
         assert vllm.difference(engine) < TOLERANCE
 
 
-def test_a_killed_server_ends_the_run_in_one_error_in_time_and_the_resumed_run_finishes(
-    vllm: World, tmp_path: Path
-) -> None:
+def test_a_killed_server_ends_the_run_in_one_error_in_time_and_the_resumed_run_finishes(vllm: World) -> None:
     """Killed when the first iteration's rollouts are there; the second needs it again."""
-    recipe = world(
-        tmp_path,
-        vllm_mode="server",
-        vllm_server_base_url=f"http://127.0.0.1:{vllm.port}",
-        vllm_server_timeout=5.0,
-        selector_model_name_or_path=str(save_model(tmp_path / "selector", 5, hidden_size=64)),
-    )
-    vllm.process.kill()
-    vllm.process = Process(recipe, vllm.folder / "server.log")
-    vllm.server.wait()
-    run = tmp_path / "run"
+    run = vllm.folder / "run"
     killed: list[float] = []
 
     def kill_after_the_first_iteration() -> None:
@@ -242,7 +251,7 @@ def test_a_killed_server_ends_the_run_in_one_error_in_time_and_the_resumed_run_f
 
     watcher = threading.Thread(target=kill_after_the_first_iteration, daemon=True)
     watcher.start()
-    ended = launch(recipe, run)
+    ended = launch(vllm.recipe, run)
     assert killed, ended.stderr
     assert ended.returncode == 2, ended.stderr
     assert "Traceback" not in ended.stderr
@@ -250,12 +259,32 @@ def test_a_killed_server_ends_the_run_in_one_error_in_time_and_the_resumed_run_f
     assert error.startswith(f"error: vllm_server_base_url: http://127.0.0.1:{vllm.port}, no answer for 5 s")
     assert "--resume_from_checkpoint auto" in error
 
-    vllm.process = Process(recipe, vllm.folder / "server.log")
+    vllm.process = Process(vllm.recipe, vllm.folder / "server.log")
     vllm.server.wait()
-    done = launch(recipe, run, "--resume_from_checkpoint", "auto")
+    done = launch(vllm.recipe, run, "--resume_from_checkpoint", "auto")
     assert done.returncode == 0, done.stderr
     assert (run / "selector" / "model.safetensors").is_file()
     assert not (run / "vllm_weights").exists()
+    rollouts = to_rollouts(read(part_paths(run)))
+    assert len(rollouts) == 2 * 8 * 4
+    assert not any(rollout.selection.problems for rollout in rollouts)
+    assert max(abs(rollout.selection_logp - rollout.proposal_logp) for rollout in rollouts) < 6 * TOLERANCE
+
+
+def test_rollouts_sampled_ahead_are_one_step_old_and_corrected(vllm: World) -> None:
+    """Iterations of one step, at a rate that moves the weights far: all but the first lag by one update."""
+    run = vllm.folder / "overlap"
+    options = {"overlap_rollouts": True, "questions_per_iteration": 4, "num_iterations": 4, "learning_rate": 3.0}
+    arguments = [word for key, value in options.items() for word in (f"--{key}", str(value).lower())]
+    done = launch(vllm.recipe, run, *arguments)
+    assert done.returncode == 0, done.stderr
+    history = json.loads((run / "trainer_state.json").read_text())["log_history"]
+    steps = [line for line in history if "sampling/staleness" in line]
+    assert [line["sampling/staleness"] for line in steps] == [0, 1, 1, 1]
+    rollouts = to_rollouts(read(part_paths(run)))
+    for t in range(4):
+        ratios = [r.selection_logp - r.proposal_logp for r in rollouts[t * 16 : (t + 1) * 16]]
+        assert (max(map(abs, ratios)) < 6 * TOLERANCE) == (t == 0)
 
 
 def test_a_server_that_is_not_in_development_mode_is_refused_with_the_fix(vllm: World) -> None:

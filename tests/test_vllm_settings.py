@@ -76,6 +76,7 @@ def test_who_names_server_mode_gets_vllm(tmp_path: Path) -> None:
         ({"vllm_gpu_memory_utilization": 1.5}, "vllm_gpu_memory_utilization", "0.3"),
         ({"rollout_engine": "vllm", "vllm_enable_sleep_mode": True}, "vllm_enable_sleep_mode", "on a CPU"),
         ({"vllm_mode": "server", "vllm_enable_sleep_mode": True}, "vllm_enable_sleep_mode", "colocate"),
+        ({"overlap_rollouts": True}, "overlap_rollouts", "vllm_mode: server"),
         ({"vllm_mode": "server", "vllm_weight_sync": "nccl"}, "vllm_weight_sync", "Use folder"),
         (
             {"vllm_mode": "server", "vllm_weight_sync": "nccl", "vllm_server_base_url": ["http://a:1", "http://b:1"]},
@@ -142,6 +143,14 @@ def test_a_server_that_takes_a_connection_and_never_answers_is_away_in_time() ->
         with pytest.raises(InputError, match="no answer for 2 s"):
             server.wait()
         assert time.monotonic() - started < 60
+
+
+def test_rollouts_are_sampled_ahead_for_iterations_of_one_step_alone(tmp_path: Path) -> None:
+    settings = {"vllm_mode": "server", "overlap_rollouts": True, "per_device_train_batch_size": 8}
+    config(tmp_path, **settings, questions_per_iteration=1).check_batch(1, 100)
+    for other in ({}, {"questions_per_iteration": 2}, {"questions_per_iteration": 1, "m_step_epochs": 2}):
+        with pytest.raises(InputError, match="Use questions_per_iteration: 1 and m_step_epochs: 1"):
+            config(tmp_path, **settings, **other).check_batch(1, 100)
 
 
 # The server's command ---------------------------------------------------------------------------------------
