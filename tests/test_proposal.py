@@ -382,6 +382,15 @@ def test_the_guard_raises_the_temperature_and_says_so(job, caplog: pytest.LogCap
         assert logged == pytest.approx([temperature] * 32)
 
 
+def test_the_guards_memory_travels_with_a_checkpoint(job) -> None:
+    """Resumed in another folder, where no rollout log is, at the end of an iteration that repeated itself."""
+    guarded: dict[str, Any] = {"duplicate_threshold": 0.01, "save_total_limit": None}
+    run = job("run", **guarded)
+    moved = job("moved", **guarded, resume_from_checkpoint=str(run / "checkpoint-2"))
+    assert [step["sampling/temperature"] for step in steps(moved)] == pytest.approx([1, 1, STEP, STEP])
+    assert largest_difference(weights(run), weights(moved)) == 0
+
+
 def test_leaving_selections_out_is_said(job, caplog: pytest.LogCaptureFixture) -> None:
     job(top_p=0.9)
     assert any("sampling/ratio_mean" in record.message for record in caplog.records)

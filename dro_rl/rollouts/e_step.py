@@ -94,10 +94,10 @@ class EStep:
         log_ratio = None if on_policy else policy - proposal
         options: dict[str, Any] = {"proposal_log_ratio": log_ratio, "mask": mask, "max_log_ratio": config.max_log_ratio}
         if config.target_ess is None:
-            temperature = torch.full((len(questions),), config.weight_temperature, dtype=torch.float64)
+            softening = torch.full((len(questions),), config.weight_temperature, dtype=torch.float64)
         else:
-            temperature = temperature_for_ess(answers, config.target_ess, **options)
-        weights = importance_weights(answers, temperature=temperature, **options)
+            softening = temperature_for_ess(answers, config.target_ess, **options)
+        weights = importance_weights(answers, temperature=softening, **options)
         coefficients = selector_coefficients(
             weights,
             baseline=config.selector_baseline,
@@ -124,7 +124,7 @@ class EStep:
                 weight=weights[i, j].item(),
                 selector_coefficient=coefficients[i, j].item(),
                 ess=ess[i].item(),
-                weight_temperature=temperature[i].item(),
+                weight_temperature=softening[i].item(),
                 prompt_cut=prompts[i].cut,
                 temperature=sampling.temperature,
             )
@@ -141,9 +141,10 @@ class EStep:
     ) -> torch.Tensor:
         """(questions, m) log p of the sampled tokens at temperature 1, under the constraints where there are any."""
         distinct = [list(dict.fromkeys(sample.ids for sample in group)) for group in groups]
+        kept: Sequence[SelectionConstraint | None] = constraints or [None] * len(prompts)
         rows = [
             Row(prompt, samples, allowed_for(constraint, samples))
-            for prompt, samples, constraint in zip(prompts, distinct, constraints or [None] * len(prompts), strict=True)
+            for prompt, samples, constraint in zip(prompts, distinct, kept, strict=True)
         ]
         with open_model() as model:
             scored = score_rows(model, rows, self.config.per_device_eval_batch_size, self.config.shared_prefix != "off")
