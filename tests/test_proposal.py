@@ -23,9 +23,10 @@ from dro_rl.config import DROConfig
 from dro_rl.constraint import SelectionConstraint, allowed_for
 from dro_rl.errors import InputError
 from dro_rl.evaluation.evaluator import read_stages
-from dro_rl.likelihood import Row, row_logps
+from dro_rl.likelihood import row_logps
 from dro_rl.models import SelectorGenerator, WeightedRows
 from dro_rl.objective import importance_weights
+from dro_rl.packing import Row
 from dro_rl.pipeline import PipelineSettings, RAGPipeline
 from dro_rl.prompts import Prompter
 from dro_rl.recipe import load_recipe
