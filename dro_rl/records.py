@@ -5,16 +5,13 @@ Nothing here knows of models, trainers, engines or the command line.
 
 from __future__ import annotations
 
-import gzip
-import json
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from dro_rl.errors import InputError, Phrase
-from dro_rl.files import written_whole
+from dro_rl.files import write_json_lines
 from dro_rl.rows import Bad, Rows, Watch, refuse, rows
 
 
@@ -194,16 +191,11 @@ def write_questions(path: str | Path, questions: Iterable[Question]) -> int:
     Returns:
         How many were written.
     """
-    path, count = Path(path), 0
-    with written_whole(path) as beside, beside.open("wb") as raw, ExitStack() as stack:
-        lines: Any = raw
-        if path.name.lower().endswith(".gz"):
-            lines = stack.enter_context(gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0))
-        for question in questions:
-            row = {name: value for name, value in asdict(question).items() if value or name in REQUIRED_FIELDS}
-            lines.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-            count += 1
-    return count
+    rows = (
+        {name: value for name, value in asdict(question).items() if value or name in REQUIRED_FIELDS}
+        for question in questions
+    )
+    return write_json_lines(Path(path), rows)
 
 
 def parse_question(row: Any, place: str, candidates: Candidates = "required") -> Question:
@@ -296,6 +288,8 @@ def check_text(value: Any, place: str) -> str:
 
 def check_unicode(value: str, place: str) -> None:
     """Half of a surrogate pair, which JSON can spell, can be neither tokenized nor logged."""
+    if value.isascii():
+        return
     try:
         value.encode()
     except UnicodeEncodeError as error:

@@ -63,6 +63,9 @@ def prepare(
     answers: Annotated[
         Path | None, typer.Option("--answers", help="JSON lines of {id, answers}, for requests of rank_llm.")
     ] = None,
+    corpus: Annotated[
+        Path | None, typer.Option("--corpus", help="Also write all candidates, each once, as a corpus: .jsonl(.gz).")
+    ] = None,
     documents: Annotated[
         bool, typer.Option("--documents/--no-documents", help="Keep the candidates that the release has.")
     ] = True,
@@ -83,7 +86,7 @@ def prepare(
     from dro_rl.data.prepare import prepare as run
 
     job = Preparation(
-        name, source, output, format, split, config, limit, skip_bad, licence, aliases, answers, documents
+        name, source, output, format, split, config, limit, skip_bad, licence, aliases, answers, corpus, documents
     )
     with _bars() as watch:
         manifest, skips = run(job, watch=watch)
@@ -93,6 +96,8 @@ def prepare(
     out = console()
     out.print(f"{output}: {manifest.num_questions:,} questions of {manifest.dataset}, {manifest.split}")
     out.print(f"{manifest_path(output)}: {manifest.licence or 'no licence named'}, hash {manifest.questions_hash[:16]}")
+    if corpus is not None:
+        out.print(f"{corpus}: their candidates, each once")
     for why, count in manifest.skipped.items():
         out.print(f"left out: {count:,} {plain(why)}")
         if why in skips.first:
