@@ -237,6 +237,9 @@ def test_check_compares_with_the_manifest(release: Path) -> None:
 
 def test_check_says_when_there_is_nothing(tmp_path: Path) -> None:
     assert check(write(tmp_path / "q.json"), "hotpotqa").wrong == {"a file has at least one question": 1}
+    report = check(write(tmp_path / "unknown.jsonl", {"q": 1}))
+    assert (report.format, report.wrong.total()) == ("", 1)
+    assert check(tmp_path / "none.jsonl").wrong == {"a file to read exists": 1}
     with pytest.raises(InputError, match="formats are"):
         check(tmp_path / "q.json", "squad")
 
@@ -275,8 +278,8 @@ def test_prepare_says_what_it_wrote_and_left_out(tmp_path: Path) -> None:
     path = write(tmp_path / "train.json", WOW, WOW | {"chosen_topic": ""})
     output = tmp_path / "wow.jsonl"
     said = run("prepare", "wow", "--input", path, "--output", output, "--skip-bad")
-    assert "3 questions of wow, train" in said.replace("\n", "")
-    assert "left out: 1 chosen_topic: this is not empty" in said
+    assert "3 questions of wow, train" in said
+    assert "left out: 1 by the rule 'chosen_topic: this is not empty'" in said
     assert manifest_path(output).is_file()
     error = run("prepare", "wow", "--input", path, "--output", output, code=2)
     assert "item 2: chosen_topic" in error.replace("\n", "")
@@ -289,7 +292,7 @@ def test_check_prints_each_wrong_line_up_to_the_limit_and_ends_in_2(tmp_path: Pa
     said = run("check", path, "--limit", 2, code=2)
     assert said.count("at least one answer") == 3
     assert "line 2 (id q1)" in said
-    assert "wrong: 5 answers: a question has at least one answer (3 not shown)" in said
+    assert "wrong: 5 by the rule 'answers: a question has at least one answer' (3 not shown)" in said
     assert run("check", path, "--limit", 0, code=2).count("at least one answer") == 6
     document = json.loads(run("check", path, "--json", code=2))
     assert document["files"][0]["wrong"] == {"answers: a question has at least one answer": 5}

@@ -406,7 +406,7 @@ def test_bad_rows_are_left_out_and_counted_when_asked(tmp_path: Path) -> None:
     half = WOW | {"dialog": [*WOW["dialog"], {"speaker": "0_Wizard"}]}  # type: ignore[misc]
     path, skips = write(tmp_path / "r.jsonl", WOW, half, turn(text=""), WOW), Skips()
     assert len(read(path, "wow", bad=skips)) == 6
-    assert skips.counts == {"text: the format has this field": 1, "text: this is not empty": 1}
+    assert skips.counts == {"text: every row has this field": 1, "text: this is not empty": 1}
 
 
 CONTAINERS: dict[str, tuple[str, Callable[[bytes], bytes], str]] = {
