@@ -18,8 +18,13 @@ def written_whole(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.tmp")
-    yield beside
-    beside.replace(path)
+    try:
+        yield beside
+        beside.replace(path)
+    except BaseException:
+        if beside.is_file():
+            beside.unlink()
+        raise
 
 
 def write_json_lines(path: Path, rows: Iterable[Any]) -> int:

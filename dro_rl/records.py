@@ -6,7 +6,7 @@ Nothing here knows of models, trainers, engines or the command line.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -128,13 +128,17 @@ def read_questions(path: str | Path, *, candidates: Candidates = "required") -> 
             a question name documents of the corpus that its candidates will come from.
 
     Returns:
-        The questions in file order.
+        The questions in file order. A document that is a candidate of many questions stands in memory once.
 
     Raises:
         InputError: naming the file, the line (the row, in Parquet), the field, what is wrong and what to do. A file
             with one bad line is refused whole: a training set that silently shrank is worse than none.
     """
-    return list(iter_questions(path, candidates=candidates))
+    shared: dict[Document, Document] = {}
+    return [
+        replace(question, documents=tuple(shared.setdefault(document, document) for document in question.documents))
+        for question in iter_questions(path, candidates=candidates)
+    ]
 
 
 def iter_questions(
