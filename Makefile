@@ -5,6 +5,7 @@
 # make lint        formatter, linter, type checker
 # make bench       the selector's update, fast path against plain path
 # make bench-rollouts  vLLM against the transformers engine and plain generate
+# make bench-retrieval  reading questions
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -14,7 +15,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 TEST_PROCESSES ?= 2
 
-.PHONY: setup setup-vllm quickstart test lint bench bench-rollouts clean
+.PHONY: setup setup-vllm quickstart test lint bench bench-rollouts bench-retrieval clean
 
 setup: .venv/.complete
 
@@ -46,6 +47,9 @@ bench: setup
 
 bench-rollouts: setup-vllm
 	$(BIN)/python -m benchmarks.rollouts
+
+bench-retrieval: setup
+	$(BIN)/python -m benchmarks.reading
 
 clean:
 	rm -rf .venv build dist *.egg-info runs
