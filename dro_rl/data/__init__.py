@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any, cast
 
 from dro_rl.data.toy import make_world
 from dro_rl.errors import InputError, Phrase
-from dro_rl.records import SUFFIXES, Question, parse_question, read_questions
+from dro_rl.records import SUFFIXES, Question, parse_questions, read_questions
 
 TOY_SIZES = {"train": 2048, "dev": 256, "test": 512}
 """Questions of the toy world's splits, unless the recipe says how many."""
@@ -83,17 +84,5 @@ def _from_hub(name: str, split: str, config: str | None, key: str) -> list[Quest
             f"this is a file, a folder, toy, or a hub dataset with split {split} ({message})",
             "Check the name, the split and the network.",
         ) from None
-    seen: dict[str, int] = {}
-    questions = []
-    for number, row in enumerate(rows, start=1):
-        question = parse_question(row, f"{name} ({split}): row {number}")
-        if question.id in seen:
-            raise InputError(
-                f"{name} ({split}): row {number}",
-                question.id,
-                f"ids are unique, and row {seen[question.id]} has it",
-                "Rename.",
-            )
-        seen[question.id] = number
-        questions.append(question)
-    return questions
+    places = (f"{name} ({split}): row {number}" for number in itertools.count(1))
+    return list(parse_questions(zip(places, rows, strict=False)))
