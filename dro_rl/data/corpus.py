@@ -192,7 +192,7 @@ def _hub_rows(name: str, config: str | None, split: str) -> Rows:
 
 def _without_twins(documents: Iterator[tuple[str, Document]], bad: Bad) -> Iterator[Document]:
     """The documents without their places, after a check that no id stands twice."""
-    seen = _SeenHashes()
+    seen = SeenHashes()
     while batch := list(itertools.islice(documents, BATCH)):
         repeated = seen.add([document.id for _, document in batch])
         for (place, document), again in zip(batch, repeated, strict=True):
@@ -209,7 +209,7 @@ def _without_twins(documents: Iterator[tuple[str, Document]], bad: Bad) -> Itera
                 yield document
 
 
-class _SeenHashes:
+class SeenHashes:
     """A set of ids that grows by eight bytes for each: hashes of 64 bits, in sorted runs that are merged as they grow.
 
     Two ids of 21 million share a hash with a probability of one in 80,000.

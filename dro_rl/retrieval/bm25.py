@@ -12,6 +12,7 @@ import importlib.metadata
 import json
 import re
 import shutil
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -29,12 +30,19 @@ from dro_rl.records import Document
 from dro_rl.retrieval.passages import PassageStore
 from dro_rl.retrieval.protocol import Hit
 
-LANGUAGES = {"english": "en", "danish": "da", "dutch": "nl", "french": "fr", "german": "de", "italian": "it",
-             "norwegian": "no", "portuguese": "pt", "russian": "ru", "spanish": "es", "swedish": "sv",
-             "turkish": "tr"}  # fmt: skip
-"""Languages with a Snowball stemmer and a list of stop words, with bm25s's names of the lists."""
+LANGUAGES = (
+    "english", "danish", "dutch", "french", "german", "italian", "norwegian", "portuguese", "russian", "spanish",
+    "swedish", "turkish",
+)  # fmt: skip
+"""Languages with a Snowball stemmer and a list of stop words."""
 
 WORD = re.compile(r"\w+")
+COMPILED = 200_000
+"""Passages from which numba is worth the seconds that it takes to compile."""
+
+BLOCK = 256
+"""Scores of which one maximum is taken, on the way to the best of all."""
+
 CACHE = 1_000_000
 """Words whose stems are remembered at once."""
 
@@ -52,9 +60,10 @@ class Analyzer:
         self._stem: Any = str
         if language != "none":
             import Stemmer
-            from bm25s.tokenization import _infer_stopwords
+            from bm25s import stopwords
 
-            self._stopwords = frozenset(_infer_stopwords(LANGUAGES[language]))
+            name = "EN" if language == "english" else language.upper()
+            self._stopwords = frozenset(getattr(stopwords, f"STOPWORDS_{name}"))
             self._stem = Stemmer.Stemmer(language, 0).stemWord
 
     def __call__(self, text: str) -> list[str]:
@@ -130,43 +139,52 @@ class BM25:
                 ids, ends = places[part["ids"]], np.cumsum(part["lengths"])
             for start, end in zip(np.concatenate([[0], ends[:-1]]).tolist(), ends.tolist(), strict=True):
                 rows.append(array.array("i", ids[start:end].tobytes()))
-        scorer = bm25s.BM25(k1=self.k1, b=self.b, method="lucene", backend="numba")
-        scorer.index((rows, vocabulary), create_empty_token=False)
+        scorer = bm25s.BM25(k1=self.k1, b=self.b, method="lucene")
+        if len(rows) >= COMPILED:
+            scorer.activate_numba_csc()
+        scorer.index((rows, vocabulary), create_empty_token=False, show_progress=sys.stderr.isatty())
         scorer.save(folder, show_progress=False)
 
-    def open(self, folder: Path, processes: int) -> None:
-        """Map the scores; `processes` is the number of threads that search."""
+    def open(self, folder: Path) -> None:
+        """Map the scores."""
         import bm25s
 
         self._analyzer = Analyzer(self.language)
-        self._threads = processes
         try:
             self._index = bm25s.BM25.load(folder, mmap=True, allow_pickle=False)
         except (OSError, ValueError) as error:
             raise InputError(
                 str(folder), Phrase(str(error).splitlines()[0]), "an index is whole", "Build it again."
             ) from None
+        if self._index.scores["num_docs"] >= COMPILED:
+            self._index.activate_numba_scorer()
 
     def search(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
-        """At most k passages for each query, best first. Passages that share no word with it score 0 and are left out."""
+        """At most k passages for each query, best first. Passages that share no word with it score 0: left out."""
         known = self._index.vocab_dict
-        ids = [[known[word] for word in self._analyzer(query) if word in known] for query in queries]
-        found: list[list[Hit]] = [[] for _ in queries]
-        asked = [place for place, each in enumerate(ids) if each]
-        if asked:
-            rows, scores = self._index.retrieve(
-                [ids[place] for place in asked], k=k, sorted=True, show_progress=False, n_threads=self._threads
-            )
-            for place, row, score in zip(asked, rows.tolist(), scores.tolist(), strict=True):
-                hits = [Hit(*pair) for pair in zip(row, score, strict=True) if pair[1] > 0]
-                found[place] = sorted(hits, key=lambda hit: (-hit.score, hit.row))
+        found = []
+        for query in queries:
+            words = [known[word] for word in self._analyzer(query) if word in known]
+            found.append(_best(self._index.get_scores_from_ids(words), k) if words else [])
         return found
+
+
+def _best(scores: np.ndarray, k: int) -> list[Hit]:
+    """The k best rows of positive score; of equal score the first.
+
+    The k-th best of the maxima of blocks is a floor: at least k scores reach it, and few others do.
+    """
+    blocks = scores[: len(scores) // BLOCK * BLOCK].reshape(-1, BLOCK).max(axis=1)
+    floor = np.partition(blocks, -k)[-k] if len(blocks) >= k else 0.0
+    rows = np.flatnonzero(scores >= floor if floor > 0 else scores > 0)
+    order = np.lexsort((rows, -scores[rows]))[:k]
+    return [Hit(row, float(scores[row])) for row in rows[order].tolist()]
 
 
 def _find_words(passages: PassageStore, words: Path, missing: Sequence[int], language: str, processes: int) -> None:
     """Write the words of the missing parts, each part by one process."""
     work = [(passages.folder, number, words, language) for number in missing]
-    progress = tqdm(total=passages.num_parts, initial=passages.num_parts - len(missing), desc="words", unit="part")
+    progress = tqdm(total=passages.num_parts, initial=passages.num_parts - len(missing), desc="words", unit="part", disable=None)
     with progress:
         if processes == 1 or len(work) == 1:
             for part in work:

@@ -45,8 +45,8 @@ class Retriever(Protocol):
         """Index the passages into a folder of its own. Killed and called again, it goes on."""
         ...
 
-    def open(self, folder: Path, processes: int) -> None:
-        """Make an index that was built ready for `search`, on so many processes or threads."""
+    def open(self, folder: Path) -> None:
+        """Make an index that was built ready for `search`."""
         ...
 
     def search(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
