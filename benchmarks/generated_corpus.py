@@ -1,16 +1,15 @@
 """A corpus that is made by code: passages of about 100 words over a Zipf vocabulary, and questions about them.
 
-The most frequent words are English function words, which BM25 leaves out; the others are made of syllables. Frequencies
-follow Zipf-Mandelbrot, p(r) ∝ 1 / (r + 2.7)^1.07, over 500,000 words, and a passage repeats the words of its title, as real
-ones do. One seed makes one corpus: a larger one begins with the smaller.
+The most frequent words are English function words, most of which BM25 leaves out; the others are made of syllables.
+Frequencies follow Zipf-Mandelbrot, p(r) ∝ 1 / (r + 2.7)^1.07, over 500,000 words, and a passage repeats the words of its
+title, as real ones do. One seed makes one corpus: a larger one begins with the smaller.
 """
 
 from __future__ import annotations
 
-import gzip
 import json
 from collections.abc import Iterator
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +21,9 @@ BLOCK = 10_000
 FUNCTION_WORDS = (
     "the of and in to a is was for as on with by that it from at his an were are which be this he had or not first has "
     "its also but they one their have new after who two her she been other when time during there into all"
-).split()
-ONSETS = "b c d f g h j k l m n p r s t v w z br ch cl dr fl gr pl pr sh st th tr".split()
-VOWELS = "a e i o u ai ea io ou".split()
+).split()  # noqa: SIM905
+ONSETS = "b c d f g h j k l m n p r s t v w z br ch cl dr fl gr pl pr sh st th tr".split()  # noqa: SIM905
+VOWELS = "a e i o u ai ea io ou".split()  # noqa: SIM905
 
 
 def vocabulary() -> np.ndarray:
@@ -59,13 +58,17 @@ def passages(seed: int = 0) -> Iterator[tuple[str, str]]:
 
 
 def questions(count: int, corpus_size: int, seed: int = 0) -> list[str]:
-    """Questions about passages all over the corpus: a title's word, four to ten words of the text, five function words."""
+    """Questions about passages all over the corpus: a word of the title, four to ten of the text, five others."""
     draw = np.random.default_rng([seed, 1])
     wanted = set(np.linspace(0, corpus_size - 1, count).astype(int).tolist())
     made = []
     for number, (title, text) in enumerate(islice(passages(seed), corpus_size)):
         if number in wanted:
-            asked = [title.split()[0], *draw.choice(text.split(), draw.integers(4, 11)), *draw.choice(FUNCTION_WORDS, 5)]
+            asked = [
+                title.split()[0],
+                *draw.choice(text.split(), draw.integers(4, 11)),
+                *draw.choice(FUNCTION_WORDS, 5),
+            ]
             made.append(" ".join(asked))
     return made
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from dro_rl import __version__
-from dro_rl.cli import ask, recipe, rollouts
+from dro_rl.cli import ask, recipe, retrieval, rollouts
 from dro_rl.cli.errors import InputErrorGroup
 
 app = typer.Typer(
@@ -20,7 +20,10 @@ app = typer.Typer(
 )
 app.add_typer(rollouts.app, name="rollouts")
 app.add_typer(recipe.app, name="recipe")
+app.add_typer(retrieval.app, name="retrieval")
 app.command("ask")(ask.ask)
+app.command("index")(retrieval.index)
+app.command("retrieve")(retrieval.retrieve)
 
 
 def _version(wanted: bool) -> None:
@@ -35,7 +38,7 @@ def main(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
     ] = False,
 ) -> None:
-    """Look into runs, check recipes and ask trained pairs.
+    """Retrieve candidates, look into runs, check recipes and ask trained pairs.
 
     RUN is the output_dir of a training. Every command takes --json.
 
@@ -47,6 +50,9 @@ def main(
       dro-rl rollouts show out/musique --sort evidence --limit 3
       dro-rl rollouts show out/musique 2hop__482757_12019
       dro-rl ask out/musique "Who wrote it?" --documents documents.jsonl
+      dro-rl index bm25 corpus.jsonl.gz indexes/mine
+      dro-rl retrieve indexes/mine questions.jsonl --k 20 --output data/train.jsonl.gz
+      dro-rl retrieval report data/train.jsonl.gz --plot recall.png
 
     Training itself is: accelerate launch dro_rl/train.py RECIPE
     """

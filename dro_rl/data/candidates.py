@@ -13,6 +13,18 @@ from dataclasses import replace
 from dro_rl.records import Document, Question
 
 
+def shape_candidates(
+    questions: Sequence[Question], count: int | None = None, *, keep_gold: bool = False, shuffle_seed: int | None = None
+) -> list[Question]:
+    """Candidates cut to `count`, then shuffled by the seed; None leaves either out."""
+    shaped = list(questions)
+    if count is not None:
+        shaped = [cut_candidates(question, count, keep_gold=keep_gold) for question in shaped]
+    if shuffle_seed is not None:
+        shaped = [shuffle_candidates(question, shuffle_seed) for question in shaped]
+    return shaped
+
+
 def cut_candidates(question: Question, count: int, *, keep_gold: bool = False) -> Question:
     """The first so many candidates.
 

@@ -1,19 +1,19 @@
 """BM25 by bm25s: scores are computed once, when the index is built, and memory-mapped to search.
 
-score(q, d) = Σ over the words t of q of  ln(1 + (N − n_t + ½) / (n_t + ½)) · f_td / (f_td + k1 (1 − b + b |d| / avg|d|)),
-the form of Lucene, where n_t passages hold t, f_td is how often d does, and |d| counts d's words. A passage's words are those
-of its title and text.
+score(q, d) = Σ over the words t of q of  ln(1 + (N − n_t + ½) / (n_t + ½)) · f_td / (f_td + k1 (1 − b + b |d| / avg|d|))
+
+is the form of Lucene, where n_t of N passages hold t, f_td is how often d does, and |d| counts d's words: those of its
+title and text.
 """
 
 from __future__ import annotations
 
 import array
 import importlib.metadata
-import json
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
@@ -184,7 +184,9 @@ def _best(scores: np.ndarray, k: int) -> list[Hit]:
 def _find_words(passages: PassageStore, words: Path, missing: Sequence[int], language: str, processes: int) -> None:
     """Write the words of the missing parts, each part by one process."""
     work = [(passages.folder, number, words, language) for number in missing]
-    progress = tqdm(total=passages.num_parts, initial=passages.num_parts - len(missing), desc="words", unit="part", disable=None)
+    progress = tqdm(
+        total=passages.num_parts, initial=passages.num_parts - len(missing), desc="words", unit="part", disable=None
+    )
     with progress:
         if processes == 1 or len(work) == 1:
             for part in work:

@@ -31,6 +31,7 @@ PART = 1024
 """Questions of a part: what a kill can cost."""
 
 SUFFIXES = (".jsonl", ".jsonl.gz")
+SPLITS = ("train", "dev", "validation", "test")
 
 
 @dataclass(frozen=True)
@@ -96,10 +97,12 @@ def retrieve(
     write_questions(output, tally.watch(_gathered(parts, search, bad)))
     if not tally.questions:
         output.unlink()
-        raise InputError(str(questions), Phrase("no question is left"), "a cache has at least one", "Check its gold ids.")
+        raise InputError(
+            str(questions), Phrase("no question is left"), "a cache has at least one", "Check its gold ids."
+        )
     manifest = Manifest(
         dataset=source.dataset if source else read[0].dataset,
-        split=source.split if source else questions.name.partition(".")[0],
+        split=source.split if source else _split_of(questions),
         num_questions=tally.questions,
         questions_hash=questions_hash(iter_questions(output)),
         sha256=file_sha256(output),
@@ -226,6 +229,12 @@ def _gathered(parts: Path, search: Search, bad: Bad) -> Iterator[Question]:
                         "Correct the question, or leave such ones out with --skip-bad.",
                     )
                 )
+
+
+def _split_of(path: Path) -> str:
+    """The split that a file's name says, `dev.jsonl`, or its folder's, `dev/nq.jsonl`."""
+    stem = path.name.partition(".")[0]
+    return path.absolute().parent.name if stem not in SPLITS and path.absolute().parent.name in SPLITS else stem
 
 
 def _check_output(output: Path) -> None:
