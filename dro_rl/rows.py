@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 import json
 import re
 import zlib
@@ -62,7 +63,8 @@ def kind(error: InputError) -> str:
 def open_bytes(path: Path, watch: Watch | None = None) -> Iterator[BinaryIO]:
     """A file's bytes, unpacked where its name ends in `.gz`."""
     with path.open("rb") as raw:
-        file = watch(raw) if watch else cast(BinaryIO, raw)
+        # A buffer of our own above the watch: lines would otherwise be counted one by one.
+        file = cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, watch(raw)), 1 << 20)) if watch else raw
         if path.name.lower().endswith(".gz"):
             with gzip.GzipFile(fileobj=file, mode="rb") as unpacked:
                 yield cast(BinaryIO, unpacked)

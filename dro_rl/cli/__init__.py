@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from dro_rl import __version__
-from dro_rl.cli import ask, recipe, retrieval, rollouts
+from dro_rl.cli import ask, data, recipe, retrieval, rollouts
 from dro_rl.cli.errors import InputErrorGroup
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ app = typer.Typer(
 )
 app.add_typer(rollouts.app, name="rollouts")
 app.add_typer(recipe.app, name="recipe")
+app.add_typer(data.app, name="data")
 app.add_typer(retrieval.app, name="retrieval")
 app.command("ask")(ask.ask)
 app.command("index")(retrieval.index)
@@ -38,12 +39,13 @@ def main(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
     ] = False,
 ) -> None:
-    """Retrieve candidates, look into runs, check recipes and ask trained pairs.
+    """Prepare data, retrieve candidates, check recipes, look into runs and ask trained pairs.
 
     RUN is the output_dir of a training. Every command takes --json.
 
     \b
     Examples:
+      dro-rl data prepare hotpotqa --input hotpot_dev_distractor_v1.json --output dev.jsonl.gz
       dro-rl recipe validate recipes/*.yaml
       dro-rl rollouts ls out/musique
       dro-rl rollouts stats out/musique

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 from typing import Any, cast
 
+from dro_rl.data.hub import hub_rows
 from dro_rl.data.manifest import read_manifest
 from dro_rl.data.toy import make_world
 from dro_rl.errors import InputError, Phrase
@@ -72,18 +72,4 @@ def _file_of_split(folder: Path, split: str, config: str | None) -> Path:
 
 
 def _from_hub(name: str, split: str, config: str | None, key: str) -> list[Question]:
-    from datasets import load_dataset
-
-    try:
-        rows = load_dataset(name, config, split=split)
-    except Exception as error:
-        # Many libraries stand between us and a hub, each with errors of its own; all mean that there is no such data.
-        message = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise InputError(
-            key,
-            name,
-            f"this is a file, a folder, toy, or a hub dataset with split {split} ({message})",
-            "Check the name, the split and the network.",
-        ) from None
-    places = (f"{name} ({split}): row {number}" for number in itertools.count(1))
-    return list(parse_questions(zip(places, rows, strict=False)))
+    return list(parse_questions(hub_rows(name, config, split, place=key, streaming=False)))

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from dro_rl.data.hub import hub_rows
 from dro_rl.errors import InputError, Phrase
 from dro_rl.records import Document, check_text, check_unicode
 from dro_rl.rows import Bad, Rows, Watch, refuse, rows
@@ -50,9 +51,9 @@ def read_corpus(
     path = Path(source).expanduser()
     named = path.suffix.lower() in {f".{suffix.rpartition('.')[2]}" for suffix in SUFFIXES}
     if path.is_dir() or path.is_file() or named or path.is_absolute():
-        found = itertools.chain.from_iterable(_file_rows(file, bad, watch) for file in corpus_files(path))
+        found: Rows = itertools.chain.from_iterable(_file_rows(file, bad, watch) for file in corpus_files(path))
     else:
-        found = itertools.chain(_hub_rows(str(source), config, split))
+        found = hub_rows(str(source), config, split, place="corpus")
     empty = True
     for document in _without_twins(_parsed(found, bad), bad):
         empty = False
@@ -170,24 +171,6 @@ def _first_of(names: tuple[str, ...], row: dict[str, Any], place: str) -> Any:
         f"a passage has {names[0]} (or {', '.join(names[1:])})",
         "Add the field.",
     )
-
-
-def _hub_rows(name: str, config: str | None, split: str) -> Rows:
-    from datasets import load_dataset
-
-    try:
-        stream = load_dataset(name, config, split=split, streaming=True)
-    except Exception as error:
-        # Many libraries stand between us and a hub, each with errors of its own; all mean that there is no such data.
-        message = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise InputError(
-            "corpus",
-            name,
-            f"this is a file, a folder, or a hub dataset with split {split} ({message})",
-            "Check the name, the split and the network.",
-        ) from None
-    for number, row in enumerate(stream, start=1):
-        yield f"{name} ({split}): row {number}", row
 
 
 def _without_twins(documents: Iterator[tuple[str, Document]], bad: Bad) -> Iterator[Document]:

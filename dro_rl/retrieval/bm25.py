@@ -1,6 +1,6 @@
 """BM25 by bm25s: scores are computed once, when the index is built, and memory-mapped to search.
 
-score(q, d) = Σ over the words t of q of  ln(1 + (N − n_t + ½) / (n_t + ½)) · f_td / (f_td + k1 (1 − b + b |d| / avg|d|))
+score(q, d) = Σ over the words t of q: ln(1 + (N − n_t + ½) / (n_t + ½)) · f_td / (f_td + k1 (1 − b + b |d| / avg|d|))
 
 is the form of Lucene, where n_t of N passages hold t, f_td is how often d does, and |d| counts d's words: those of its
 title and text.

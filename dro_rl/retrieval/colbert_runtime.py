@@ -33,8 +33,8 @@ EXTENSIONS = {
 }
 """What colbert-ai compiles for a CPU at first use, by name. With a GPU it compiles others itself."""
 
-LOCK_PATIENCE = 300.0
-"""Seconds for which a lock is believed although nothing changes beside it. A compile takes a minute or so."""
+LOCK_PATIENCE = 900.0
+"""Seconds for which a lock is believed although nothing changes beside it. A compile takes a minute, on a busy machine many."""
 
 
 def check_runtime() -> None:
