@@ -34,7 +34,7 @@ EXTENSIONS = {
 """What colbert-ai compiles for a CPU at first use, by name. With a GPU it compiles others itself."""
 
 LOCK_PATIENCE = 900.0
-"""Seconds for which a lock is believed although nothing changes beside it. A compile takes a minute, on a busy machine many."""
+"""Seconds for which a lock is believed although nothing changes beside it. A busy machine compiles for minutes."""
 
 
 def check_runtime() -> None:
