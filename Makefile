@@ -3,6 +3,7 @@
 # make test        all tests
 # make lint        formatter, linter, type checker
 # make bench       benchmarks
+# make bench-retrieval   indexing and search: a corpus of a million passages is made, and takes minutes
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -12,7 +13,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 TEST_PROCESSES ?= 2
 
-.PHONY: setup quickstart test lint bench clean
+.PHONY: setup quickstart test lint bench bench-retrieval clean
 
 setup: .venv/.complete
 
@@ -35,6 +36,9 @@ lint: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks.selector_update
+
+bench-retrieval: setup
+	$(BIN)/python -m benchmarks.retrieval
 
 clean:
 	rm -rf .venv build dist *.egg-info runs

@@ -163,7 +163,9 @@ def _print_report(report: Report) -> None:
 
     out = console()
     out.print(
-        f"{report.file}: {report.retriever}, {report.questions:,} questions, {report.depth} candidates", style="bold"
+        f"{report.file}: {report.retriever}, {report.questions:,} questions, {report.depth} candidates",
+        style="bold",
+        soft_wrap=True,
     )
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
     table.add_column("k", justify="right")

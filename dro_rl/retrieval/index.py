@@ -125,6 +125,7 @@ def build_index(
     asked = _asked(retriever, corpus, files, skip_bad)
     if (folder / "index.json").is_file():
         return _same_index(folder, asked)
+    next(read_corpus(corpus, bad=Skips() if skip_bad else refuse))  # what is wrong with it at once, is said at once
     _claim(folder, asked)
     skips = Skips()
     bad = skips if skip_bad else refuse
