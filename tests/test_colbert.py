@@ -1,4 +1,4 @@
-"""ColBERT by colbert-ai. The encoder has real weights (all-MiniLM-L6-v2, from a package) under a fixed random projection:
+"""ColBERT by colbert-ai. The encoder has real weights (all-MiniLM-L6-v2, from a package) under a fixed projection:
 it is not trained as ColBERT, and shows that everything runs, not how well it finds.
 """
 
