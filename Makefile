@@ -5,7 +5,7 @@
 # make lint        formatter, linter, type checker
 # make bench       the selector's update, fast path against plain path
 # make bench-rollouts  vLLM against the transformers engine and plain generate
-# make bench-retrieval  reading questions
+# make bench-retrieval  reading, indexing and search: a corpus of a million passages is made, and takes minutes
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -50,6 +50,7 @@ bench-rollouts: setup-vllm
 
 bench-retrieval: setup
 	$(BIN)/python -m benchmarks.reading
+	$(BIN)/python -m benchmarks.retrieval
 
 clean:
 	rm -rf .venv build dist *.egg-info runs
