@@ -144,9 +144,7 @@ class RAGPipeline:
         return self.answer_all([Question("question", question, (), tuple(documents))])[0]
 
     @torch.no_grad()
-    def answer_all(
-        self, questions: Sequence[Question], selections: Sequence[Selection] | None = None
-    ) -> list[Answer]:
+    def answer_all(self, questions: Sequence[Question], selections: Sequence[Selection] | None = None) -> list[Answer]:
         """Answer many questions, all selections first; the selector is not asked where selections are given."""
         selections = self.select_all(questions) if selections is None else selections
         prompts = [

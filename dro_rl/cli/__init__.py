@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from dro_rl import __version__
-from dro_rl.cli import ask, recipe, rollouts
+from dro_rl.cli import ask, evaluate, recipe, rollouts
 from dro_rl.cli.errors import InputErrorGroup
 
 app = typer.Typer(
@@ -21,6 +21,8 @@ app = typer.Typer(
 app.add_typer(rollouts.app, name="rollouts")
 app.add_typer(recipe.app, name="recipe")
 app.command("ask")(ask.ask)
+app.command("evaluate")(evaluate.evaluate)
+app.command("compare")(evaluate.compare)
 
 
 def _version(wanted: bool) -> None:
@@ -35,7 +37,7 @@ def main(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
     ] = False,
 ) -> None:
-    """Look into runs, check recipes and ask trained pairs.
+    """Look into runs, check recipes, evaluate, compare and ask trained pairs.
 
     RUN is the output_dir of a training. Every command takes --json.
 
@@ -46,6 +48,8 @@ def main(
       dro-rl rollouts stats out/musique
       dro-rl rollouts show out/musique --sort evidence --limit 3
       dro-rl rollouts show out/musique 2hop__482757_12019
+      dro-rl evaluate out/musique --data data/musique/test.jsonl
+      dro-rl compare out/sft out/musique
       dro-rl ask out/musique "Who wrote it?" --documents documents.jsonl
 
     Training itself is: accelerate launch dro_rl/train.py RECIPE

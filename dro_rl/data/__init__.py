@@ -38,7 +38,7 @@ def load_questions(
     if path.is_file():
         questions = read_questions(path)
     elif path.is_dir():
-        questions = read_questions(_file_of_split(path, split, config))
+        questions = read_questions(file_of_split(path, split, config))
     elif path.is_absolute() or path.suffix or name.startswith("."):
         raise InputError(key, name, "a question file or folder exists", "Check the path.")
     else:
@@ -55,7 +55,8 @@ def dev_beside(train_file: str, train_split: str, dev_split: str) -> str | None:
     return next((str(candidate) for candidate in beside if candidate != path and candidate.is_file()), None)
 
 
-def _file_of_split(folder: Path, split: str, config: str | None) -> Path:
+def file_of_split(folder: Path, split: str, config: str | None) -> Path:
+    """The question file of a split in a folder. Raises `InputError` unless there is one."""
     stems = [split] if config is None else [f"{split}/{config}", f"{config}/{split}"]
     wanted = [folder / f"{stem}{suffix}" for stem in stems for suffix in SUFFIXES]
     found = [path for path in wanted if path.is_file()]

@@ -122,9 +122,7 @@ def write_results(path: Path, results: Sequence[QuestionResult], conditions: Con
         rows.append({**row, **row.pop("scores")})
     about = {"dro_rl.evaluation.version": VERSION, "dro_rl.evaluation": json.dumps(asdict(conditions))}
     with written_whole(path) as beside:
-        pq.write_table(
-            pa.Table.from_pylist(rows, schema=SCHEMA.with_metadata(about)), beside, compression="zstd"
-        )
+        pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA.with_metadata(about)), beside, compression="zstd")
 
 
 def read_results(path: Path) -> tuple[list[QuestionResult], Conditions]:
