@@ -231,6 +231,12 @@ def test_two_frozen_models_are_refused_and_one_is_not() -> None:
     assert recipe.training.role_learning_rate("generator") == 1e-5
 
 
+def test_uniform_weights_are_accepted_as_a_control_and_have_no_temperature() -> None:
+    assert load_recipe(None, {**LEAST, "weighting": "uniform"}).training.weighting == "uniform"
+    for setting in ({"target_ess": 0.5}, {"weight_temperature": 2.0}):
+        assert refusal(weighting="uniform", **setting).place == "weighting"
+
+
 def test_turns_need_two_models_that_train() -> None:
     assert refusal(interleave="alternate", selector_learning_rate=0).place == "interleave"
 

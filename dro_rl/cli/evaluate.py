@@ -85,22 +85,23 @@ def evaluate(
 def _print_report(out: Console, report: Report, folder: Path) -> None:
     from rich.table import Table
 
-    from dro_rl.evaluation.report import TYPE_METRICS, headline, label, metric_rows, type_rows
+    from dro_rl.evaluation.report import TYPE_METRICS, headline, metric_rows, type_rows
 
     for name, value in headline(report):
         out.print(f"{name:<15}{value}", soft_wrap=True)
-    table = Table()
+    table = Table(box=None, pad_edge=False)
     for i, title in enumerate(("metric", "mean", f"{report.confidence:.0%} interval", "questions")):
         table.add_column(title, justify="right" if i else "left", no_wrap=True)
     for cells in metric_rows(report.metrics):
         table.add_row(*cells)
     out.print(table)
     if report.by_type:
-        table = Table()
-        for i, title in enumerate(("type", "n", *map(label, TYPE_METRICS))):
-            table.add_column(title, justify="right" if i else "left")
-        for row in type_rows(report):
+        table = Table(box=None, pad_edge=False)
+        for i, title in enumerate(("type", "questions", *TYPE_METRICS)):
+            table.add_column(title, justify="right" if i else "left", no_wrap=True)
+        for row in type_rows(report, intervals=False):
             table.add_row(*row)
+        out.print("")
         out.print(table)
     out.print("Percent, and nats. Intervals: percentile bootstrap over questions.", style="dim")
     out.print(f"{'report':<15}{folder / 'report.md'}, report.json", soft_wrap=True)
@@ -158,9 +159,8 @@ def _print_comparison(out: Console, comparison: Comparison) -> None:
     out.print(f"{conditions.split}: {comparison.n} questions, hash {conditions.questions_hash[:12]}", soft_wrap=True)
     for note in comparison.notes:
         out.print(f"note: {note}", soft_wrap=True)
-    table = Table()
-    titles = ("metric", "A", "B", "B − A", f"{comparison.confidence:.0%} interval", "p", "won", "lost", "tied")
-    for i, title in enumerate(titles):
+    table = Table(box=None, pad_edge=False)
+    for i, title in enumerate(("metric", "A", "B", "B − A", f"{comparison.confidence:.0%} interval", "p", "won:lost")):
         table.add_column(title, justify="right" if i else "left", no_wrap=True)
     for metric, found in comparison.metrics.items():
         table.add_row(
@@ -170,7 +170,7 @@ def _print_comparison(out: Console, comparison: Comparison) -> None:
             f"{found.difference:+.2f}",
             interval(found.low, found.high),
             _p(found.p_value),
-            *(str(count) for count in (found.wins, found.losses, found.ties)),
+            f"{found.wins}:{found.losses}",
         )
     out.print(table)
     out.print(

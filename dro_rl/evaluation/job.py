@@ -182,15 +182,15 @@ def _questions(job: EvaluationJob) -> tuple[list[Question], str, Manifest | None
     questions = load_questions(job.data, split, limit=job.limit, key="--data")
     path = Path(job.data).expanduser()
     if path.is_dir():
-        path = file_of_split(path, split, None)
-    manifest = read_manifest(path) if path.is_file() else None
-    if manifest is not None:
-        name = f"{manifest.dataset}/{manifest.split}"
+        name, path = f"{path.absolute().name}/{split}", file_of_split(path, split, None)
     elif path.is_file():
         suffix = next(suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix))
         name = job.split or f"{path.absolute().parent.name}/{path.name[: -len(suffix)]}"
     else:
         name = f"{job.data}/{split}"
+    manifest = read_manifest(path) if path.is_file() else None
+    if manifest is not None:
+        name = f"{manifest.dataset}/{manifest.split}"
     return questions, f"{name}, first {job.limit}" if job.limit else name, manifest
 
 

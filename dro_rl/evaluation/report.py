@@ -117,18 +117,14 @@ def metric_rows(metrics: Mapping[str, Estimate]) -> list[tuple[str, str, str, st
     ]
 
 
-def type_rows(report: Report) -> list[tuple[str, ...]]:
-    """A row a type: its name, its questions, and its means with intervals."""
+def type_rows(report: Report, intervals: bool = True) -> list[tuple[str, ...]]:
+    """A row a type: its name, its questions, and its means, with their intervals or without."""
+
+    def cell(found: Estimate) -> str:
+        return f"{number(found.mean)} [{interval(found.low, found.high)}]" if intervals else number(found.mean)
+
     return [
-        (
-            kind,
-            str(metrics["em"].n),
-            *(
-                f"{number(found.mean)} [{interval(found.low, found.high)}]"
-                for found in map(metrics.get, TYPE_METRICS)
-                if found
-            ),
-        )
+        (kind, str(metrics["em"].n), *(cell(metrics[name]) for name in TYPE_METRICS))
         for kind, metrics in report.by_type.items()
     ]
 
