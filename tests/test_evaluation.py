@@ -267,6 +267,12 @@ def test_a_folder_without_a_pair_is_refused(tmp_path) -> None:
     assert "finished run" in dro_rl("evaluate", tmp_path, "--data", "toy", code=2).output
 
 
+@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
+def test_a_device_that_is_not_there_is_refused_before_anything_is_read(evaluate, tmp_path, device: str) -> None:
+    assert "this machine has it" in evaluate("--device", device, code=2).output
+    assert not (tmp_path / "out").exists()
+
+
 # Comparing --------------------------------------------------------------------------------------------------
 
 

@@ -76,6 +76,7 @@ def run_evaluation(job: EvaluationJob) -> tuple[Report, Path]:
     Raises:
         InputError: for data, a run or an output folder that do not fit.
     """
+    _check_device(job.device)
     settings, templates = _settings(job)
     questions, split, manifest = _questions(job)
     conditions = Conditions(
@@ -116,6 +117,17 @@ def run_evaluation(job: EvaluationJob) -> tuple[Report, Path]:
     report = make_report(str(job.run), job.data, conditions, results, skipped, manifest)
     write_report(folder, report)
     return report, folder
+
+
+def _check_device(device: str | None) -> None:
+    if device is None:
+        return
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA raises the second
+        raise InputError(
+            "--device", device, f"this machine has it ({str(error).splitlines()[0]})", "Use cpu, or leave it unset."
+        ) from None
 
 
 def _results(
