@@ -28,7 +28,6 @@ from trl.trainer.base_trainer import _BaseTrainer
 from dro_rl.config import DROConfig
 from dro_rl.console import LineProgress
 from dro_rl.evaluation.evaluator import evaluate_stage, read_stages, with_stage, write_stages
-from dro_rl.likelihood import Row
 from dro_rl.models import (
     ROLES,
     Role,
@@ -39,6 +38,7 @@ from dro_rl.models import (
     load_role,
     save_role,
 )
+from dro_rl.packing import Row
 from dro_rl.pipeline import PROMPT, PipelineSettings, RAGPipeline, save_settings
 from dro_rl.prompts import Prompter
 from dro_rl.records import Question, Rollout

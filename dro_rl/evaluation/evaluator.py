@@ -46,7 +46,7 @@ def evaluate(
         for question, answer in zip(questions, answers, strict=True)
     ]
     with pipeline.open_role("generator") as model:
-        scored = score_rows(model, rows, pipeline.batch_size, pipeline.shared_prefix)
+        scored = score_rows(model, rows, shared_prefix=pipeline.shared_prefix)
     return [
         QuestionResult(
             id=question.id,
