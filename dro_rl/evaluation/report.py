@@ -94,9 +94,10 @@ def headline(report: Report) -> list[tuple[str, str]]:
         ("decoding", f"{conditions.decoding}, K={conditions.num_selected}"),
     ]
     if manifest is not None and manifest.retrieval:
-        lines.append(("retrieval", _flat(manifest.retrieval)))
+        known = [f"{key} {manifest.retrieval[key]}" for key in ("retriever", "corpus", "k") if key in manifest.retrieval]
+        lines.append(("retrieval", ", ".join(known)))
     if manifest is not None and manifest.changes:
-        lines.append(("changes", "; ".join(map(_flat, manifest.changes))))
+        lines.append(("changes", "; ".join(_flat(change) for change in manifest.changes)))
     return lines + [("left out", f"{count} questions: {reason}") for reason, count in report.skipped.items()]
 
 
@@ -105,7 +106,7 @@ def _control(conditions: Conditions) -> str:
 
 
 def _flat(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in values.items() if not isinstance(value, dict | list))
+    return ", ".join(f"{key} {value}" for key, value in values.items())
 
 
 def metric_rows(metrics: Mapping[str, Estimate]) -> list[tuple[str, str, str, str]]:
