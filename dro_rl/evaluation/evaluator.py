@@ -21,7 +21,7 @@ from dro_rl.files import written_whole
 from dro_rl.likelihood import answer_logp, score_rows
 from dro_rl.pipeline import RAGPipeline, read
 from dro_rl.records import Question, Selection
-from dro_rl.rollouts.e_step import answer_row
+from dro_rl.rollouts.micro_batch import answer_row
 
 
 def evaluate(

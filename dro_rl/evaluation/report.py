@@ -94,7 +94,9 @@ def headline(report: Report) -> list[tuple[str, str]]:
         ("decoding", f"{conditions.decoding}, K={conditions.num_selected}"),
     ]
     if manifest is not None and manifest.retrieval:
-        known = [f"{key} {manifest.retrieval[key]}" for key in ("retriever", "corpus", "k") if key in manifest.retrieval]
+        known = [
+            f"{key} {manifest.retrieval[key]}" for key in ("retriever", "corpus", "k") if key in manifest.retrieval
+        ]
         lines.append(("retrieval", ", ".join(known)))
     if manifest is not None and manifest.changes:
         lines.append(("changes", "; ".join(_flat(change) for change in manifest.changes)))
