@@ -344,7 +344,7 @@ def test_uniform_weights_look_at_no_answer(job: Job) -> None:
 
 def test_one_rollout_has_weight_one_and_the_control_variate_leaves_nothing(job: Job) -> None:
     """The control m = 1: the selector gets no signal."""
-    run = job(num_generations=1, allow_single_generation=True, per_device_train_batch_size=4)
+    run = job(num_generations=1, allow_single_generation=True, per_device_train_batch_size=2)
     rows = rollout_log.read(rollout_log.part_paths(run)).to_pylist()
     assert {row["weight"] for row in rows if row["valid"]} == {1.0}
     assert {row["selector_coefficient"] for row in rows if row["valid"]} == {0.0}
