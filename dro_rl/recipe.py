@@ -99,7 +99,9 @@ class RunConfig:
     warmup_selector_learning_rate: float = _option(1e-5, "Learning rate of the selector's warm-up.")
     warmup_generator_learning_rate: float = _option(1e-5, "Learning rate of the generator's warm-up.")
     warmup_batch_size: int = _option(8, "Questions a device and step of the warm-up.")
-    warmup_cache_dir: str = _option("~/.cache/dro_rl/warmup", "Where warmed-up models are kept.")
+    warmup_cache_dir: str = _option(
+        "~/.cache/dro_rl/warmup", "Where warmed-up models are kept: a folder that all nodes of a run share."
+    )
 
     def check(self) -> None:
         """Raise `InputError` for the first value that breaks a rule."""
