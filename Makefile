@@ -1,4 +1,5 @@
 # make setup       a virtual environment in .venv with the tested versions
+# make smoke       a small training on real questions: DATASET=musique DATA=folder
 # make setup-vllm  vLLM for a CPU, into the same environment (on CUDA: pip install 'dro_rl[vllm]')
 # make quickstart  train the toy world into runs/quickstart, before/after table and curves
 # make test        all tests
@@ -14,8 +15,10 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 TEST_PROCESSES ?= 2
+DATASET ?= musique
+DATA ?= $(or $(DRO_RL_DATA),data)
 
-.PHONY: setup setup-vllm quickstart test lint bench bench-rollouts bench-retrieval clean
+.PHONY: setup setup-vllm quickstart smoke test lint bench bench-rollouts bench-retrieval clean
 
 setup: .venv/.complete
 
@@ -33,6 +36,11 @@ setup-vllm: .venv/.vllm
 
 quickstart: setup
 	$(BIN)/accelerate launch --config_file recipes/accelerate/cpu.yaml dro_rl/train.py recipes/quickstart.yaml --resume_from_checkpoint auto
+
+smoke: setup
+	$(BIN)/python -m dro_rl.data.tiny_model --output runs/tiny/$(DATASET) \
+		--questions $(firstword $(wildcard $(DATA)/train/$(DATASET).jsonl* $(DATA)/$(DATASET)/train.jsonl*) $(DATA)/train/$(DATASET).jsonl)
+	$(BIN)/accelerate launch --config_file recipes/accelerate/cpu.yaml dro_rl/train.py recipes/$(DATASET)_smoke.yaml --dataset_name $(DATA)
 
 test: setup
 	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile
