@@ -5,11 +5,11 @@
     python -m benchmarks.retrieval --passages 100000     # a smaller generated corpus
 
 Cases: BM25 on HotpotQA's passages (`corpus/hotpotqa.jsonl.gz` under DRO_RL_DATA or ../shared/data) and on a generated
-corpus of a million; ColBERT on the first passages of HotpotQA, with an encoder that is untrained as ColBERT (`untrained_colbert.py`). Building and searching have a
-process of their own each. Peak memory is the largest sum over a process and its children, sampled every tenth of a
-second; pages of the memory-mapped index that it touched are counted, though the system takes them back when it needs
-room. CPU seconds are of the process and its children: they say what the wall clock would on a machine that does nothing
-else.
+corpus of a million; ColBERT on the first passages of HotpotQA, with an encoder that is untrained as ColBERT
+(`untrained_colbert.py`). Building and searching have a process of their own each. Peak memory is the largest sum over a
+process and its children, sampled every tenth of a second; pages of the memory-mapped index that it touched are counted,
+though the system takes them back when it needs room. CPU seconds are of the process and its children: they say what the
+wall clock would on a machine that does nothing else.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ dimensions. It costs what such an encoder costs; how well it finds says nothing 
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import shutil
 from pathlib import Path
@@ -24,9 +25,7 @@ def is_available() -> bool:
 
 def write_checkpoint(folder: Path) -> Path:
     """Write the checkpoint into a folder."""
-    found = importlib.util.find_spec(PACKAGE)
-    assert found is not None and found.origin is not None, f"{PACKAGE} is not installed"
-    source = Path(found.origin).parent / "model"
+    source = Path(str(importlib.import_module(PACKAGE).__file__)).parent / "model"
     folder.mkdir(parents=True, exist_ok=True)
     for name in FILES:
         shutil.copy(source / name, folder / name)

@@ -21,9 +21,9 @@ app = typer.Typer(
 app.add_typer(rollouts.app, name="rollouts")
 app.add_typer(recipe.app, name="recipe")
 app.add_typer(data.app, name="data")
+app.add_typer(retrieval.index, name="index")
 app.add_typer(retrieval.app, name="retrieval")
 app.command("ask")(ask.ask)
-app.command("index")(retrieval.index)
 app.command("retrieve")(retrieval.retrieve)
 
 
@@ -46,15 +46,15 @@ def main(
     \b
     Examples:
       dro-rl data prepare hotpotqa --input hotpot_dev_distractor_v1.json --output dev.jsonl.gz
+      dro-rl index bm25 corpus.jsonl.gz indexes/mine
+      dro-rl retrieve indexes/mine questions.jsonl --k 20 --output data/train.jsonl.gz
+      dro-rl retrieval report data/train.jsonl.gz --plot recall.png
       dro-rl recipe validate recipes/*.yaml
       dro-rl rollouts ls out/musique
       dro-rl rollouts stats out/musique
       dro-rl rollouts show out/musique --sort evidence --limit 3
       dro-rl rollouts show out/musique 2hop__482757_12019
       dro-rl ask out/musique "Who wrote it?" --documents documents.jsonl
-      dro-rl index bm25 corpus.jsonl.gz indexes/mine
-      dro-rl retrieve indexes/mine questions.jsonl --k 20 --output data/train.jsonl.gz
-      dro-rl retrieval report data/train.jsonl.gz --plot recall.png
 
     Training itself is: accelerate launch dro_rl/train.py RECIPE
     """
