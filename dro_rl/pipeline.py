@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dro_rl.constraint import SelectionConstraint
 from dro_rl.errors import InputError, Phrase
 from dro_rl.files import written_whole
 from dro_rl.likelihood import Model
@@ -20,6 +21,9 @@ from dro_rl.records import Document, Question, Selection
 from dro_rl.rollouts.engine import SamplingParams
 from dro_rl.rollouts.transformers_engine import TransformersEngine
 from dro_rl.selection import parse_selection
+
+if TYPE_CHECKING:
+    from dro_rl.config import DROConfig
 
 SETTINGS = "pipeline.json"
 PROMPT = "prompt.jinja"
@@ -46,6 +50,7 @@ class PipelineSettings:
 
     Args:
         num_selected: K.
+        constrain_selection: the selector writes K distinct valid numbers and nothing else, as it was trained to.
         max_prompt_length, max_completion_length, max_answer_length: in tokens.
         chat_template_kwargs: as in the recipe.
     """
@@ -55,6 +60,19 @@ class PipelineSettings:
     max_completion_length: int
     max_answer_length: int
     chat_template_kwargs: dict[str, Any]
+    constrain_selection: bool = False
+
+    @classmethod
+    def of(cls, config: DROConfig, chat_template_kwargs: Mapping[str, Any]) -> PipelineSettings:
+        """What a training would leave behind."""
+        return cls(
+            config.num_selected,
+            config.max_prompt_length,
+            config.max_completion_length,
+            config.max_answer_length,
+            dict(chat_template_kwargs),
+            config.constrain_selection,
+        )
 
 
 class RAGPipeline:
@@ -81,7 +99,15 @@ class RAGPipeline:
 
     @classmethod
     def from_pretrained(
-        cls, directory: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+        cls,
+        directory: str | Path,
+        *,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        settings: PipelineSettings | None = None,
+        templates: Mapping[Role, str] | None = None,
+        roles: Sequence[Role] = ROLES,
+        batch_size: int = 8,
     ) -> RAGPipeline:
         """Load what a run left behind.
 
@@ -89,23 +115,19 @@ class RAGPipeline:
             directory: a run's `output_dir`, with `selector/`, `generator/` and `pipeline.json`.
             device: CUDA when there is one, unless told.
             dtype: that of the saved weights, unless told.
+            settings: those of `pipeline.json`, unless told.
+            templates: of the prompts; those that were saved with the models, unless told.
+            roles: the models to load; the generator alone answers from given selections.
+            batch_size: questions answered at once.
 
         Raises:
             InputError: for a folder that does not hold a finished run.
         """
         directory = Path(directory)
-        path = directory / SETTINGS
-        if not path.is_file():
-            raise InputError(
-                str(directory),
-                Phrase(f"no {SETTINGS}"),
-                "this is the output folder of a finished run",
-                "Finish the run first.",
-            )
-        settings = PipelineSettings(**json.loads(path.read_text()))
+        settings = settings or read_settings(directory)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         models, prompters = {}, {}
-        for role in ROLES:
+        for role in roles:
             folder = directory / role
             check_model(str(folder), str(folder))
             models[role] = (
@@ -113,11 +135,11 @@ class RAGPipeline:
             )
             prompters[role] = Prompter(
                 load_tokenizer(str(folder)),
-                str(folder / PROMPT),
+                templates[role] if templates else str(folder / PROMPT),
                 settings.max_prompt_length,
                 settings.chat_template_kwargs,
             )
-        return cls(lambda role: nullcontext(models[role]), prompters, settings)
+        return cls(lambda role: nullcontext(models[role]), prompters, settings, batch_size)
 
     def answer(self, question: str, documents: Sequence[Document]) -> Answer:
         """Answer one question from its documents, of which at least one."""
@@ -126,9 +148,9 @@ class RAGPipeline:
         return self.answer_all([Question("question", question, (), tuple(documents))])[0]
 
     @torch.no_grad()
-    def answer_all(self, questions: Sequence[Question]) -> list[Answer]:
-        """Answer many questions, all selections first."""
-        selections = self.select_all(questions)
+    def answer_all(self, questions: Sequence[Question], selections: Sequence[Selection] | None = None) -> list[Answer]:
+        """Answer many questions, all selections first; the selector is not asked where selections are given."""
+        selections = self.select_all(questions) if selections is None else selections
         prompts = [
             self.prompters["generator"]
             .generator_prompt(question, read(selection, question, self.settings.num_selected))
@@ -146,25 +168,45 @@ class RAGPipeline:
         k = self.settings.num_selected
         prompter = self.prompters["selector"]
         prompts = [prompter.selector_prompt(question, k).ids for question in questions]
-        written = self._greedy("selector", prompts, self.settings.max_completion_length)
+        constraints: list[SelectionConstraint] | None = None
+        if self.settings.constrain_selection:
+            constraints = [prompter.constraint(len(question.documents), k) for question in questions]
+        written = self._greedy("selector", prompts, self.settings.max_completion_length, constraints)
         return [
             parse_selection(prompter.decode(ids), len(question.documents), k)
             for question, (ids, _) in zip(questions, written, strict=True)
         ]
 
     def _greedy(
-        self, role: Role, prompts: Sequence[tuple[int, ...]], length: int
+        self,
+        role: Role,
+        prompts: Sequence[tuple[int, ...]],
+        length: int,
+        constraints: Sequence[SelectionConstraint] | None = None,
     ) -> list[tuple[tuple[int, ...], float]]:
         sampling = SamplingParams(length, temperature=0.0)
         with self.open_role(role) as model:
             engine = TransformersEngine(model, self.prompters[role].eos_token_id, self.batch_size, self.shared_prefix)
-            groups = engine.generate(prompts, 1, sampling, [0] * len(prompts))
+            groups = engine.generate(prompts, 1, sampling, [0] * len(prompts), constraints)
         return [(group[0].ids, sum(group[0].logps)) for group in groups]
 
 
 def read(selection: Selection, question: Question, k: int) -> tuple[int, ...]:
     """The document numbers that the generator reads: those selected, or the first K when none was."""
     return selection.numbers or tuple(range(1, min(k, len(question.documents)) + 1))
+
+
+def read_settings(directory: Path) -> PipelineSettings:
+    """Read `pipeline.json`. Raises `InputError` for a folder without one."""
+    path = directory / SETTINGS
+    if not path.is_file():
+        raise InputError(
+            str(directory),
+            Phrase(f"no {SETTINGS}"),
+            "this is the output folder of a finished run",
+            "Finish the run first.",
+        )
+    return PipelineSettings(**json.loads(path.read_text()))
 
 
 def save_settings(directory: Path, settings: PipelineSettings) -> None:

@@ -5,16 +5,14 @@ Nothing here knows of models, trainers, engines or the command line.
 
 from __future__ import annotations
 
-import gzip
-import json
+import math
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from dro_rl.errors import InputError, Phrase
-from dro_rl.files import written_whole
+from dro_rl.files import write_json_lines
 from dro_rl.rows import Bad, Rows, Watch, refuse, rows
 
 
@@ -76,7 +74,7 @@ class Selection:
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """One sampled selection of one question, scored and weighted: a row of the rollout log.
+    """One sampled selection of one question: a row of the rollout log. What is not known yet is NaN.
 
     Args:
         question: index of the question in the training set.
@@ -93,6 +91,7 @@ class Rollout:
         ess: effective sample size of the group's weights.
         weight_temperature: the temperature its weights were computed at.
         prompt_cut: whether the selector read documents cut to fit `max_prompt_length`.
+        temperature: what it was sampled at.
     """
 
     question: int
@@ -101,14 +100,15 @@ class Rollout:
     proposal_logps: tuple[float, ...]
     text: str
     selection: Selection
-    selection_logp: float
-    reference_logp: float
-    answer_logp: float
-    weight: float
-    selector_coefficient: float
-    ess: float
-    weight_temperature: float
+    selection_logp: float = math.nan
+    reference_logp: float = math.nan
+    answer_logp: float = math.nan
+    weight: float = math.nan
+    selector_coefficient: float = math.nan
+    ess: float = math.nan
+    weight_temperature: float = math.nan
     prompt_cut: bool = False
+    temperature: float = 1.0
 
     @property
     def proposal_logp(self) -> float:
@@ -133,13 +133,17 @@ def read_questions(path: str | Path, *, candidates: Candidates = "required") -> 
             a question name documents of the corpus that its candidates will come from.
 
     Returns:
-        The questions in file order.
+        The questions in file order. A document that is a candidate of many questions stands in memory once.
 
     Raises:
         InputError: naming the file, the line (the row, in Parquet), the field, what is wrong and what to do. A file
             with one bad line is refused whole: a training set that silently shrank is worse than none.
     """
-    return list(iter_questions(path, candidates=candidates))
+    shared: dict[Document, Document] = {}
+    return [
+        replace(question, documents=tuple(shared.setdefault(document, document) for document in question.documents))
+        for question in iter_questions(path, candidates=candidates)
+    ]
 
 
 def iter_questions(
@@ -196,16 +200,11 @@ def write_questions(path: str | Path, questions: Iterable[Question]) -> int:
     Returns:
         How many were written.
     """
-    path, count = Path(path), 0
-    with written_whole(path) as beside, beside.open("wb") as raw, ExitStack() as stack:
-        lines: Any = raw
-        if path.name.lower().endswith(".gz"):
-            lines = stack.enter_context(gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0))
-        for question in questions:
-            row = {name: value for name, value in asdict(question).items() if value or name in REQUIRED_FIELDS}
-            lines.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-            count += 1
-    return count
+    rows = (
+        {name: value for name, value in asdict(question).items() if value or name in REQUIRED_FIELDS}
+        for question in questions
+    )
+    return write_json_lines(Path(path), rows)
 
 
 def parse_question(row: Any, place: str, candidates: Candidates = "required") -> Question:
@@ -308,6 +307,8 @@ def check_text(value: Any, place: str) -> str:
 
 def check_unicode(value: str, place: str) -> None:
     """Half of a surrogate pair, which JSON can spell, can be neither tokenized nor logged."""
+    if value.isascii():
+        return
     try:
         value.encode()
     except UnicodeEncodeError as error:

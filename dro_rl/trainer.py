@@ -7,11 +7,13 @@ stands in `objective`, `likelihood` and `rollouts`; what stands here is when, an
 from __future__ import annotations
 
 import logging
+import math
 import shutil
-import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -27,19 +29,12 @@ from trl.trainer.base_trainer import _BaseTrainer
 
 from dro_rl.config import DROConfig
 from dro_rl.console import LineProgress
-from dro_rl.evaluation.evaluator import (
-    QuestionResult,
-    evaluate,
-    read_stages,
-    summarise,
-    write_results,
-    write_stages,
-)
+from dro_rl.evaluation.evaluator import evaluate_stage, read_stages, with_stage, write_stages
+from dro_rl.likelihood import passes
 from dro_rl.models import (
     ROLES,
     Role,
     SelectorGenerator,
-    WeightedRows,
     export_role,
     inference,
     load_role,
@@ -50,16 +45,37 @@ from dro_rl.pipeline import PROMPT, PipelineSettings, RAGPipeline, save_settings
 from dro_rl.prompts import Prompter
 from dro_rl.records import Question, Rollout
 from dro_rl.rollouts import log as rollout_log
-from dro_rl.rollouts.e_step import EStep, answer_row
-from dro_rl.rollouts.engine import rollout_seed
+from dro_rl.rollouts.e_step import EStep
+from dro_rl.rollouts.engine import Completion, RolloutEngine, rollout_seed
 from dro_rl.rollouts.metrics import rollout_metrics
+from dro_rl.rollouts.micro_batch import Group, MicroBatch
+from dro_rl.rollouts.temperature import duplicate_share, groups_of, guarded_temperature
 from dro_rl.rollouts.transformers_engine import TransformersEngine
+from dro_rl.rollouts.vllm_colocate import ColocatedEngine
+from dro_rl.rollouts.vllm_server import ServerEngine, check_servers
+from dro_rl.rollouts.vllm_weights import publisher
 from dro_rl.schedule import Schedule, Slots, SlotSampler
+from dro_rl.timing import Phase, PhaseClock, flops_per_token, peak_flops, rates
+from dro_rl.verify import check, difference
 
 logger = logging.getLogger(__name__)
 
 QUESTIONS_PER_PART = 128
 """Questions a process whose rollouts are computed and written together: what a kill in an E-step can cost."""
+
+
+MAX_DIFFERENCE = 0.1
+"""Nats a token, on average: two implementations of a model in bfloat16 stay below it."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Ahead:
+    """An iteration that is being sampled while the one before it trains: by weights of `step` updates, in parts."""
+
+    iteration: int
+    step: int
+    temperature: float
+    parts: Sequence[Future[list[list[Completion]]]]
 
 
 class DROTrainer(_BaseTrainer):
@@ -120,16 +136,28 @@ class DROTrainer(_BaseTrainer):
                 model.freeze(role)
         self._iteration: int | None = None  # the iteration whose rollouts are in use
         self._rollouts: list[Rollout] = []
-        self._measured_step = -1
+        self._on_policy = True  # whether those that are not weighed yet were drawn from the policy
+        self._done: dict[int, Rollout] = {}  # by slot, those of the step that have been through the models here
+        self._ahead: _Ahead | None = None
+        self._staleness = 0  # updates between the weights that sampled the rollouts in use and those they train first
+        self._pool = ThreadPoolExecutor(1, "rollouts")
         self._group_roles: list[Role] = []  # whose each group of the optimizer is
-        self._sampled_logps = torch.empty(0)
+        self._losses: dict[str, float] = defaultdict(float)
         self._step_metrics: dict[str, list[float]] = defaultdict(list)
-        self._phase_seconds: dict[str, float] = defaultdict(float)
+        self._verified = self._warned = False
+        self._flops = {role: flops_per_token(getattr(model, role)) for role in ROLES}
+        self.peak_flops = peak_flops(args.device)
+        self.clock = PhaseClock(args.device)
         several = sum(len(question.answers) > 1 for question in train_questions)
         if several:
             logger.info(
                 f"{several} of {len(train_questions)} questions have several accepted answers; "
                 f"the likelihood takes answer_aliases: {args.answer_aliases}"
+            )
+        if args.sampling.truncates:
+            logger.warning(
+                "top_p, top_k and min_p leave out selections that p could write. The weights are right among those "
+                "that can be drawn; how much of p these have is logged as sampling/ratio_mean"
             )
         super().__init__(
             model=model,
@@ -144,6 +172,7 @@ class DROTrainer(_BaseTrainer):
         self.add_callback(LineProgress)
         self.reference = reference.to(self.accelerator.device).eval() if reference is not None else None
         self.stages: list[dict[str, Any]] = read_stages(self.run_dir)
+        self._vllm = self._start_vllm() if args.engine == "vllm" else None
         self._e_step = EStep(
             self._open_engine,
             partial(self._open, "selector"),
@@ -152,6 +181,8 @@ class DROTrainer(_BaseTrainer):
             self.prompters["selector"],
             self.prompters["generator"],
             args,
+            self.clock,
+            {role: flops.forward for role, flops in self._flops.items()},
         )
         self._pipeline = RAGPipeline(
             self._open,
@@ -175,20 +206,78 @@ class DROTrainer(_BaseTrainer):
         """The iteration's rollouts, by slot: from memory, from the log, or sampled now."""
         if self._iteration != iteration:
             indices = self.schedule.questions(iteration)
-            size = QUESTIONS_PER_PART * self.args.world_size
+            ahead = self._ahead if self._ahead is not None and self._ahead.iteration == iteration else None
+            temperature = self._temperature(iteration) if ahead is None else ahead.temperature
+            self._staleness = 0 if ahead is None else self.state.global_step - ahead.step
+            size = self._part_size(len(indices))
             quiet = self.args.disable_tqdm or len(indices) <= size or not self.is_world_process_zero()
             self._rollouts = []
             with tqdm(total=len(indices), desc=f"iteration {iteration + 1}: rollouts", unit="q", disable=quiet) as bar:
                 for part, first in enumerate(range(0, len(indices), size)):
-                    self._rollouts += self._part(iteration, part, first, indices[first : first + size])
+                    sampled = None if ahead is None else ahead.parts[part].result
+                    some = indices[first : first + size]
+                    self._rollouts += self._part(iteration, part, first, some, temperature, sampled)
                     bar.update(min(size, len(indices) - first))
             self._iteration = iteration
+            if self.args.overlap_rollouts and iteration + 1 < self.args.num_iterations:
+                self._ahead = self._sample_ahead(iteration + 1)
         return self._rollouts
 
-    def _part(self, iteration: int, part: int, first: int, indices: list[int]) -> list[Rollout]:
-        """One part of an E-step: read where a killed run left it whole, else sampled, shared and written."""
-        path = rollout_log.part_path(self.run_dir, iteration + 1, part)
+    def _part_size(self, questions: int) -> int:
+        """Questions whose rollouts are shared and written together: all, where the step's passes weigh them."""
+        return questions if self.fused else QUESTIONS_PER_PART * self.args.world_size
+
+    def _sample_ahead(self, iteration: int) -> _Ahead:
+        """Ask the servers for an iteration's rollouts with the weights of now, while the one before it trains."""
+        indices, temperature = self.schedule.questions(iteration), self._temperature(iteration)
+        size = self._part_size(len(indices))
+        parts = []
+        with self._open_engine() as engine:
+            for first in range(0, len(indices), size):
+                mine = range(self.args.process_index, min(size, len(indices) - first), self.args.world_size)
+                request, _ = self._e_step.request(
+                    [self.train_questions[indices[first + i]] for i in mine],
+                    [rollout_seed(self.args.seed, iteration, first + i) for i in mine],
+                    temperature,
+                )
+                parts.append(self._pool.submit(engine.generate, *request))
+        return _Ahead(iteration, self.state.global_step, temperature, parts)
+
+    def _temperature(self, iteration: int) -> float:
+        """What an iteration is sampled at. The guard goes by the iteration before: from memory, or from the log."""
+        found = [0.0]
+        if self.is_world_process_zero():
+            before: Sequence[Rollout] = ()
+            if self.args.duplicate_threshold is not None:
+                known = self._iteration == iteration - 1
+                logged = rollout_log.part_paths(self.run_dir, iteration)  # 1-based there
+                before = self._rollouts if known else rollout_log.to_rollouts(rollout_log.read(logged))
+            found[0] = guarded_temperature(self.args, iteration, before)
+            if before and found[0] != before[0].temperature:
+                repeated = duplicate_share(groups_of(before, self.args.num_generations))
+                logger.info(
+                    f"iteration {iteration + 1}: temperature {before[0].temperature:.3g} -> {found[0]:.3g}, after "
+                    f"{repeated:.0%} of the rollouts repeated another "
+                    f"(duplicate_threshold: {self.args.duplicate_threshold})"
+                )
+        return broadcast_object_list(found)[0]
+
+    def _part(
+        self,
+        iteration: int,
+        part: int,
+        first: int,
+        indices: list[int],
+        temperature: float,
+        sampled: Callable[[], list[list[Completion]]] | None,
+    ) -> list[Rollout]:
+        """One part of an E-step: read where a killed run left it whole, else sampled, shared and written.
+
+        Where the E-step is fused with the M-step, rollouts are shared as they were sampled, and written when the
+        step's forward passes have weighed them.
+        """
         kept: list[Any] = [None]
+        path = rollout_log.part_path(self.run_dir, iteration + 1, part)
         if self.is_world_process_zero() and path.is_file():
             found = rollout_log.to_rollouts(rollout_log.read([path]))
             if [rollout.question for rollout in found[:: self.args.num_generations]] == indices:
@@ -197,21 +286,46 @@ class DROTrainer(_BaseTrainer):
             return kept[0]
         rank, world = self.args.process_index, self.args.world_size
         mine = range(rank, len(indices), world)
-        with self._phase("rollout"):
-            rollouts = self._e_step(
-                [indices[i] for i in mine],
-                [self.train_questions[indices[i]] for i in mine],
-                [rollout_seed(self.args.seed, iteration, first + i) for i in mine],
-            )
-            m = self.args.num_generations
+        numbers, m = [indices[i] for i in mine], self.args.num_generations
+        questions = [self.train_questions[number] for number in numbers]
+        seeds = [rollout_seed(self.args.seed, iteration, first + i) for i in mine]
+        with self.clock.phase("rollout"):
+            given = None if sampled is None else sampled()
+        if self.fused:
+            rollouts, self._on_policy = self._e_step.sample(numbers, questions, seeds, temperature, given)
+        else:
+            rollouts = self._e_step(numbers, questions, seeds, temperature, given)
+        with self.clock.phase("rollout"):  # until the slowest process is there
             groups = gather_object([(i, rollouts[n * m : (n + 1) * m]) for n, i in enumerate(mine)])
         everything = [rollout for _, group in sorted(groups, key=lambda item: item[0]) for rollout in group]
-        if self.is_world_process_zero():
-            rollout_log.write(
-                rollout_log.to_table(everything, self.train_questions, iteration + 1, self.state.global_step, first, m),
-                path,
-            )
+        if not self.fused:
+            self._write_part(iteration, part, first, everything)
         return everything
+
+    def _write_part(self, iteration: int, part: int, first: int, rollouts: Sequence[Rollout]) -> None:
+        if self.is_world_process_zero():
+            step, m = self.schedule.steps_per_iteration * iteration, self.args.num_generations
+            rollout_log.write(
+                rollout_log.to_table(rollouts, self.train_questions, iteration + 1, step, first, m),
+                rollout_log.part_path(self.run_dir, iteration + 1, part),
+            )
+
+    @property
+    def fused(self) -> bool:
+        """Whether one forward pass gives likelihoods, weights and losses.
+
+        It does where that is what scoring first would give: when an iteration is a single step of both models (or
+        several passes over one step's questions, of which the first is fresh), each question is whole on a process,
+        and no rollout is to be left out of the backward pass.
+        """
+        return (
+            self.args.fused_e_step == "auto"
+            and self.schedule.questions_per_iteration == self.schedule.questions_per_step
+            and self.args.interleave == "joint"
+            and all(self.args.role_learning_rate(role) > 0 for role in ROLES)
+            and self.args.per_device_train_batch_size % self.args.num_generations == 0
+            and self.args.min_weight == 0
+        )
 
     @contextmanager
     def _open(self, role: Role) -> Iterator[Any]:
@@ -219,7 +333,12 @@ class DROTrainer(_BaseTrainer):
             yield model
 
     @contextmanager
-    def _open_engine(self) -> Iterator[TransformersEngine]:
+    def _open_engine(self) -> Iterator[RolloutEngine]:
+        if self._vllm is not None:
+            updates = self.state.global_step if self.args.role_learning_rate("selector") else 0
+            with self._vllm.at(updates) as engine:
+                yield engine
+            return
         with self._open("selector") as model:
             yield TransformersEngine(
                 model,
@@ -227,6 +346,28 @@ class DROTrainer(_BaseTrainer):
                 batch_size=self.args.per_device_eval_batch_size,
                 shared_prefix=self.args.shared_prefix != "off",
             )
+
+    def _start_vllm(self) -> ColocatedEngine | ServerEngine:
+        tokenizer = self.prompters["selector"].tokenizer
+        if self.args.vllm_mode == "colocate":
+            logger.info("rollouts: vLLM in this process; starting it takes a minute")
+            return ColocatedEngine(self._selector, self.accelerator, tokenizer, self.args)
+        if self.is_world_process_zero():
+            check_servers(self.args)
+        self.accelerator.wait_for_everyone()
+        folder = Path(self.args.vllm_weights_dir or self.run_dir / "vllm_weights")
+        publish = publisher(self.args, folder, self._save_selector, self._selector, tokenizer, self.accelerator)
+        logger.info(f"rollouts: vLLM at {', '.join(self.args.vllm_servers)}")
+        return ServerEngine(self.args, tokenizer.eos_token_id, publish)
+
+    def _selector(self) -> Any:
+        return self._unwrapped().selector
+
+    def _save_selector(self, folder: Path) -> None:
+        """Write the selector to be read by a vLLM server."""
+        state = self._gathered_state()
+        if self.is_world_process_zero():
+            export_role(self._selector(), self.prompters["selector"].tokenizer, folder, _of_role("selector", state))
 
     @contextmanager
     def _open_reference(self) -> Iterator[Any]:
@@ -250,85 +391,142 @@ class DROTrainer(_BaseTrainer):
         turn = self.state.global_step % (self.args.selector_steps + self.args.generator_steps)
         return (role == "selector") == (turn < self.args.selector_steps)
 
-    def _prepare_inputs(self, slots: Any) -> dict[str, Any]:
-        """A micro-batch of slots as what each role scores, groups in the order of the slots."""
-        step, m = self.state.global_step, self.args.num_generations
-        rollouts = self._rollouts_of(self.schedule.iteration(step))
-        if self._measured_step != step:
-            self._measured_step = step
-            groups = [rollouts[p * m : (p + 1) * m] for p in self.schedule.positions(step)]
-            for name, value in rollout_metrics(groups, self.train_questions, self.args).items():
-                self._step_metrics[name].append(value)
-        micro: dict[int, list[Rollout]] = defaultdict(list)
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        """Nothing to move: rows become tensors where they are scored."""
+        return inputs
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """The stock step, once for each part of the Trainer's micro-batch that `tokens_per_microbatch` has room for."""
+        step = self.state.global_step
+        micro_batches = self._micro_batches(self._rollouts_of(self.schedule.iteration(step)), inputs)
+        loss = torch.zeros((), device=self.args.device)
+        for micro_batch in micro_batches[:-1]:
+            with self._accumulating(model):
+                loss += self._part_of_step(model, micro_batch)
+        loss += self._part_of_step(model, micro_batches[-1])
+        done = (rollout for micro_batch in micro_batches for rollout in micro_batch.rollouts)
+        self._done.update(zip(inputs, done, strict=True))
+        if self.accelerator.sync_gradients:
+            self._end_of_step(step)
+        return loss
+
+    def _part_of_step(self, model: nn.Module, micro_batch: MicroBatch) -> Tensor:
+        before = self.clock.switch("other")
+        loss = super().training_step(model, cast(Any, micro_batch))
+        self.clock.switch(before)
+        return loss
+
+    @contextmanager
+    def _accumulating(self, model: nn.Module) -> Iterator[None]:
+        """A backward pass that more of the same step follow. Sharded gradients are reduced in each all the same."""
+        state = self.accelerator.gradient_state
+        before = state.sync_gradients
+        state._set_sync_gradients(False)
+        try:
+            with nullcontext() if self.is_fsdp_enabled else self.accelerator.no_sync(model):
+                yield
+        finally:
+            state._set_sync_gradients(before)
+
+    def _micro_batches(self, rollouts: Sequence[Rollout], slots: Sequence[int]) -> list[MicroBatch]:
+        """Slots as what the models score: whole groups in the order of the slots, as many at once as have room.
+
+        Every process has as many, since those that shard parameters meet in each pass.
+        """
+        by_question: dict[int, list[Rollout]] = defaultdict(list)
         for slot in slots:
-            micro[slot // m].append(rollouts[slot])
-        with self._phase("inputs"):
-            return {role: self._rows(role, list(micro.values())) for role in ROLES if self._active(role)}
-
-    def _rows(self, role: Role, groups: list[list[Rollout]]) -> WeightedRows:
-        return self._selector_rows(groups) if role == "selector" else self._generator_rows(groups)
-
-    def _selector_rows(self, groups: list[list[Rollout]]) -> WeightedRows:
-        """Each question's prompt once, with its distinct samples."""
-        rows, coefficients, sampled = [], [], []
-        for group in groups:
-            question = self.train_questions[group[0].question]
-            merged: dict[tuple[int, ...], float] = defaultdict(float)
-            logps = {}
-            for rollout in group:
-                merged[rollout.token_ids] += rollout.selector_coefficient
-                logps[rollout.token_ids] = rollout.selection_logp
-            prompt = self.prompters["selector"].selector_prompt(question, self.args.num_selected)
-            rows.append(Row(prompt.ids, list(merged)))
-            coefficients += list(merged.values())
-            sampled += [logps[ids] for ids in merged]
-        self._sampled_logps = torch.tensor(sampled, dtype=torch.float64)
-        return WeightedRows(rows, coefficients)
-
-    def _generator_rows(self, groups: list[list[Rollout]]) -> WeightedRows:
-        """Each distinct selection once, with the accepted answers."""
-        rows, coefficients = [], []
-        for group in groups:
-            question = self.train_questions[group[0].question]
-            merged: dict[tuple[int, ...], float] = defaultdict(float)
-            for rollout in group:
-                if rollout.selection.valid:
-                    merged[rollout.selection.numbers] += rollout.weight
-            for numbers, weight in merged.items():
-                rows.append(answer_row(self.prompters["generator"], question, numbers, self.args.answer_aliases))
-                coefficients.append(weight)
-        if not rows:  # nothing valid here, but the other processes' gradients wait for ours
+            by_question[slot // self.args.num_generations].append(rollouts[slot])
+        with self.clock.phase("inputs"):
+            roles = [role for role in ROLES if self._active(role)]
+            groups = [
+                Group(group, self.train_questions[group[0].question], self.prompters, self.args, roles)
+                for group in by_question.values()
+            ]
+            batches = [
+                [groups[i] for i in run] for run in passes([len(g) for g in groups], self.args.tokens_per_microbatch)
+            ]
+            most = int(self.accelerator.gather(torch.tensor([len(batches)], device=self.args.device)).max())
+            batches += [[] for _ in range(most - len(batches))]
             eos = self.prompters["generator"].eos_token_id
-            return WeightedRows([Row((eos,), [(eos,)])], [0.0])
-        return WeightedRows(rows, coefficients)
+            return [MicroBatch(batch, self.args, self._on_policy, eos) for batch in batches]
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Both losses, as means over questions: the micro-batch sums over b rollouts, b / m questions' worth."""
-        output = model(**inputs)
+        """Both losses, as means over questions: a micro-batch sums over its share of the step's questions."""
+        micro_batch: MicroBatch = inputs
+        roles = [role for role in ROLES if self._active(role)]
+        if self.args.verify_fast_path and not self._verified:
+            self._verified = True
+            for role in roles:
+                self._verify(role, micro_batch.rows(role).rows)
+        for role in roles:
+            tokens = micro_batch.tokens(role)
+            self.clock.count(role, tokens, tokens * self._flops[role].step)
+        output = model(
+            **{role: micro_batch.rows(role) for role in roles},
+            scoring=self.args.scoring,
+            weigh=micro_batch.weigh if micro_batch.fresh else None,
+            switch=self.clock.switch,
+        )
         scale = self.args.num_generations / self.args.per_device_train_batch_size
         losses = []
         for role, loss in (("selector", output.selector_loss), ("generator", output.generator_loss)):
             if loss is not None:
                 losses.append(scale * loss)
-                self._step_metrics[f"{role}/loss"].append(losses[-1].item())
+                self._losses[f"{role}/loss"] += losses[-1].item()
         first_step = self.state.global_step % self.schedule.steps_per_iteration == 0
-        if output.selection_logps is not None and first_step:  # the weights are still those that sampled
-            difference = (output.selection_logps.double().cpu() - self._sampled_logps).abs()
-            self._step_metrics["sampling/logp_difference_mean"].append(difference.mean().item())
-            self._step_metrics["sampling/logp_difference_max"].append(difference.max().item())
+        if output.selection_logps is not None and first_step and micro_batch.samples_plainly:
+            self._compare_with_engine(output.selection_logps.double().cpu() - micro_batch.proposal_logps(), micro_batch)
         loss = torch.stack(losses).sum()
         return (loss, output) if return_outputs else loss
 
-    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """The stock step, timed less the E-step that its first micro-batch may begin with."""
-        rollout = self._phase_seconds["rollout"]
-        started = time.perf_counter()
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        elapsed = time.perf_counter() - started
-        self._phase_seconds["train"] += elapsed - (self._phase_seconds["rollout"] - rollout)
-        return loss
+    def _compare_with_engine(self, difference: Tensor, micro_batch: MicroBatch) -> None:
+        """The weights are still those that sampled: what separates log p from log q is the engine, or its weights."""
+        self._step_metrics["sampling/logp_difference_mean"].append(difference.abs().mean().item())
+        self._step_metrics["sampling/logp_difference_max"].append(difference.abs().max().item())
+        a_token = difference.abs().sum().item() / micro_batch.completion_tokens
+        if a_token > MAX_DIFFERENCE and not self._staleness and not self._warned:
+            self._warned = True
+            logger.warning(
+                f"the engine's log-probabilities differ from the trainer's by {a_token:.2g} nats a token on average; "
+                f"by rounding it would be less than {MAX_DIFFERENCE}: does it hold the weights that it was sent? "
+                "Rollouts are corrected by p/q; sampling/logp_difference_mean and sampling/log_ratio_max say how far."
+            )
+
+    def _verify(self, role: Role, rows: Sequence[Row]) -> None:
+        """Compare the shared-prefix path with the plain one on the first rows; stop when they differ."""
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        half = self.args.bf16 or self.args.fp16
+        with self.clock.phase("verification"), self.accelerator.autocast():
+            if sharded:
+                with self._open(role) as model:
+                    found = difference(model, rows, self.args.scoring, gradients=False)
+            else:
+                found = difference(getattr(self._unwrapped(), role), rows, self.args.scoring, gradients=True)
+        if found is not None:
+            kind = getattr(self._unwrapped(), role).dtype
+            check(role, found, (torch.bfloat16 if self.args.bf16 else torch.float16) if half else kind)
+            gradients = "" if found.gradients is None else f", gradients by {found.gradients:.1e} of their norm"
+            logger.info(f"{role}: shared prefixes differ from the plain path by {found.logps:.1e} nats{gradients}")
+
+    def _end_of_step(self, step: int) -> None:
+        """What the step's forward passes made of its rollouts: shared, written, measured."""
+        for name, value in self._losses.items():
+            self._step_metrics[name].append(value / self.current_gradient_accumulation_steps)
+        self._losses.clear()
+        iteration = self.schedule.iteration(step)
+        positions, m = self.schedule.positions(step), self.args.num_generations
+        if any(math.isnan(self._rollouts[position * m].weight) for position in positions):
+            done = {slot: rollout for part in gather_object([self._done]) for slot, rollout in part.items()}
+            self._rollouts = [done[slot] for slot in range(len(self._rollouts))]
+            self._write_part(iteration, 0, 0, self._rollouts)
+        self._done.clear()
+        groups = [self._rollouts[position * m : (position + 1) * m] for position in positions]
+        for name, value in rollout_metrics(groups, self.train_questions, self.args).items():
+            self._step_metrics[name].append(value)
+        if self.args.overlap_rollouts:
+            self._step_metrics["sampling/staleness"].append(self._staleness)
 
     # The optimizer: a learning rate and a clip for each model
 
@@ -361,6 +559,10 @@ class DROTrainer(_BaseTrainer):
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor | float | None:
         """Clip each model's gradient on its own, so that neither's scale decides the other's step."""
+        with self.clock.phase("optimizer"):
+            return self._clip_each(model)
+
+    def _clip_each(self, model: nn.Module) -> Tensor | float | None:
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             return super()._clip_grad_norm(model)  # the engine clips, over all parameters
         total = torch.zeros((), dtype=torch.float64)
@@ -386,19 +588,17 @@ class DROTrainer(_BaseTrainer):
         """
         assert self.eval_questions is not None
         stage = stage or f"iteration-{self.schedule.iteration(self.state.global_step)}"
-        rank, world = self.args.process_index, self.args.world_size
-        with self._phase("evaluation"):
-            mine = evaluate(
-                self._pipeline, self.eval_questions[rank::world], self.args.answer_likelihood, self.args.answer_aliases
+        with self.clock.phase("evaluation"):
+            summary = evaluate_stage(
+                self._pipeline,
+                self.eval_questions,
+                stage=stage,
+                split=self.eval_split,
+                output_dir=self.run_dir,
+                likelihood=self.args.answer_likelihood,
+                aliases=self.args.answer_aliases,
             )
-        results: list[QuestionResult] = [
-            result for _, result in sorted(gather_object([(i * world + rank, r) for i, r in enumerate(mine)]))
-        ]
-        summary = summarise(results, stage, self.eval_split)
-        self.stages = [known for known in self.stages if known["stage"] != stage] + [summary]
-        if self.is_world_process_zero():
-            write_results(self.run_dir, stage, results)
-            write_stages(self.run_dir, self.stages)
+        self.stages = with_stage(self.stages, summary)
         return self._report(summary)
 
     def evaluate_initially(self) -> None:
@@ -441,23 +641,20 @@ class DROTrainer(_BaseTrainer):
                     logs[name] = max(known) if name.endswith("_max") else sum(known) / len(known)
             for role, rate in self._learning_rates().items():
                 logs[f"{role}/learning_rate"] = rate
-            for name, seconds in self._phase_seconds.items():
-                logs[f"time/{name}"] = round(seconds, 4)
+            logs.update(rates(self.clock.flush(), self.peak_flops))
             self._step_metrics.clear()
-            self._phase_seconds.clear()
         super().log(logs, start_time)
+
+    def phases(self) -> dict[str, Phase]:
+        """Seconds, tokens and operations of each phase on this process, since the trainer was made."""
+        self.clock.flush()
+        return dict(self.clock.total)
 
     def _learning_rates(self) -> dict[Role, float]:
         """Each training model's current learning rate: the first group of each is its own."""
         assert self.lr_scheduler is not None
         rates = self.lr_scheduler.get_last_lr()
         return {role: float(rates[self._group_roles.index(role)]) for role in dict.fromkeys(self._group_roles)}
-
-    @contextmanager
-    def _phase(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self._phase_seconds[name] += time.perf_counter() - started
 
     # Checkpoints: whole or absent, and enough to go on bit for bit
 
@@ -467,7 +664,11 @@ class DROTrainer(_BaseTrainer):
             self._restore_logs(Path(str(resume_from_checkpoint)) if resume_from_checkpoint else None)
         self.accelerator.wait_for_everyone()
         self.stages = broadcast_object_list([read_stages(self.run_dir)])[0]
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        result = super().train(resume_from_checkpoint, *args, **kwargs)
+        self._pool.shutdown()  # early stopping leaves rollouts in flight, that read the weights' folder
+        if isinstance(self._vllm, ServerEngine):
+            self._vllm.remove_weights()
+        return result
 
     def _restore_logs(self, checkpoint: Path | None) -> None:
         """Put the rollout log and the evaluations back to where the checkpoint was: what came after happens again.
@@ -500,7 +701,7 @@ class DROTrainer(_BaseTrainer):
             shutil.rmtree(beside, ignore_errors=True)
             beside.mkdir(parents=True)
         self.accelerator.wait_for_everyone()
-        with self._phase("checkpoint"):
+        with self.clock.phase("checkpoint"):
             self.save_model(str(beside), _internal_call=True)
             self._save_optimizer_and_scheduler(str(beside))
             self._save_scaler(str(beside))
@@ -510,9 +711,12 @@ class DROTrainer(_BaseTrainer):
             self.state.best_model_checkpoint = str(best)
         if self.is_world_process_zero():
             write_stages(beside, self.stages)
-            if self.state.global_step % self.schedule.steps_per_iteration:
-                (beside / "rollouts").mkdir()
-                for part in rollout_log.part_paths(run, self.schedule.iteration(self.state.global_step) + 1):
+            current, within = divmod(self.state.global_step, self.schedule.steps_per_iteration)
+            needed = [current + 1] if within else []
+            needed += [] if self.args.duplicate_threshold is None else [current]  # the guard's memory
+            for iteration in needed:
+                (beside / "rollouts").mkdir(exist_ok=True)
+                for part in rollout_log.part_paths(run, iteration):
                     shutil.copy2(part, beside / "rollouts" / part.name)
             cast(dict[str, Any], self.state.stateful_callbacks)["TrainerControl"] = self.control.state()
             self.state.save_to_json(str(beside / "trainer_state.json"))
@@ -531,15 +735,11 @@ class DROTrainer(_BaseTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write `selector/` and `generator/`: to go on from (within a checkpoint), or to serve, with their prompts."""
         folder = Path(output_dir or self.run_dir)
-        state: dict[str, Tensor] | None = None
-        if self.is_fsdp_enabled:
-            state = self.accelerator.get_state_dict(self.model)
-        elif self.is_deepspeed_enabled:
-            state = self.accelerator.get_state_dict(self.model_wrapped)
+        state = self._gathered_state()
         if not self.args.should_save:
             return
         for role in ROLES:
-            own = state and {n.removeprefix(f"{role}."): v for n, v in state.items() if n.startswith(f"{role}.")}
+            own = _of_role(role, state)
             model, prompter = getattr(self._unwrapped(), role), self.prompters[role]
             if _internal_call:
                 save_role(model, prompter.tokenizer, folder / role, own)
@@ -548,7 +748,15 @@ class DROTrainer(_BaseTrainer):
         if not _internal_call:
             save_settings(folder, self.pipeline_settings())
 
+    def _gathered_state(self) -> dict[str, Tensor] | None:
+        """The whole state of a sharded model, where this process writes files; None for one that is not sharded."""
+        if self.is_fsdp_enabled:
+            return self.accelerator.get_state_dict(self.model)
+        return self.accelerator.get_state_dict(self.model_wrapped) if self.is_deepspeed_enabled else None
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self._vllm is not None:
+            self._vllm.forget()
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
@@ -566,17 +774,19 @@ class DROTrainer(_BaseTrainer):
 
     def pipeline_settings(self) -> PipelineSettings:
         """What serving needs to know."""
-        return PipelineSettings(
-            num_selected=self.args.num_selected,
-            max_prompt_length=self.args.max_prompt_length,
-            max_completion_length=self.args.max_completion_length,
-            max_answer_length=self.args.max_answer_length,
-            chat_template_kwargs=dict(self.prompters["selector"].chat_template_kwargs),
-        )
+        return PipelineSettings.of(self.args, self.prompters["selector"].chat_template_kwargs)
+
+
+def _of_role(role: Role, state: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
+    """One role's part of a gathered state, under the role's own names."""
+    return state and {name.removeprefix(f"{role}."): v for name, v in state.items() if name.startswith(f"{role}.")}
 
 
 class _Iterations(TrainerCallback):
-    """Evaluates before the first iteration and after each, saves, and stops when dev no longer improves."""
+    """Evaluates before the first iteration and after each, saves, and stops when dev no longer improves.
+
+    Times the optimizer too: only callbacks stand on both sides of it.
+    """
 
     def __init__(self, trainer: DROTrainer) -> None:
         self.trainer = trainer
@@ -586,6 +796,12 @@ class _Iterations(TrainerCallback):
     ) -> None:
         if state.global_step == 0 and self.trainer.eval_questions is not None:
             self.trainer.evaluate_initially()
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer.clock.switch("optimizer")
+
+    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer.clock.switch("other")
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

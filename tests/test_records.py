@@ -303,6 +303,7 @@ def test_an_interrupted_write_leaves_the_file_before(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write_questions(path, broken())
     assert read_questions(path) == [question]
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_questions_without_candidates_are_read_where_they_are_optional(tmp_path: Path) -> None:
@@ -344,3 +345,11 @@ def test_bad_lines_are_left_out_and_counted_only_when_asked(tmp_path: Path) -> N
         "id: ids are unique": 1,
     }
     assert "line 2 (id 2hop__2)" in str(skips.first["answers: a question has at least one answer"])
+
+
+def test_a_document_of_many_questions_stands_in_memory_once(tmp_path: Path) -> None:
+    """Candidates of a data set overlap: 167,000 questions name far fewer passages than they have candidates."""
+    other = changed(id="3", documents=[{"id": "d1", "title": "Ann", "text": "Another Ann."}])
+    first, second, third = read_questions(write(tmp_path / "q.jsonl", [SECOND, changed(id="2"), other]))
+    assert first.documents[0] is second.documents[0]
+    assert third.documents[0].text == "Another Ann."

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from dro_rl import __version__
-from dro_rl.cli import ask, data, recipe, retrieval, rollouts
+from dro_rl.cli import ask, data, evaluate, recipe, retrieval, rollouts, serve
 from dro_rl.cli.errors import InputErrorGroup
 
 app = typer.Typer(
@@ -24,6 +24,9 @@ app.add_typer(data.app, name="data")
 app.add_typer(retrieval.index, name="index")
 app.add_typer(retrieval.app, name="retrieval")
 app.command("ask")(ask.ask)
+app.command("evaluate")(evaluate.evaluate)
+app.command("compare")(evaluate.compare)
+app.command("serve-rollouts", context_settings={"allow_extra_args": True})(serve.serve_rollouts)
 app.command("retrieve")(retrieval.retrieve)
 
 
@@ -39,7 +42,7 @@ def main(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
     ] = False,
 ) -> None:
-    """Prepare data, retrieve candidates, check recipes, look into runs and ask trained pairs.
+    """Prepare data, retrieve candidates, check recipes, look into runs, evaluate, compare and ask trained pairs.
 
     RUN is the output_dir of a training. Every command takes --json.
 
@@ -50,10 +53,13 @@ def main(
       dro-rl retrieve indexes/mine questions.jsonl --k 20 --output data/train.jsonl.gz
       dro-rl retrieval report data/train.jsonl.gz --plot recall.png
       dro-rl recipe validate recipes/*.yaml
+      dro-rl serve-rollouts recipes/musique.yaml
       dro-rl rollouts ls out/musique
       dro-rl rollouts stats out/musique
       dro-rl rollouts show out/musique --sort evidence --limit 3
       dro-rl rollouts show out/musique 2hop__482757_12019
+      dro-rl evaluate out/musique --data data/musique/test.jsonl
+      dro-rl compare out/sft out/musique
       dro-rl ask out/musique "Who wrote it?" --documents documents.jsonl
 
     Training itself is: accelerate launch dro_rl/train.py RECIPE

@@ -63,6 +63,9 @@ def prepare(
     answers: Annotated[
         Path | None, typer.Option("--answers", help="JSON lines of {id, answers}, for requests of rank_llm.")
     ] = None,
+    corpus: Annotated[
+        Path | None, typer.Option("--corpus", help="Also write all candidates, each once, as a corpus: .jsonl(.gz).")
+    ] = None,
     documents: Annotated[
         bool, typer.Option("--documents/--no-documents", help="Keep the candidates that the release has.")
     ] = True,
@@ -83,20 +86,25 @@ def prepare(
     from dro_rl.data.prepare import prepare as run
 
     job = Preparation(
-        name, source, output, format, split, config, limit, skip_bad, licence, aliases, answers, documents
+        name, source, output, format, split, config, limit, skip_bad, licence, aliases, answers, corpus, documents
     )
-    with _bars() as watch:
+    with _bars(hub="" if Path(source).expanduser().is_file() else source) as watch:
         manifest, skips = run(job, watch=watch)
     if json:
         print_json({"output": output, "manifest": manifest, "skipped": skips.counts})
         return
     out = console()
-    out.print(f"{output}: {manifest.num_questions:,} questions of {manifest.dataset}, {manifest.split}")
-    out.print(f"{manifest_path(output)}: {manifest.licence or 'no licence named'}, hash {manifest.questions_hash[:16]}")
+    out.print(f"{output}: {manifest.num_questions:,} questions of {manifest.dataset}, {manifest.split}", soft_wrap=True)
+    about = f"{manifest.licence or 'no licence named'}, hash {manifest.questions_hash[:16]}"
+    out.print(f"{manifest_path(output)}: {about}", soft_wrap=True)
+    if corpus is not None:
+        out.print(f"{corpus}: their candidates, each once", soft_wrap=True)
     for why, count in manifest.skipped.items():
-        out.print(f"left out: {count:,} {plain(why)}")
         if why in skips.first:
-            out.print(f"  first: {plain(str(skips.first[why]))}")
+            out.print(f"left out: {count:,} by the rule {plain(why)!r}", soft_wrap=True)
+            out.print(f"  first: {plain(str(skips.first[why]))}", soft_wrap=True)
+        else:
+            out.print(f"left out: {count:,} {why}")
 
 
 @app.command("check")
@@ -145,13 +153,14 @@ def check(
         if json:
             continue
         holds = ", ".join(f"{count:,} {what}" for what, count in report.counts.items())
-        out.print(f"{file} ({report.format}): {holds or 'nothing usable'}", soft_wrap=True)
+        out.print(f"{file} ({report.format or 'unknown format'}): {holds or 'nothing usable'}", soft_wrap=True)
         if report.manifest is not None:
             about = report.manifest
             out.print(f"  as its manifest says: {about.dataset}, {about.split}, {about.licence or 'no licence named'}")
         for what, count in report.wrong.most_common():
             hidden = max(0, count - limit) if limit else 0
-            out.print(f"  wrong: {count:,} {plain(what)}" + (f" ({hidden:,} not shown)" if hidden else ""))
+            rest = f" ({hidden:,} not shown)" if hidden else ""
+            out.print(f"  wrong: {count:,} by the rule {plain(what)!r}{rest}", soft_wrap=True)
         if not report.wrong:
             out.print(f"  nothing wrong, hash {report.hash[:16]}")
     if json:
@@ -219,8 +228,10 @@ def _print_question(out: Console, question: Question, full: bool) -> None:
 
 
 @contextmanager
-def _bars() -> Iterator[Watch]:
-    """Draws a progress bar on stderr, where that is a terminal, for each file that it is given."""
+def _bars(hub: str = "") -> Iterator[Watch]:
+    """Draws a progress bar on stderr, where that is a terminal, for each file that it is given, and for a hub dataset
+    one without an end.
+    """
     import os
     import sys
     from typing import BinaryIO
@@ -237,6 +248,8 @@ def _bars() -> Iterator[Watch]:
         redirect_stdout=sys.stdout.isatty(),
         disable=not sys.stderr.isatty(),
     ) as progress:
+        if hub:
+            progress.add_task(hub, total=None)
 
         def watch(file: BinaryIO) -> BinaryIO:
             size = os.fstat(file.fileno()).st_size

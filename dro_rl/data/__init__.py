@@ -38,7 +38,7 @@ def load_questions(
         return make_world(cast(Any, split), limit or TOY_SIZES[split])
     path = Path(name).expanduser()
     if path.is_file() or path.is_dir():
-        file = path if path.is_file() else _file_of_split(path, split, config)
+        file = path if path.is_file() else file_of_split(path, split, config)
         read_manifest(file)  # a file that is not what its manifest describes is refused
         questions = read_questions(file)
     elif path.is_absolute() or path.suffix or name.startswith("."):
@@ -57,7 +57,8 @@ def dev_beside(train_file: str, train_split: str, dev_split: str) -> str | None:
     return next((str(candidate) for candidate in beside if candidate != path and candidate.is_file()), None)
 
 
-def _file_of_split(folder: Path, split: str, config: str | None) -> Path:
+def file_of_split(folder: Path, split: str, config: str | None) -> Path:
+    """The question file of a split in a folder. Raises `InputError` unless there is one."""
     stems = [split] if config is None else [f"{split}/{config}", f"{config}/{split}"]
     wanted = [folder / f"{stem}{suffix}" for stem in stems for suffix in SUFFIXES]
     found = [path for path in wanted if path.is_file()]

@@ -26,7 +26,7 @@ class Report:
 
     Args:
         file: the file.
-        format: a name in `FORMATS`, or `corpus`.
+        format: a name in `FORMATS`, `corpus`, or nothing where it cannot be told.
         counts: what the file holds: questions, documents and so on.
         wrong: how many errors there are, by kind.
         manifest: the manifest beside the file, where there is one and it fits.
@@ -59,17 +59,18 @@ def check(
         watch: wraps the raw file, to draw a progress bar.
 
     Raises:
-        InputError: the file's format cannot be told.
+        InputError: there is no such format.
     """
     if format not in (None, CORPUS, *FORMATS):
         raise InputError("--format", format, f"formats are {', '.join((*FORMATS, CORPUS))}", "Use one of them.")
-    report = Report(path, format or format_of(path))
+    report = Report(path, format or "")
 
     def bad(error: InputError) -> None:
         report.wrong[kind(error)] += 1
         on_error(error)
 
     try:
+        report.format = format or format_of(path)
         if report.format == CORPUS:
             digest = CorpusHash()
             for document in read_corpus(path, bad=bad, watch=watch):

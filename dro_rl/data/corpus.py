@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 
 from dro_rl.data.hub import hub_rows
 from dro_rl.errors import InputError, Phrase
+from dro_rl.files import write_json_lines
 from dro_rl.records import Document, check_text, check_unicode
 from dro_rl.rows import Bad, Rows, Watch, refuse, rows
 
@@ -60,6 +62,23 @@ def read_corpus(
         yield document
     if empty:
         raise InputError(str(source), Phrase("no passages"), "a corpus has at least one passage", "Check the file.")
+
+
+def write_corpus(path: Path, documents: Iterable[Document]) -> int:
+    """Write passages (`.jsonl` or `.jsonl.gz`), whole, each id once.
+
+    Returns:
+        How many were written.
+    """
+
+    def unique() -> Iterator[dict[str, str]]:
+        seen: set[str] = set()
+        for document in documents:
+            if document.id not in seen:
+                seen.add(document.id)
+                yield asdict(document)
+
+    return write_json_lines(path, unique())
 
 
 def corpus_files(path: Path) -> list[Path]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from dro_rl.data.corpus import write_corpus
 from dro_rl.data.manifest import Manifest, file_sha256, questions_hash, write_manifest
 from dro_rl.data.readers import FORMATS, read_aliases, read_answers, read_released, released_rows
 from dro_rl.data.readers.fields import Source
@@ -44,6 +45,7 @@ class Preparation:
         licence: licence of the data; None takes the known one.
         aliases: `id_aliases.json` of 2WikiMultihopQA.
         answers: JSON lines of `{id, answers}`, for requests of rank_llm.
+        corpus: where to write all candidates, each once, as a corpus to retrieve from.
         with_documents: keep the candidates that the release has; without them they are to be retrieved.
     """
 
@@ -58,11 +60,12 @@ class Preparation:
     licence: str | None = None
     aliases: Path | None = None
     answers: Path | None = None
+    corpus: Path | None = None
     with_documents: bool = True
 
 
 def prepare(job: Preparation, *, watch: Watch | None = None) -> tuple[Manifest, Skips]:
-    """Write the question file and its manifest, both whole or not at all.
+    """Write the question file, its manifest and the corpus, where one is asked for; each whole or not at all.
 
     Returns:
         The manifest, and what was left out as bad, with the first error of each kind.
@@ -80,8 +83,8 @@ def prepare(job: Preparation, *, watch: Watch | None = None) -> tuple[Manifest, 
         aliases=read_aliases(job.aliases) if job.aliases else {},
         answers=read_answers(job.answers) if job.answers else {},
     )
-    found = released_rows(job.source, config=job.config, split=split, bad=bad, watch=watch)
-    questions: Iterator[Question] = itertools.islice(read_released(found, job.format, source, bad=bad), job.limit)
+    rows = released_rows(job.source, config=job.config, split=split, bad=bad, watch=watch)
+    questions: Iterator[Question] = itertools.islice(read_released(rows, job.format, source, bad=bad), job.limit)
     if not job.with_documents:
         questions = (dataclasses.replace(each, documents=(), supporting=()) for each in questions)
     count = write_questions(job.output, _some(questions, job.source))
@@ -96,6 +99,9 @@ def prepare(job: Preparation, *, watch: Watch | None = None) -> tuple[Manifest, 
         skipped=dict(source.left_out + skips.counts),
     )
     write_manifest(job.output, manifest)
+    if job.corpus is not None:
+        found = iter_questions(job.output, candidates="optional", watch=watch)
+        write_corpus(job.corpus, (document for question in found for document in question.documents))
     return manifest, skips
 
 
@@ -119,17 +125,20 @@ def split_of_name(name: str) -> str:
 
 
 def _check_options(job: Preparation) -> None:
-    if not job.output.name.lower().endswith(WRITTEN):
-        raise InputError(
-            "--output", str(job.output), f"question files are written as {' or '.join(WRITTEN)}", "Rename it."
-        )
-    if job.output.is_dir() or (job.output.exists() and job.output.resolve() == Path(job.source).resolve()):
-        raise InputError("--output", str(job.output), "the output is a file of its own", "Name another.")
+    written = {"--output": job.output} | ({"--corpus": job.corpus} if job.corpus else {})
+    for option, path in written.items():
+        if not path.name.lower().endswith(WRITTEN):
+            raise InputError(option, str(path), f"it is written as {' or '.join(WRITTEN)}", "Rename it.")
+        others = {Path(job.source).resolve(), *(each.resolve() for each in written.values() if each is not path)}
+        if path.is_dir() or path.resolve() in others:
+            raise InputError(option, str(path), "it is a file of its own", "Name another.")
+    if job.corpus is not None and not job.with_documents:
+        raise InputError("--corpus", Phrase("without documents"), "a corpus is made of them", "Drop --no-documents.")
     if job.format is not None and job.format not in FORMATS:
         raise InputError("--format", job.format, f"formats are {', '.join(FORMATS)}", "Use one of them.")
-    for option, path in (("--aliases", job.aliases), ("--answers", job.answers)):
-        if path is not None and not path.is_file():
-            raise InputError(option, str(path), "the file exists", "Check the path.")
+    for option, file in (("--aliases", job.aliases), ("--answers", job.answers)):
+        if file is not None and not file.is_file():
+            raise InputError(option, str(file), "the file exists", "Check the path.")
 
 
 def _some(questions: Iterator[Question], name: str) -> Iterator[Question]:

@@ -55,7 +55,7 @@ class Fields:
             if name in self:
                 return name, self.value[name]
         raise InputError(
-            f"{self.place}: {names[0]}", Phrase("missing"), "the format has this field", "Check the file's format."
+            f"{self.place}: {names[0]}", Phrase("missing"), "every row has this field", "Check the file's format."
         )
 
     def text(self, *names: str) -> str:
