@@ -195,7 +195,7 @@ def test_scores_are_those_of_the_plain_sum_of_maxima_but_for_compression(built, 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_an_encoding_process_that_dies_ends_the_build_at_once(checkpoint, passages, tmp_path):
+def test_an_encoding_process_that_dies_ends_the_build_at_once_and_two_finish_it(checkpoint, passages, built, tmp_path):
     corpus = write_corpus(tmp_path / "corpus.jsonl", passages)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(colbert, "_encode_chunks", _die)
@@ -203,6 +203,11 @@ def test_an_encoding_process_that_dies_ends_the_build_at_once(checkpoint, passag
             build_index(ColBERT(str(checkpoint)), str(corpus), tmp_path / "index", processes=2)
     with pytest.raises(InputError, match="not finished"):
         Index(tmp_path / "index")
+    build_index(ColBERT(str(checkpoint)), str(corpus), tmp_path / "index", processes=2)
+    asked = [document.title for document in passages[:5]]
+    one, two = (Index(folder).search(asked, 1) for folder in (built[0], tmp_path / "index"))
+    assert [found[0].document for found in one] == [found[0].document for found in two]
+    assert [found[0].score for found in one] == pytest.approx([found[0].score for found in two], rel=1e-3)
 
 
 def _die(*_):

@@ -88,8 +88,9 @@ def _build(retriever: Retriever, corpus: str, folder: Path, processes: int, skip
     from dro_rl.cli.output import console, print_json
     from dro_rl.retrieval.index import build_index
 
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("dro_rl").setLevel(logging.INFO)
+    ours = logging.getLogger("dro_rl")
+    ours.addHandler(logging.StreamHandler())  # on the root logger, bm25s would print too
+    ours.setLevel(logging.INFO)
     manifest = build_index(retriever, corpus, folder, processes=processes, skip_bad=skip_bad)
     if json:
         print_json(manifest)
