@@ -14,6 +14,7 @@ import math
 import os
 import random
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
@@ -316,12 +317,17 @@ def _drop_torn(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what colbert-ai prints. Errors go their way."""
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(_Warnings(sys.stderr)):
+    """Without what colbert-ai prints, and without torch's warnings that a CPU is no GPU. Errors go their way."""
+    with (
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(_WithoutBars(sys.stderr)),
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", module="torch.cuda.amp|colbert")
         yield
 
 
-class _Warnings(io.TextIOBase):
+class _WithoutBars(io.TextIOBase):
     """Standard error without progress bars, which redraw their line."""
 
     def __init__(self, stream: Any) -> None:
