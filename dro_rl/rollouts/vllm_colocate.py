@@ -6,12 +6,11 @@ question has a seed of its own and its m samples are one request.
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -75,7 +74,9 @@ class ColocatedEngine:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         if self._cpu:
             os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", CPU_CACHE_GIB)
-        vllm_generation: Any = importlib.import_module("trl.generation.vllm_generation")
+        from trl.generation import vllm_generation as trl_vllm
+
+        vllm_generation = cast(Any, trl_vllm)
         config, model = self._config, self._selector()
         length = engine_length(config, getattr(model.config.get_text_config(), "max_position_embeddings", None))
         options: dict[str, Any] = {
