@@ -193,7 +193,7 @@ class SelectionConstraint:
         texts = [format_selection(selection) for selection in selections]
         encoded = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
         for selection, text, ids in zip(selections, texts, encoded, strict=True):
-            read = parse_selection(self.tokenizer.decode(ids, skip_special_tokens=True), n, k)
+            read = parse_selection(str(self.tokenizer.decode(ids, skip_special_tokens=True)), n, k)
             if self._encode(selection) != ids or read.numbers != selection or read.problems:
                 raise InputError(
                     "constrain_selection",

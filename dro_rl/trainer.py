@@ -7,12 +7,12 @@ stands in `objective`, `likelihood` and `rollouts`; what stands here is when, an
 from __future__ import annotations
 
 import logging
+import math
 import shutil
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,6 @@ from trl.trainer.base_trainer import _BaseTrainer
 
 from dro_rl.config import DROConfig
 from dro_rl.console import LineProgress
-from dro_rl.constraint import allowed_for
 from dro_rl.evaluation.evaluator import (
     QuestionResult,
     evaluate,
@@ -38,35 +37,42 @@ from dro_rl.evaluation.evaluator import (
     write_results,
     write_stages,
 )
-from dro_rl.likelihood import Row
+from dro_rl.likelihood import passes
 from dro_rl.models import (
     ROLES,
     Role,
     SelectorGenerator,
-    WeightedRows,
     export_role,
     inference,
     load_role,
     save_role,
 )
+from dro_rl.packing import Row
 from dro_rl.pipeline import PROMPT, PipelineSettings, RAGPipeline, save_settings
 from dro_rl.prompts import Prompter
 from dro_rl.records import Question, Rollout
 from dro_rl.rollouts import log as rollout_log
-from dro_rl.rollouts.e_step import EStep, answer_row
+from dro_rl.rollouts.e_step import EStep
 from dro_rl.rollouts.engine import Completion, RolloutEngine, rollout_seed
 from dro_rl.rollouts.metrics import rollout_metrics
+from dro_rl.rollouts.micro_batch import Group, MicroBatch
 from dro_rl.rollouts.temperature import duplicate_share, groups_of, guarded_temperature
 from dro_rl.rollouts.transformers_engine import TransformersEngine
 from dro_rl.rollouts.vllm_colocate import ColocatedEngine
 from dro_rl.rollouts.vllm_server import ServerEngine, check_servers
 from dro_rl.rollouts.vllm_weights import publisher
 from dro_rl.schedule import Schedule, Slots, SlotSampler
+from dro_rl.timing import Phase, PhaseClock, flops_per_token, peak_flops, rates
+from dro_rl.verify import check, difference
 
 logger = logging.getLogger(__name__)
 
 QUESTIONS_PER_PART = 128
 """Questions a process whose rollouts are computed and written together: what a kill in an E-step can cost."""
+
+
+MAX_DIFFERENCE = 0.1
+"""Nats a token, on average: two implementations of a model in bfloat16 stay below it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,14 +143,18 @@ class DROTrainer(_BaseTrainer):
                 model.freeze(role)
         self._iteration: int | None = None  # the iteration whose rollouts are in use
         self._rollouts: list[Rollout] = []
-        self._measured_step = -1
+        self._on_policy = True  # whether those that are not weighed yet were drawn from the policy
+        self._done: dict[int, Rollout] = {}  # by slot, those of the step that have been through the models here
         self._ahead: _Ahead | None = None
         self._staleness = 0  # updates between the weights that sampled the rollouts in use and those they train first
         self._pool = ThreadPoolExecutor(1, "rollouts")
         self._group_roles: list[Role] = []  # whose each group of the optimizer is
-        self._sampled_logps = torch.empty(0)
+        self._losses: dict[str, float] = defaultdict(float)
         self._step_metrics: dict[str, list[float]] = defaultdict(list)
-        self._phase_seconds: dict[str, float] = defaultdict(float)
+        self._verified = self._warned = False
+        self._flops = {role: flops_per_token(getattr(model, role)) for role in ROLES}
+        self.peak_flops = peak_flops(args.device)
+        self.clock = PhaseClock(args.device)
         several = sum(len(question.answers) > 1 for question in train_questions)
         if several:
             logger.info(
@@ -178,6 +188,8 @@ class DROTrainer(_BaseTrainer):
             self.prompters["selector"],
             self.prompters["generator"],
             args,
+            self.clock,
+            {role: flops.forward for role, flops in self._flops.items()},
         )
         self._pipeline = RAGPipeline(
             self._open,
@@ -204,7 +216,7 @@ class DROTrainer(_BaseTrainer):
             ahead = self._ahead if self._ahead is not None and self._ahead.iteration == iteration else None
             temperature = self._temperature(iteration) if ahead is None else ahead.temperature
             self._staleness = 0 if ahead is None else self.state.global_step - ahead.step
-            size = QUESTIONS_PER_PART * self.args.world_size
+            size = self._part_size(len(indices))
             quiet = self.args.disable_tqdm or len(indices) <= size or not self.is_world_process_zero()
             self._rollouts = []
             with tqdm(total=len(indices), desc=f"iteration {iteration + 1}: rollouts", unit="q", disable=quiet) as bar:
@@ -218,15 +230,19 @@ class DROTrainer(_BaseTrainer):
                 self._ahead = self._sample_ahead(iteration + 1)
         return self._rollouts
 
+    def _part_size(self, questions: int) -> int:
+        """Questions whose rollouts are shared and written together: all, where the step's passes weigh them."""
+        return questions if self.fused else QUESTIONS_PER_PART * self.args.world_size
+
     def _sample_ahead(self, iteration: int) -> _Ahead:
         """Ask the servers for an iteration's rollouts with the weights of now, while the one before it trains."""
         indices, temperature = self.schedule.questions(iteration), self._temperature(iteration)
-        size = QUESTIONS_PER_PART * self.args.world_size
+        size = self._part_size(len(indices))
         parts = []
         with self._open_engine() as engine:
             for first in range(0, len(indices), size):
                 mine = range(self.args.process_index, min(size, len(indices) - first), self.args.world_size)
-                request = self._e_step.request(
+                request, _ = self._e_step.request(
                     [self.train_questions[indices[first + i]] for i in mine],
                     [rollout_seed(self.args.seed, iteration, first + i) for i in mine],
                     temperature,
@@ -262,9 +278,13 @@ class DROTrainer(_BaseTrainer):
         temperature: float,
         sampled: Callable[[], list[list[Completion]]] | None,
     ) -> list[Rollout]:
-        """One part of an E-step: read where a killed run left it whole, else sampled, shared and written."""
-        path = rollout_log.part_path(self.run_dir, iteration + 1, part)
+        """One part of an E-step: read where a killed run left it whole, else sampled, shared and written.
+
+        Where the E-step is fused with the M-step, rollouts are shared as they were sampled, and written when the
+        step's forward passes have weighed them.
+        """
         kept: list[Any] = [None]
+        path = rollout_log.part_path(self.run_dir, iteration + 1, part)
         if self.is_world_process_zero() and path.is_file():
             found = rollout_log.to_rollouts(rollout_log.read([path]))
             if [rollout.question for rollout in found[:: self.args.num_generations]] == indices:
@@ -273,23 +293,46 @@ class DROTrainer(_BaseTrainer):
             return kept[0]
         rank, world = self.args.process_index, self.args.world_size
         mine = range(rank, len(indices), world)
-        with self._phase("rollout"):
-            rollouts = self._e_step(
-                [indices[i] for i in mine],
-                [self.train_questions[indices[i]] for i in mine],
-                [rollout_seed(self.args.seed, iteration, first + i) for i in mine],
-                temperature,
-                None if sampled is None else sampled(),
-            )
-            m = self.args.num_generations
+        numbers, m = [indices[i] for i in mine], self.args.num_generations
+        questions = [self.train_questions[number] for number in numbers]
+        seeds = [rollout_seed(self.args.seed, iteration, first + i) for i in mine]
+        with self.clock.phase("rollout"):
+            given = None if sampled is None else sampled()
+        if self.fused:
+            rollouts, self._on_policy = self._e_step.sample(numbers, questions, seeds, temperature, given)
+        else:
+            rollouts = self._e_step(numbers, questions, seeds, temperature, given)
+        with self.clock.phase("rollout"):  # until the slowest process is there
             groups = gather_object([(i, rollouts[n * m : (n + 1) * m]) for n, i in enumerate(mine)])
         everything = [rollout for _, group in sorted(groups, key=lambda item: item[0]) for rollout in group]
-        if self.is_world_process_zero():
-            rollout_log.write(
-                rollout_log.to_table(everything, self.train_questions, iteration + 1, self.state.global_step, first, m),
-                path,
-            )
+        if not self.fused:
+            self._write_part(iteration, part, first, everything)
         return everything
+
+    def _write_part(self, iteration: int, part: int, first: int, rollouts: Sequence[Rollout]) -> None:
+        if self.is_world_process_zero():
+            step, m = self.schedule.steps_per_iteration * iteration, self.args.num_generations
+            rollout_log.write(
+                rollout_log.to_table(rollouts, self.train_questions, iteration + 1, step, first, m),
+                rollout_log.part_path(self.run_dir, iteration + 1, part),
+            )
+
+    @property
+    def fused(self) -> bool:
+        """Whether one forward pass gives likelihoods, weights and losses.
+
+        It does where that is what scoring first would give: when an iteration is a single step of both models (or
+        several passes over one step's questions, of which the first is fresh), each question is whole on a process,
+        and no rollout is to be left out of the backward pass.
+        """
+        return (
+            self.args.fused_e_step == "auto"
+            and self.schedule.questions_per_iteration == self.schedule.questions_per_step
+            and self.args.interleave == "joint"
+            and all(self.args.role_learning_rate(role) > 0 for role in ROLES)
+            and self.args.per_device_train_batch_size % self.args.num_generations == 0
+            and self.args.min_weight == 0
+        )
 
     @contextmanager
     def _open(self, role: Role) -> Iterator[Any]:
@@ -355,91 +398,142 @@ class DROTrainer(_BaseTrainer):
         turn = self.state.global_step % (self.args.selector_steps + self.args.generator_steps)
         return (role == "selector") == (turn < self.args.selector_steps)
 
-    def _prepare_inputs(self, slots: Any) -> dict[str, Any]:
-        """A micro-batch of slots as what each role scores, groups in the order of the slots."""
-        step, m = self.state.global_step, self.args.num_generations
-        rollouts = self._rollouts_of(self.schedule.iteration(step))
-        if self._measured_step != step:
-            self._measured_step = step
-            groups = [rollouts[p * m : (p + 1) * m] for p in self.schedule.positions(step)]
-            for name, value in rollout_metrics(groups, self.train_questions, self.args).items():
-                self._step_metrics[name].append(value)
-            if self.args.overlap_rollouts:
-                self._step_metrics["sampling/staleness"].append(self._staleness)
-        micro: dict[int, list[Rollout]] = defaultdict(list)
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        """Nothing to move: rows become tensors where they are scored."""
+        return inputs
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """The stock step, once for each part of the Trainer's micro-batch that `tokens_per_microbatch` has room for."""
+        step = self.state.global_step
+        micro_batches = self._micro_batches(self._rollouts_of(self.schedule.iteration(step)), inputs)
+        loss = torch.zeros((), device=self.args.device)
+        for micro_batch in micro_batches[:-1]:
+            with self._accumulating(model):
+                loss += self._part_of_step(model, micro_batch)
+        loss += self._part_of_step(model, micro_batches[-1])
+        done = (rollout for micro_batch in micro_batches for rollout in micro_batch.rollouts)
+        self._done.update(zip(inputs, done, strict=True))
+        if self.accelerator.sync_gradients:
+            self._end_of_step(step)
+        return loss
+
+    def _part_of_step(self, model: nn.Module, micro_batch: MicroBatch) -> Tensor:
+        before = self.clock.switch("other")
+        loss = super().training_step(model, cast(Any, micro_batch))
+        self.clock.switch(before)
+        return loss
+
+    @contextmanager
+    def _accumulating(self, model: nn.Module) -> Iterator[None]:
+        """A backward pass that more of the same step follow. Sharded gradients are reduced in each all the same."""
+        state = self.accelerator.gradient_state
+        before = state.sync_gradients
+        state._set_sync_gradients(False)
+        try:
+            with nullcontext() if self.is_fsdp_enabled else self.accelerator.no_sync(model):
+                yield
+        finally:
+            state._set_sync_gradients(before)
+
+    def _micro_batches(self, rollouts: Sequence[Rollout], slots: Sequence[int]) -> list[MicroBatch]:
+        """Slots as what the models score: whole groups in the order of the slots, as many at once as have room.
+
+        Every process has as many, since those that shard parameters meet in each pass.
+        """
+        by_question: dict[int, list[Rollout]] = defaultdict(list)
         for slot in slots:
-            micro[slot // m].append(rollouts[slot])
-        with self._phase("inputs"):
-            return {role: self._rows(role, list(micro.values())) for role in ROLES if self._active(role)}
-
-    def _rows(self, role: Role, groups: list[list[Rollout]]) -> WeightedRows:
-        return self._selector_rows(groups) if role == "selector" else self._generator_rows(groups)
-
-    def _selector_rows(self, groups: list[list[Rollout]]) -> WeightedRows:
-        """Each question's prompt once, with its distinct samples."""
-        rows, coefficients, sampled = [], [], []
-        for group in groups:
-            question = self.train_questions[group[0].question]
-            merged: dict[tuple[int, ...], float] = defaultdict(float)
-            logps = {}
-            for rollout in group:
-                merged[rollout.token_ids] += rollout.selector_coefficient
-                # Between two engines log q is what to compare with, where both are of the same distribution.
-                same = rollout.temperature == 1 and not self.args.sampling.truncates
-                logps[rollout.token_ids] = rollout.proposal_logp if same else rollout.selection_logp
-            prompter, k = self.prompters["selector"], self.args.num_selected
-            constraint = prompter.constraint(len(question.documents), k) if self.args.constrain_selection else None
-            samples = list(merged)
-            rows.append(Row(prompter.selector_prompt(question, k).ids, samples, allowed_for(constraint, samples)))
-            coefficients += list(merged.values())
-            sampled += [logps[ids] for ids in merged]
-        self._sampled_logps = torch.tensor(sampled, dtype=torch.float64)
-        return WeightedRows(rows, coefficients)
-
-    def _generator_rows(self, groups: list[list[Rollout]]) -> WeightedRows:
-        """Each distinct selection once, with the accepted answers."""
-        rows, coefficients = [], []
-        for group in groups:
-            question = self.train_questions[group[0].question]
-            merged: dict[tuple[int, ...], float] = defaultdict(float)
-            for rollout in group:
-                if rollout.selection.valid:
-                    merged[rollout.selection.numbers] += rollout.weight
-            for numbers, weight in merged.items():
-                rows.append(answer_row(self.prompters["generator"], question, numbers, self.args.answer_aliases))
-                coefficients.append(weight)
-        if not rows:  # nothing valid here, but the other processes' gradients wait for ours
+            by_question[slot // self.args.num_generations].append(rollouts[slot])
+        with self.clock.phase("inputs"):
+            roles = [role for role in ROLES if self._active(role)]
+            groups = [
+                Group(group, self.train_questions[group[0].question], self.prompters, self.args, roles)
+                for group in by_question.values()
+            ]
+            batches = [
+                [groups[i] for i in run] for run in passes([len(g) for g in groups], self.args.tokens_per_microbatch)
+            ]
+            most = int(self.accelerator.gather(torch.tensor([len(batches)], device=self.args.device)).max())
+            batches += [[] for _ in range(most - len(batches))]
             eos = self.prompters["generator"].eos_token_id
-            return WeightedRows([Row((eos,), [(eos,)])], [0.0])
-        return WeightedRows(rows, coefficients)
+            return [MicroBatch(batch, self.args, self._on_policy, eos) for batch in batches]
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Both losses, as means over questions: the micro-batch sums over b rollouts, b / m questions' worth."""
-        output = model(**inputs)
+        """Both losses, as means over questions: a micro-batch sums over its share of the step's questions."""
+        micro_batch: MicroBatch = inputs
+        roles = [role for role in ROLES if self._active(role)]
+        if self.args.verify_fast_path and not self._verified:
+            self._verified = True
+            for role in roles:
+                self._verify(role, micro_batch.rows(role).rows)
+        for role in roles:
+            tokens = micro_batch.tokens(role)
+            self.clock.count(role, tokens, tokens * self._flops[role].step)
+        output = model(
+            **{role: micro_batch.rows(role) for role in roles},
+            scoring=self.args.scoring,
+            weigh=micro_batch.weigh if micro_batch.fresh else None,
+            switch=self.clock.switch,
+        )
         scale = self.args.num_generations / self.args.per_device_train_batch_size
         losses = []
         for role, loss in (("selector", output.selector_loss), ("generator", output.generator_loss)):
             if loss is not None:
                 losses.append(scale * loss)
-                self._step_metrics[f"{role}/loss"].append(losses[-1].item())
+                self._losses[f"{role}/loss"] += losses[-1].item()
         first_step = self.state.global_step % self.schedule.steps_per_iteration == 0
-        if output.selection_logps is not None and first_step:  # the weights are still those that sampled
-            difference = (output.selection_logps.double().cpu() - self._sampled_logps).abs()
-            self._step_metrics["sampling/logp_difference_mean"].append(difference.mean().item())
-            self._step_metrics["sampling/logp_difference_max"].append(difference.max().item())
+        if output.selection_logps is not None and first_step and micro_batch.samples_plainly:
+            self._compare_with_engine(output.selection_logps.double().cpu() - micro_batch.proposal_logps(), micro_batch)
         loss = torch.stack(losses).sum()
         return (loss, output) if return_outputs else loss
 
-    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """The stock step, timed less the E-step that its first micro-batch may begin with."""
-        rollout = self._phase_seconds["rollout"]
-        started = time.perf_counter()
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        elapsed = time.perf_counter() - started
-        self._phase_seconds["train"] += elapsed - (self._phase_seconds["rollout"] - rollout)
-        return loss
+    def _compare_with_engine(self, difference: Tensor, micro_batch: MicroBatch) -> None:
+        """The weights are still those that sampled: what separates log p from log q is the engine, or its weights."""
+        self._step_metrics["sampling/logp_difference_mean"].append(difference.abs().mean().item())
+        self._step_metrics["sampling/logp_difference_max"].append(difference.abs().max().item())
+        a_token = difference.abs().sum().item() / micro_batch.completion_tokens
+        if a_token > MAX_DIFFERENCE and not self._staleness and not self._warned:
+            self._warned = True
+            logger.warning(
+                f"the engine's log-probabilities differ from the trainer's by {a_token:.2g} nats a token on average; "
+                f"by rounding it would be less than {MAX_DIFFERENCE}: does it hold the weights that it was sent? "
+                "Rollouts are corrected by p/q; sampling/logp_difference_mean and sampling/log_ratio_max say how far."
+            )
+
+    def _verify(self, role: Role, rows: Sequence[Row]) -> None:
+        """Compare the shared-prefix path with the plain one on the first rows; stop when they differ."""
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        half = self.args.bf16 or self.args.fp16
+        with self.clock.phase("verification"), self.accelerator.autocast():
+            if sharded:
+                with self._open(role) as model:
+                    found = difference(model, rows, self.args.scoring, gradients=False)
+            else:
+                found = difference(getattr(self._unwrapped(), role), rows, self.args.scoring, gradients=True)
+        if found is not None:
+            kind = getattr(self._unwrapped(), role).dtype
+            check(role, found, (torch.bfloat16 if self.args.bf16 else torch.float16) if half else kind)
+            gradients = "" if found.gradients is None else f", gradients by {found.gradients:.1e} of their norm"
+            logger.info(f"{role}: shared prefixes differ from the plain path by {found.logps:.1e} nats{gradients}")
+
+    def _end_of_step(self, step: int) -> None:
+        """What the step's forward passes made of its rollouts: shared, written, measured."""
+        for name, value in self._losses.items():
+            self._step_metrics[name].append(value / self.current_gradient_accumulation_steps)
+        self._losses.clear()
+        iteration = self.schedule.iteration(step)
+        positions, m = self.schedule.positions(step), self.args.num_generations
+        if any(math.isnan(self._rollouts[position * m].weight) for position in positions):
+            done = {slot: rollout for part in gather_object([self._done]) for slot, rollout in part.items()}
+            self._rollouts = [done[slot] for slot in range(len(self._rollouts))]
+            self._write_part(iteration, 0, 0, self._rollouts)
+        self._done.clear()
+        groups = [self._rollouts[position * m : (position + 1) * m] for position in positions]
+        for name, value in rollout_metrics(groups, self.train_questions, self.args).items():
+            self._step_metrics[name].append(value)
+        if self.args.overlap_rollouts:
+            self._step_metrics["sampling/staleness"].append(self._staleness)
 
     # The optimizer: a learning rate and a clip for each model
 
@@ -472,6 +566,10 @@ class DROTrainer(_BaseTrainer):
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor | float | None:
         """Clip each model's gradient on its own, so that neither's scale decides the other's step."""
+        with self.clock.phase("optimizer"):
+            return self._clip_each(model)
+
+    def _clip_each(self, model: nn.Module) -> Tensor | float | None:
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             return super()._clip_grad_norm(model)  # the engine clips, over all parameters
         total = torch.zeros((), dtype=torch.float64)
@@ -498,7 +596,7 @@ class DROTrainer(_BaseTrainer):
         assert self.eval_questions is not None
         stage = stage or f"iteration-{self.schedule.iteration(self.state.global_step)}"
         rank, world = self.args.process_index, self.args.world_size
-        with self._phase("evaluation"):
+        with self.clock.phase("evaluation"):
             mine = evaluate(
                 self._pipeline, self.eval_questions[rank::world], self.args.answer_likelihood, self.args.answer_aliases
             )
@@ -552,23 +650,20 @@ class DROTrainer(_BaseTrainer):
                     logs[name] = max(known) if name.endswith("_max") else sum(known) / len(known)
             for role, rate in self._learning_rates().items():
                 logs[f"{role}/learning_rate"] = rate
-            for name, seconds in self._phase_seconds.items():
-                logs[f"time/{name}"] = round(seconds, 4)
+            logs.update(rates(self.clock.flush(), self.peak_flops))
             self._step_metrics.clear()
-            self._phase_seconds.clear()
         super().log(logs, start_time)
+
+    def phases(self) -> dict[str, Phase]:
+        """Seconds, tokens and operations of each phase on this process, since the trainer was made."""
+        self.clock.flush()
+        return dict(self.clock.total)
 
     def _learning_rates(self) -> dict[Role, float]:
         """Each training model's current learning rate: the first group of each is its own."""
         assert self.lr_scheduler is not None
         rates = self.lr_scheduler.get_last_lr()
         return {role: float(rates[self._group_roles.index(role)]) for role in dict.fromkeys(self._group_roles)}
-
-    @contextmanager
-    def _phase(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self._phase_seconds[name] += time.perf_counter() - started
 
     # Checkpoints: whole or absent, and enough to go on bit for bit
 
@@ -615,7 +710,7 @@ class DROTrainer(_BaseTrainer):
             shutil.rmtree(beside, ignore_errors=True)
             beside.mkdir(parents=True)
         self.accelerator.wait_for_everyone()
-        with self._phase("checkpoint"):
+        with self.clock.phase("checkpoint"):
             self.save_model(str(beside), _internal_call=True)
             self._save_optimizer_and_scheduler(str(beside))
             self._save_scaler(str(beside))
@@ -704,7 +799,10 @@ def _of_role(role: Role, state: dict[str, Tensor] | None) -> dict[str, Tensor] |
 
 
 class _Iterations(TrainerCallback):
-    """Evaluates before the first iteration and after each, saves, and stops when dev no longer improves."""
+    """Evaluates before the first iteration and after each, saves, and stops when dev no longer improves.
+
+    Times the optimizer too: only callbacks stand on both sides of it.
+    """
 
     def __init__(self, trainer: DROTrainer) -> None:
         self.trainer = trainer
@@ -714,6 +812,12 @@ class _Iterations(TrainerCallback):
     ) -> None:
         if state.global_step == 0 and self.trainer.eval_questions is not None:
             self.trainer.evaluate_initially()
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer.clock.switch("optimizer")
+
+    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer.clock.switch("other")
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
