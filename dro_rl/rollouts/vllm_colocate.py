@@ -7,6 +7,7 @@ question has a seed of its own and its m samples are one request.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -63,7 +64,8 @@ class ColocatedEngine:
         self._cpu = accelerator.device.type == "cpu"
         self._eos_token_id: int = tokenizer.eos_token_id
         self._pushed: int | None = None
-        with random_state_kept(), _launch_variables_kept():
+        with random_state_kept(), _launch_variables_kept(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # vLLM's imports give some, on what it uses of torch
             self._generation = self._build(accelerator, tokenizer)
         self._llm = self._generation.llm
 
@@ -82,6 +84,7 @@ class ColocatedEngine:
         options: dict[str, Any] = {
             "dtype": engine_dtype(config, str(model.dtype).removeprefix("torch.")),
             "skip_tokenizer_init": True,
+            "use_tqdm_on_load": False,
         }
         if config.constrain_selection:
             options["logits_processors"] = [LOGITS_PROCESSOR]
