@@ -68,6 +68,11 @@ class ColocatedEngine:
             warnings.simplefilter("ignore", FutureWarning)  # vLLM's imports give some, on what it uses of torch
             self._generation = self._build(accelerator, tokenizer)
         self._llm = self._generation.llm
+        # vLLM 0.31 ends its engine when the process does, and every process group with it: the trainer's too, which it
+        # does not own, and which are gone by then. What is in this process ends with it anyway.
+        finalizer = getattr(self._llm.llm_engine.engine_core, "_finalizer", None)
+        if finalizer is not None:
+            finalizer.detach()
 
     def _build(self, accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase) -> Any:
         # Weights are handed over as tensors, which needs the engine in this process.
