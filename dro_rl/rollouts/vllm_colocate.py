@@ -68,11 +68,6 @@ class ColocatedEngine:
             warnings.simplefilter("ignore", FutureWarning)  # vLLM's imports give some, on what it uses of torch
             self._generation = self._build(accelerator, tokenizer)
         self._llm = self._generation.llm
-        # vLLM 0.31 ends its engine when the process does, and every process group with it: the trainer's too, which it
-        # does not own, and which are gone by then. What is in this process ends with it anyway.
-        finalizer = getattr(self._llm.llm_engine.engine_core, "_finalizer", None)
-        if finalizer is not None:
-            finalizer.detach()
 
     def _build(self, accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase) -> Any:
         # Weights are handed over as tensors, which needs the engine in this process.
@@ -99,7 +94,7 @@ class ColocatedEngine:
         # TRL has no argument for these: https://github.com/huggingface/trl, generation/vllm_generation.py, 1.16.
         vllm_generation.LLM = lambda **given: plain(**{**given, **options})
         try:
-            return vllm_generation.VLLMGeneration(
+            generation = vllm_generation.VLLMGeneration(
                 model=model,
                 accelerator=accelerator,
                 processing_class=tokenizer,
@@ -110,11 +105,15 @@ class ColocatedEngine:
                 enable_sleep_mode=config.vllm_enable_sleep_mode,
                 model_impl=config.vllm_model_impl,
             )
+            _keep_process_groups(generation.llm)
+            if self._cpu:  # what its attention cannot do on a CPU shows with the first token
+                generation.llm.generate([{"prompt_token_ids": [tokenizer.eos_token_id]}], use_tqdm=False)
+            return generation
         except Exception as error:  # each release and device has errors of its own
             raise InputError(
                 "rollout_engine",
                 "vllm",
-                f"vLLM loads the selector here ({next(iter(str(error).splitlines()), type(error).__name__)})",
+                f"vLLM runs the selector here ({next(iter(str(error).splitlines()), type(error).__name__)})",
                 "Correct its vllm_* settings, or use rollout_engine: transformers.",
             ) from error
         finally:
@@ -207,6 +206,14 @@ class ColocatedEngine:
         torch.distributed.all_gather_object(gathered, own, group=group)
         rank = torch.distributed.get_rank(group=group)
         return sum(map(len, gathered[:rank])), [request for requests in gathered for request in requests]
+
+
+def _keep_process_groups(llm: Any) -> None:
+    """vLLM 0.31 ends its engine when the process ends, and every process group with it: the trainer's too, which are
+    not its own and are gone by then. What is in this process ends with it anyway."""
+    finalizer = getattr(llm.llm_engine.engine_core, "_finalizer", None)
+    if finalizer is not None:
+        finalizer.detach()
 
 
 @contextmanager
