@@ -1,10 +1,12 @@
 # make setup       a virtual environment in .venv with the tested versions
+# make smoke       a small training on real questions: DATASET=musique DATA=folder
 # make setup-vllm  vLLM for a CPU, into the same environment (on CUDA: pip install 'dro_rl[vllm]')
 # make quickstart  train the toy world into runs/quickstart, before/after table and curves
 # make test        all tests
 # make lint        formatter, linter, type checker
 # make bench       the selector's update, fast path against plain path
 # make bench-rollouts  vLLM against the transformers engine and plain generate
+# make bench-retrieval  reading, indexing and search: a corpus of a million passages is made, and takes minutes
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -13,8 +15,10 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 TEST_PROCESSES ?= 2
+DATASET ?= musique
+DATA ?= $(or $(DRO_RL_DATA),data)
 
-.PHONY: setup setup-vllm quickstart test lint bench bench-rollouts clean
+.PHONY: setup setup-vllm quickstart smoke test lint bench bench-rollouts bench-retrieval clean
 
 setup: .venv/.complete
 
@@ -33,6 +37,11 @@ setup-vllm: .venv/.vllm
 quickstart: setup
 	$(BIN)/accelerate launch --config_file recipes/accelerate/cpu.yaml dro_rl/train.py recipes/quickstart.yaml --resume_from_checkpoint auto
 
+smoke: setup
+	$(BIN)/python -m dro_rl.data.tiny_model --output runs/tiny/$(DATASET) \
+		--questions $(firstword $(wildcard $(DATA)/train/$(DATASET).jsonl* $(DATA)/$(DATASET)/train.jsonl*) $(DATA)/train/$(DATASET).jsonl)
+	$(BIN)/accelerate launch --config_file recipes/accelerate/cpu.yaml dro_rl/train.py recipes/$(DATASET)_smoke.yaml --dataset_name $(DATA)
+
 test: setup
 	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile
 
@@ -46,6 +55,10 @@ bench: setup
 
 bench-rollouts: setup-vllm
 	$(BIN)/python -m benchmarks.rollouts
+
+bench-retrieval: setup
+	$(BIN)/python -m benchmarks.reading
+	$(BIN)/python -m benchmarks.retrieval
 
 clean:
 	rm -rf .venv build dist *.egg-info runs

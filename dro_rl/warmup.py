@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import json
+import itertools
 import logging
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -24,12 +24,15 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from datasets import Dataset
 
+from dro_rl import __version__
 from dro_rl.config import DROConfig
 from dro_rl.errors import InputError, Phrase
+from dro_rl.files import written_whole
 from dro_rl.models import LoraSettings, Role, add_adapter, export_role, load_model
 from dro_rl.prompts import Prompter
 from dro_rl.recipe import RunConfig
 from dro_rl.records import Question
+from dro_rl.rows import json_lines
 from dro_rl.selection import format_selection
 
 logger = logging.getLogger(__name__)
@@ -64,15 +67,21 @@ def warm_up(job: WarmUp, questions: Sequence[Question], run: RunConfig, training
     Returns:
         The folder of the warmed-up model.
     """
+    if not questions:
+        raise InputError("warmup", Phrase("no examples"), "a warm-up has questions to learn from", "Give it some.")
     examples = selector_examples if job.role == "selector" else generator_examples
-    pairs = examples(questions, job.prompter, run, training)
-    folder = Path(run.warmup_cache_dir).expanduser() / f"{job.role}-{fingerprint(job, pairs, run, training)}"
+    name = fingerprint(job, questions, examples(questions[:CANARIES], job.prompter, run, training), run, training)
+    folder = Path(run.warmup_cache_dir).expanduser() / f"{job.role}-{name}"
     state = PartialState()
     if (folder / "config.json").is_file():
         logger.info(f"warm-up of the {job.role}: found in {folder}")
     else:
-        logger.info(f"warm-up of the {job.role}: {len(pairs)} examples")
-        train_supervised(job, pairs, run, training, folder)
+        logger.info(f"warm-up of the {job.role}: {len(questions)} examples")
+        scratch = Path(training.output_dir or ".") / "warmup" / job.role
+        with state.main_process_first():
+            if state.is_main_process:
+                write_examples(examples(questions, job.prompter, run, training), scratch / EXAMPLES)
+        train_supervised(job, scratch, run, training, folder)
     state.wait_for_everyone()
     return str(folder)
 
@@ -80,17 +89,19 @@ def warm_up(job: WarmUp, questions: Sequence[Question], run: RunConfig, training
 Pair = tuple[tuple[int, ...], tuple[int, ...]]
 """Prompt ids and completion ids."""
 
+EXAMPLES = "examples.arrow"
+CANARIES = 16
+"""Questions whose tokens are hashed too, so that a change of the code that makes prompts is not overlooked."""
+
 
 def selector_examples(
     questions: Sequence[Question], prompter: Prompter, run: RunConfig, training: DROConfig
-) -> list[Pair]:
+) -> Iterator[Pair]:
     """Selections to imitate: K numbers in the order that `warmup_selector_order` says."""
     order = selection_order(run, training.seed)
     k = training.num_selected
-    return [
-        (prompter.selector_prompt(question, k).ids, prompter.completion(format_selection(order(question)[:k])))
-        for question in questions
-    ]
+    for question in questions:
+        yield prompter.selector_prompt(question, k).ids, prompter.completion(format_selection(order(question)[:k]))
 
 
 def selection_order(run: RunConfig, seed: int) -> Callable[[Question], list[int]]:
@@ -118,20 +129,10 @@ def read_ranking(path: Path) -> Callable[[Question], list[int]]:
     if not path.is_file():
         raise InputError("warmup_selector_ranking", str(path), "the file exists", "Check the path.")
     ranking: dict[str, list[str]] = {}
-    with path.open(encoding="utf-8", errors="surrogateescape") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                row = json.loads(line)
-                if not isinstance(row["ranking"], list):
-                    raise TypeError
-                ranking[row["id"]] = row["ranking"]
-            except (ValueError, KeyError, TypeError):
-                raise InputError(
-                    f"{path}: line {number}",
-                    line.strip()[:60],
-                    "each line is {id, ranking: [document ids]}",
-                    "Correct it.",
-                ) from None
+    for place, row in json_lines(path):
+        if not isinstance(row, dict) or not isinstance(row.get("id"), str) or not isinstance(row.get("ranking"), list):
+            raise InputError(place, row, "each line is {id, ranking: [document ids]}", "Correct it.")
+        ranking[row["id"]] = row["ranking"]
 
     def order(question: Question) -> list[int]:
         if question.id not in ranking:
@@ -152,10 +153,9 @@ def read_ranking(path: Path) -> Callable[[Question], list[int]]:
 
 def generator_examples(
     questions: Sequence[Question], prompter: Prompter, run: RunConfig, training: DROConfig
-) -> list[Pair]:
+) -> Iterator[Pair]:
     """Answers from K documents, chosen as `warmup_generator_documents` says; chosen documents stand in random order."""
     k = training.num_selected
-    pairs = []
     for question in questions:
         everything = range(1, len(question.documents) + 1)
         random = Random(f"{training.seed}/documents/{question.id}")
@@ -171,14 +171,22 @@ def generator_examples(
         # Gold always first is a label leak: the generator would learn to read the first document only.
         if run.warmup_generator_documents != "retrieved":
             random.shuffle(numbers)
-        pairs.append((prompter.generator_prompt(question, numbers).ids, prompter.completion(question.answers[0])))
-    return pairs
+        yield prompter.generator_prompt(question, numbers).ids, prompter.completion(question.answers[0])
 
 
-def fingerprint(job: WarmUp, pairs: Sequence[Pair], run: RunConfig, training: DROConfig) -> str:
-    """A hash of everything the result depends on: tokens, weights, settings and library versions."""
+def fingerprint(
+    job: WarmUp, questions: Iterable[Question], canaries: Iterable[Pair], run: RunConfig, training: DROConfig
+) -> str:
+    """A hash of everything the result depends on: questions, prompts, weights, settings and versions.
+
+    `canaries` are the first examples; the others are not made for the hash, which would take minutes of a large set.
+    """
     digest = hashlib.sha256()
-    digest.update(repr([(prompt, completion) for prompt, completion in pairs]).encode())
+    for part in (*canaries, *questions):
+        digest.update(repr(part).encode())
+    order = run.warmup_selector_order
+    if job.role == "selector" and order == "ranking":
+        digest.update(Path(str(run.warmup_selector_ranking)).read_bytes())
     folder = Path(job.model)
     if folder.is_dir():
         for path in sorted(path for path in folder.iterdir() if path.is_file()):
@@ -189,20 +197,21 @@ def fingerprint(job: WarmUp, pairs: Sequence[Pair], run: RunConfig, training: DR
         "" if folder.is_dir() else job.model,
         sorted(job.model_kwargs.items(), key=str),
         job.lora,
+        (job.prompter.source, job.prompter.max_prompt_length, job.prompter.chat_template_kwargs),
+        (training.num_selected, order if job.role == "selector" else run.warmup_generator_documents),
         (job.steps, job.learning_rate, run.warmup_batch_size, training.weight_decay, training.max_grad_norm),
         (training.seed, training.bf16, training.fp16, PartialState().num_processes),
-        (transformers.__version__, trl.__version__),
+        (transformers.__version__, trl.__version__, __version__),
     )
     digest.update(repr(settings).encode())
     return digest.hexdigest()[:16]
 
 
-def train_supervised(job: WarmUp, pairs: Sequence[Pair], run: RunConfig, training: DROConfig, folder: Path) -> None:
-    """Train one model on prompt-completion pairs, loss on the completion alone, and export it to `folder`."""
+def train_supervised(job: WarmUp, scratch: Path, run: RunConfig, training: DROConfig, folder: Path) -> None:
+    """Train one model on the examples in `scratch`, loss on the completion alone, and export it to `folder`."""
     model = load_model(job.model, **job.model_kwargs)
     if job.lora is not None:
         model = add_adapter(model, job.lora)
-    scratch = Path(training.output_dir or ".") / "warmup" / job.role
     arguments = trl.SFTConfig(
         output_dir=str(scratch),
         per_device_train_batch_size=run.warmup_batch_size,
@@ -225,8 +234,9 @@ def train_supervised(job: WarmUp, pairs: Sequence[Pair], run: RunConfig, trainin
         disable_tqdm=training.disable_tqdm,
         dataset_kwargs={"skip_prepare_dataset": True},
     )
+    examples = Dataset.from_file(str(scratch / EXAMPLES))
     trainer = trl.SFTTrainer(
-        model=model, args=arguments, train_dataset=as_dataset(pairs), processing_class=job.prompter.tokenizer
+        model=model, args=arguments, train_dataset=examples, processing_class=job.prompter.tokenizer
     )
     trainer.train()
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
@@ -239,20 +249,17 @@ def train_supervised(job: WarmUp, pairs: Sequence[Pair], run: RunConfig, trainin
     if trainer.is_deepspeed_enabled:
         # accelerate keeps one DeepSpeed set-up a process; the joint training brings its own.
         AcceleratorState._reset_state()
-    del trainer, model
+    del trainer, model, examples
     gc.collect()
 
 
-def as_dataset(pairs: Sequence[Pair]) -> Dataset:
-    """Token ids and labels as Arrow, in chunks, so that Python lists of a large set never stand in memory at once."""
-    if not pairs:
-        raise InputError("warmup", Phrase("no examples"), "a warm-up has questions to learn from", "Give it some.")
+def write_examples(pairs: Iterable[Pair], path: Path) -> None:
+    """Token ids and labels as an Arrow file, which is then read where it lies: a large set never stands in memory."""
     kind = pa.list_(pa.int32())
-    chunks = [pairs[start : start + 1000] for start in range(0, len(pairs), 1000)]
-    table = pa.table(
-        {
-            "input_ids": pa.chunked_array([pa.array([p + c for p, c in chunk], kind) for chunk in chunks]),
-            "labels": pa.chunked_array([pa.array([(-100,) * len(p) + c for p, c in chunk], kind) for chunk in chunks]),
-        }
-    )
-    return Dataset(table)
+    schema = pa.schema([("input_ids", kind), ("labels", kind)])
+    stream = iter(pairs)
+    with written_whole(path) as beside, pa.OSFile(str(beside), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+        while chunk := list(itertools.islice(stream, 1000)):
+            ids = pa.array([prompt + completion for prompt, completion in chunk], kind)
+            labels = pa.array([(-100,) * len(prompt) + completion for prompt, completion in chunk], kind)
+            writer.write_batch(pa.record_batch([ids, labels], schema=schema))

@@ -23,7 +23,7 @@ MOMENTS = {
     "before a checkpoint is in place": ("dro_rl.trainer:rollout_log.part_paths", 3),
     "after a checkpoint is in place": ("after:dro_rl.trainer:DROTrainer._save_checkpoint", 2),
     "between evaluation and checkpoint": ("dro_rl.trainer:DROTrainer._save_checkpoint", 3),
-    "while the summary is written": ("dro_rl.trainer:write_stages", 4),
+    "while the summary is written": ("dro_rl.evaluation.evaluator:write_stages", 4),
     "between the two exported models": ("dro_rl.trainer:export_role", 2),
 }
 
@@ -34,10 +34,12 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # Adam, so that optimizer state matters; a checkpoint in the middle of each iteration of two steps.
     recipe = world(
         folder, optim="adamw_torch", learning_rate=1e-3, save_steps=1, m_step_epochs=2, gradient_accumulation_steps=4,
-        selector_lora_r=0, temperature=1.3, num_iterations=2,
+        selector_lora_r=0, temperature=1.3, temperature_end=1.1, duplicate_threshold=0.01, num_iterations=2,
     )  # fmt: skip
     finished = launch(recipe, folder / "unbroken")
     assert finished.returncode == 0, finished.stderr[-2000:]
+    temperatures = [entry["sampling/temperature"] for entry in history(folder / "unbroken") if "loss" in entry]
+    assert temperatures[-1] > 1.3, "the guard, whose memory is the rollout log, has raised the second iteration's"
     return folder
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
 from training_world import questions, save_model, tokenizer, world
 
@@ -122,7 +123,7 @@ class Recorder(Prompter):
 def read(home: Path, made: list[Question], mode: str, k: int = 3, **keys: Any) -> list[list[int]]:
     recipe = recipe_with(home, warmup_generator_documents=mode, num_selected=k, **keys)
     recorder = Recorder(tokenizer(), str(home / "g.jinja"))
-    generator_examples(made, recorder, recipe.run, recipe.training)
+    list(generator_examples(made, recorder, recipe.run, recipe.training))
     return recorder.shown
 
 
@@ -187,11 +188,13 @@ def test_the_answer_is_the_first_accepted_one_and_the_end(home: Path) -> None:
 # The loss
 
 
-def test_the_loss_falls_on_the_completion_alone(home: Path) -> None:
+def test_the_loss_falls_on_the_completion_alone(home: Path, tmp_path: Path) -> None:
     recipe = recipe_with(home)
     for role, examples in (("selector", selector_examples), ("generator", generator_examples)):
-        pairs = examples(questions(6), prompter(home, role), recipe.run, recipe.training)
-        for row, (prompt, completion) in zip(warmup.as_dataset(pairs), pairs, strict=True):
+        pairs = list(examples(questions(6), prompter(home, role), recipe.run, recipe.training))
+        warmup.write_examples(pairs, tmp_path / f"{role}.arrow")
+        written = Dataset.from_file(str(tmp_path / f"{role}.arrow"))
+        for row, (prompt, completion) in zip(written, pairs, strict=True):
             assert row["input_ids"] == [*prompt, *completion]
             assert row["labels"] == [-100] * len(prompt) + list(completion)
 
@@ -248,6 +251,27 @@ def test_the_second_time_trains_nothing(home: Path, tmp_path: Path, counted: lis
     assert counted == [Path(first)]
 
 
+def test_what_is_found_is_not_made_again(
+    home: Path, tmp_path: Path, counted: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokenising a large set takes minutes, so a few questions at most are for the hash."""
+    made: list[Question] = []
+    original = Prompter.selector_prompt
+
+    def spy(self: Prompter, question: Question, k: int) -> Any:
+        made.append(question)
+        return original(self, question, k)
+
+    monkeypatch.setattr(Prompter, "selector_prompt", spy)
+    recipe = recipe_with(home, warmup_cache_dir=str(tmp_path))
+    many = questions(40)
+    warm_up(job(home), many, recipe.run, recipe.training)
+    assert len(made) == warmup.CANARIES + 40
+    made.clear()
+    warm_up(job(home), many, recipe.run, recipe.training)
+    assert len(made) == warmup.CANARIES < 40
+
+
 def test_a_folder_that_was_left_half_made_is_trained_again(home: Path, tmp_path: Path, counted: list[Path]) -> None:
     recipe = recipe_with(home, warmup_cache_dir=str(tmp_path))
     first = Path(warm_up(job(home), questions(8), recipe.run, recipe.training))
@@ -282,6 +306,13 @@ def test_another_schedule_is_another_warm_up(
     recipe = recipe_with(home, warmup_cache_dir=str(tmp_path))
     warm_up(job(home), questions(8), recipe.run, recipe.training)
     warm_up(job(home, **settings), questions(8), recipe.run, recipe.training)
+    assert len(set(counted)) == 2
+
+
+def test_another_room_for_a_prompt_is_another_warm_up(home: Path, tmp_path: Path, counted: list[Path]) -> None:
+    recipe = recipe_with(home, warmup_cache_dir=str(tmp_path))
+    for asks in (prompter(home, "selector"), replace(prompter(home, "selector"), max_prompt_length=60)):
+        warm_up(job(home, prompter=asks), questions(8), recipe.run, recipe.training)
     assert len(set(counted)) == 2
 
 
