@@ -12,6 +12,7 @@ TRL does without vLLM: each prompt repeated m times, padded on the left, in one 
 from __future__ import annotations
 
 import json
+import os
 import platform
 import resource
 import statistics
@@ -105,14 +106,18 @@ def _sampler(case: str, model: Any, folder: Path, prompt: int, completion: int) 
         def generate(prompts: list[list[int]], m: int) -> int:
             ids = torch.tensor(prompts, device=model.device).repeat_interleave(m, dim=0)
             settings = GenerationConfig(
-                max_new_tokens=completion, do_sample=True, top_k=0, pad_token_id=0, eos_token_id=EOS
+                max_new_tokens=completion,
+                do_sample=True,
+                top_k=0,
+                pad_token_id=0,
+                eos_token_id=EOS,
+                disable_compile=True,
             )
             with torch.no_grad():
                 out = model.generate(
                     input_ids=ids,
                     attention_mask=torch.ones_like(ids),
                     generation_config=settings,
-                    disable_compile=True,
                 )
             return int((out[:, ids.shape[1] :] != 0).sum())
 
@@ -203,6 +208,8 @@ def main(
     output: Annotated[Path | None, typer.Option(help="Also write the JSON here.")] = None,
 ) -> None:
     """Time the engines."""
+    transformers.utils.logging.disable_progress_bar()
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     sizes = m or [1, 4, 8, 16]
     prompt = documents * document
     if case == "sync":
@@ -235,6 +242,7 @@ def _in_a_process(case: str, options: dict[str, Any]) -> dict[str, Any]:
     for key, value in options.items():
         for item in value if isinstance(value, list) else [value]:
             arguments += [f"--{key}", str(item)]
+    print(f"{case}: {', '.join(f'{key} {value}' for key, value in options.items())}", file=sys.stderr)
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.rollouts", *arguments], stdout=subprocess.PIPE, text=True, check=True
     )
@@ -270,6 +278,10 @@ def _print(result: dict[str, Any]) -> None:
                 f"| {row['tokens'] / seconds:.0f} | {plain['seconds'] / seconds:.1f}x "
                 f"| {seconds / rows[0]['seconds']:.2f}x | {row['mib']:.0f} |"
             )
+    if _device() == "cpu":
+        print(
+            f"\nvLLM's peak holds a cache of {os.environ['VLLM_CPU_KVCACHE_SPACE']} GiB that it takes when it starts."
+        )
     print("\nPushing weights\n\n| model | in process s | folder: write s | folder: read s |\n|---:|---:|---:|---:|")
     for row in result["sync"]:
         print(f"| {_millions(row)} | {row['push']:.2f} | {row['write']:.2f} | {row['read']:.2f} |")

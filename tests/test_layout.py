@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import transformers
 import trl
 from trl.trainer.base_config import _BaseConfig
@@ -148,6 +149,7 @@ def test_these_are_the_trl_names_that_we_use() -> None:
     """TRL is pinned to one minor version. Add a name only with the signature it relies on."""
     assert trl_names() == {
         "trl": {"SFTConfig", "SFTTrainer", "__version__"},
+        "trl.generation": {"vllm_generation"},
         "trl.trainer.base_config": {"_BaseConfig"},
         "trl.trainer.base_trainer": {"_BaseTrainer"},
     }
@@ -158,6 +160,19 @@ def test_these_are_the_trl_names_that_we_use() -> None:
     assert keywords_given_to("SFTConfig") <= set(inspect.signature(trl.SFTConfig).parameters)
     assert keywords_given_to("SFTTrainer") <= set(inspect.signature(trl.SFTTrainer).parameters)
     assert keywords_given_to("SFTTrainer") >= {"model", "args", "train_dataset", "processing_class"}
+
+
+def test_this_is_what_we_use_of_trls_vllm() -> None:
+    pytest.importorskip("vllm", reason="vLLM is not installed: make setup-vllm")
+    from trl.generation import vllm_generation
+
+    engine = vllm_generation.VLLMGeneration
+    given = keywords_given_to("VLLMGeneration")
+    assert {"model", "accelerator", "processing_class", "mode", "server_base_url", "enable_sleep_mode"} <= given
+    assert given <= set(inspect.signature(engine).parameters)
+    assert list(inspect.signature(engine.sync_weights).parameters) == ["self"]
+    assert list(inspect.signature(engine._iter_named_params).parameters) == ["self"]
+    assert "LLM" in vars(vllm_generation)  # what `vllm_colocate` stands in for
 
 
 def test_these_are_the_trainer_methods_that_we_replace() -> None:

@@ -239,6 +239,17 @@ def test_adapters_are_pushed_and_the_base_is_not_touched(vllm: World, monkeypatc
 
 
 @pytest.mark.slow
+def test_a_selector_that_vllm_cannot_run_is_refused_before_training(tmp_path: Path) -> None:
+    """Heads of 16 numbers load on a CPU, and fail with the first token."""
+    refused = launch(world(tmp_path, rollout_engine="vllm"), tmp_path / "run")
+    assert refused.returncode == 2, refused.stderr
+    (error,) = [line for line in refused.stderr.splitlines() if line.startswith("error: ")]
+    assert error.startswith("error: rollout_engine: 'vllm': vLLM runs the selector here (")
+    assert "head_dim=16" in error
+    assert "Traceback" not in refused.stderr
+
+
+@pytest.mark.slow
 def test_a_training_samples_with_vllm_and_its_log_says_how_far_the_two_are_apart(tmp_path: Path) -> None:
     """Two iterations: after the first update the weights have been pushed, or the difference would show it."""
     recipe = world(tmp_path, rollout_engine="vllm", learning_rate=1.0)
@@ -252,3 +263,4 @@ def test_a_training_samples_with_vllm_and_its_log_says_how_far_the_two_are_apart
         assert 0 < line["sampling/logp_difference_max"] < 6 * TOLERANCE
         assert abs(line["sampling/log_ratio_max"]) < 6 * TOLERANCE
     assert "differ from the trainer's" not in done.stderr
+    assert "Traceback" not in done.stderr

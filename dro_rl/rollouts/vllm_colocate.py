@@ -6,12 +6,12 @@ question has a seed of its own and its m samples are one request.
 
 from __future__ import annotations
 
-import importlib
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -64,7 +64,8 @@ class ColocatedEngine:
         self._cpu = accelerator.device.type == "cpu"
         self._eos_token_id: int = tokenizer.eos_token_id
         self._pushed: int | None = None
-        with random_state_kept(), _launch_variables_kept():
+        with random_state_kept(), _launch_variables_kept(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # vLLM's imports give some, on what it uses of torch
             self._generation = self._build(accelerator, tokenizer)
         self._llm = self._generation.llm
 
@@ -75,12 +76,15 @@ class ColocatedEngine:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         if self._cpu:
             os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", CPU_CACHE_GIB)
-        vllm_generation: Any = importlib.import_module("trl.generation.vllm_generation")
+        from trl.generation import vllm_generation as trl_vllm
+
+        vllm_generation = cast(Any, trl_vllm)
         config, model = self._config, self._selector()
         length = engine_length(config, getattr(model.config.get_text_config(), "max_position_embeddings", None))
         options: dict[str, Any] = {
             "dtype": engine_dtype(config, str(model.dtype).removeprefix("torch.")),
             "skip_tokenizer_init": True,
+            "use_tqdm_on_load": False,
         }
         if config.constrain_selection:
             options["logits_processors"] = [LOGITS_PROCESSOR]
@@ -90,7 +94,7 @@ class ColocatedEngine:
         # TRL has no argument for these: https://github.com/huggingface/trl, generation/vllm_generation.py, 1.16.
         vllm_generation.LLM = lambda **given: plain(**{**given, **options})
         try:
-            return vllm_generation.VLLMGeneration(
+            generation = vllm_generation.VLLMGeneration(
                 model=model,
                 accelerator=accelerator,
                 processing_class=tokenizer,
@@ -101,11 +105,15 @@ class ColocatedEngine:
                 enable_sleep_mode=config.vllm_enable_sleep_mode,
                 model_impl=config.vllm_model_impl,
             )
+            _keep_process_groups(generation.llm)
+            if self._cpu:  # what its attention cannot do on a CPU shows with the first token
+                generation.llm.generate([{"prompt_token_ids": [tokenizer.eos_token_id]}], use_tqdm=False)
+            return generation
         except Exception as error:  # each release and device has errors of its own
             raise InputError(
                 "rollout_engine",
                 "vllm",
-                f"vLLM loads the selector here ({next(iter(str(error).splitlines()), type(error).__name__)})",
+                f"vLLM runs the selector here ({next(iter(str(error).splitlines()), type(error).__name__)})",
                 "Correct its vllm_* settings, or use rollout_engine: transformers.",
             ) from error
         finally:
@@ -198,6 +206,14 @@ class ColocatedEngine:
         torch.distributed.all_gather_object(gathered, own, group=group)
         rank = torch.distributed.get_rank(group=group)
         return sum(map(len, gathered[:rank])), [request for requests in gathered for request in requests]
+
+
+def _keep_process_groups(llm: Any) -> None:
+    """vLLM 0.31 ends its engine when the process ends, and every process group with it: the trainer's too, which are
+    not its own and are gone by then. What is in this process ends with it anyway."""
+    finalizer = getattr(llm.llm_engine.engine_core, "_finalizer", None)
+    if finalizer is not None:
+        finalizer.detach()
 
 
 @contextmanager

@@ -79,9 +79,9 @@ def by_nccl(
     The server runs with `--weight-transfer-config '{"backend": "nccl"}'`, on GPUs that the trainer does not use.
     """
     check_installed("vllm_weight_sync", "nccl")
-    from trl.generation.vllm_generation import VLLMGeneration
+    from trl.generation import vllm_generation
 
-    generation = VLLMGeneration(
+    generation = vllm_generation.VLLMGeneration(
         model=selector(),
         accelerator=accelerator,
         processing_class=tokenizer,
