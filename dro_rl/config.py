@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import re
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -66,12 +68,56 @@ class DROConfig(_BaseConfig):
     )
     max_log_ratio: float = _option(2.0, "Truncation from above of log p/q in the weights, in nats.")
 
+    # > Rollout engine
+    rollout_engine: Literal["auto", "transformers", "vllm"] = _option(
+        "auto", "What samples rollouts: auto is vllm with a server, or where it is installed beside CUDA."
+    )
+    vllm_mode: Literal["colocate", "server"] = _option(
+        "colocate", "vLLM in the trainer's process, or servers of their own (`dro-rl serve-rollouts`)."
+    )
+    vllm_dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
+        "auto", "Type that vLLM computes in; auto is the trainer's. Another makes q another: corrected by p/q."
+    )
+    vllm_model_impl: Literal["auto", "vllm", "transformers"] = _option(
+        "auto", "Whose implementation of the model vLLM runs; auto is its own where it has one."
+    )
+    vllm_max_model_length: int | None = _option(
+        None, "Tokens of vLLM's longest sequence; unset: max_prompt_length + max_completion_length."
+    )
+    vllm_tensor_parallel_size: int = _option(1, "Devices that one copy of the selector in vLLM is spread over.")
+    vllm_gpu_memory_utilization: float = _option(
+        0.3, "Share of a GPU's memory that vLLM takes beside the trainer (vllm_mode: colocate)."
+    )
+    vllm_enable_sleep_mode: bool = _option(
+        False, "Give vLLM's GPU memory back while models train (vllm_mode: colocate)."
+    )
+    vllm_server_base_url: str | list[str] = _option(
+        "http://127.0.0.1:8000", "The server, or a list of replicas that share the questions (vllm_mode: server)."
+    )
+    vllm_server_timeout: float = _option(240.0, "Seconds to wait for a server that is not up, or has gone away.")
+    vllm_request_timeout: float = _option(600.0, "Seconds that a server may take over the rollouts of one question.")
+    overlap_rollouts: bool = _option(
+        False, "Sample the next step's rollouts while this one trains: weights one step old, corrected by p/q (server)."
+    )
+    vllm_weight_sync: Literal["auto", "folder", "nccl"] = _option(
+        "auto", "How servers get weights; auto is nccl where trainer and server have it, else folder."
+    )
+    vllm_weights_dir: str | None = _option(
+        None, "Folder that trainer and servers both see, for vllm_weight_sync: folder; unset: in output_dir."
+    )
+    vllm_group_port: int = _option(51216, "Port of the group that weights travel in (vllm_weight_sync: nccl).")
+
     # > Objective
     answer_likelihood: Literal["sum", "mean"] = _option(
         "sum", "log p(answer): sum over its tokens (the posterior), or mean (another posterior)."
     )
     answer_aliases: Literal["first", "max", "logsumexp"] = _option(
         "first", "How several accepted answers make one likelihood."
+    )
+    weighting: Literal["likelihood", "uniform"] = _option(
+        "likelihood",
+        "What weighs rollouts: the answer's likelihood, or nothing, so that all valid ones tie: no selection signal, "
+        "a control.",
     )
     selector_baseline: Literal["none", "mean"] = _option(
         "none", "Control variate of the selector: none (the paper's form) or mean (weight less 1/m, less variance)."
@@ -199,6 +245,12 @@ class DROConfig(_BaseConfig):
             "Set one of target_ess and weight_temperature.",
         )
         self._require(
+            "weighting",
+            self.weighting == "likelihood" or (self.target_ess is None and self.weight_temperature == 1),
+            "uniform weights have no temperature",
+            "Leave target_ess and weight_temperature unset, or use weighting: likelihood.",
+        )
+        self._require(
             "min_weight",
             0 <= self.min_weight < 1 / self.num_generations,
             f"this is at least 0, and below 1/num_generations = {1 / self.num_generations:.4g}, which the largest "
@@ -211,12 +263,79 @@ class DROConfig(_BaseConfig):
             "one of the two models trains",
             "Give one a learning rate above 0.",
         )
+        self._check_vllm()
         self._require(
             "interleave",
             self.interleave == "joint" or min(map(self.role_learning_rate, ("selector", "generator"))) > 0,
             "taking turns needs two models that train",
             "Use interleave: joint, which skips the frozen model.",
         )
+
+    def _check_vllm(self) -> None:
+        for name in ("vllm_tensor_parallel_size", "vllm_max_model_length", "vllm_group_port"):
+            value = getattr(self, name)
+            self._require(name, value is None or value >= 1, "this is at least 1", "Use a positive number.")
+        for name in ("vllm_server_timeout", "vllm_request_timeout"):
+            self._require(name, getattr(self, name) > 0, "this is a time in seconds", "Use a positive number.")
+        self._require(
+            "vllm_gpu_memory_utilization", 0 < self.vllm_gpu_memory_utilization <= 1, "this is a share", "Use 0.3."
+        )
+        for url in self.vllm_servers:
+            self._require(
+                "vllm_server_base_url",
+                bool(re.fullmatch(r"https?://[^/\s?#]+/?", url)),
+                "a server is a scheme, a host and a port, or a list of them",
+                "Use http://127.0.0.1:8000.",
+            )
+        self._require("vllm_server_base_url", bool(self.vllm_servers), "there is at least one", "Name a server.")
+        self._require(
+            "vllm_enable_sleep_mode",
+            not self.vllm_enable_sleep_mode or self.vllm_mode == "colocate",
+            "a server has its memory to itself",
+            "Leave it out, or use vllm_mode: colocate.",
+        )
+        self._require(
+            "overlap_rollouts",
+            not self.overlap_rollouts or (self.engine == "vllm" and self.vllm_mode == "server"),
+            "only a server samples while the trainer trains",
+            "Use vllm_mode: server, or leave it out.",
+        )
+        if self.engine != "vllm":
+            return
+        self._require(
+            "vllm_enable_sleep_mode",
+            not self.vllm_enable_sleep_mode or (torch.cuda.is_available() and not self.use_cpu),
+            "only a GPU has memory that vLLM can give back",
+            "Leave it out on a CPU.",
+        )
+        self._require(
+            "vllm_weight_sync",
+            self.vllm_mode == "colocate" or self.vllm_weight_sync != "nccl" or len(self.vllm_servers) == 1,
+            f"NCCL reaches one server, and there are {len(self.vllm_servers)}",
+            "Use folder, or one server with --data-parallel-size.",
+        )
+        self._require(
+            "vllm_weight_sync",
+            self.vllm_mode == "colocate" or self.vllm_weight_sync != "nccl" or torch.cuda.is_available(),
+            "NCCL travels between GPUs, and there is none here",
+            "Use folder.",
+        )
+
+    @property
+    def vllm_servers(self) -> list[str]:
+        """The servers' addresses, without a closing slash."""
+        urls = self.vllm_server_base_url
+        return [url.rstrip("/") for url in ([urls] if isinstance(urls, str) else urls)]
+
+    @property
+    def engine(self) -> Literal["transformers", "vllm"]:
+        """The rollout engine, `auto` resolved: vLLM for who names a server mode, or has it installed beside CUDA."""
+        if self.rollout_engine != "auto":
+            return self.rollout_engine
+        if self.vllm_mode == "server":
+            return "vllm"
+        suits = torch.cuda.is_available() and not self.use_cpu
+        return "vllm" if suits and importlib.util.find_spec("vllm") is not None else "transformers"
 
     def check_batch(self, processes: int, num_questions: int) -> None:
         """Raise `InputError` unless steps hold whole questions and iterations whole steps."""
@@ -236,6 +355,12 @@ class DROConfig(_BaseConfig):
             wanted is None or wanted % per_step == 0,
             f"an iteration has whole steps of {per_step} questions",
             f"Use a multiple of {per_step}.",
+        )
+        self._require(
+            "overlap_rollouts",
+            not self.overlap_rollouts or (wanted == per_step and self.m_step_epochs == 1),
+            f"rollouts are at most one step old, so an iteration is one step, of {per_step} questions",
+            f"Use questions_per_iteration: {per_step} and m_step_epochs: 1.",
         )
         needed = per_step if wanted is None else wanted
         if needed > num_questions:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, cast
 
+from dro_rl.data.hub import hub_rows
+from dro_rl.data.manifest import read_manifest
 from dro_rl.data.toy import make_world
 from dro_rl.errors import InputError, Phrase
-from dro_rl.records import SUFFIXES, Question, parse_question, read_questions
+from dro_rl.records import SUFFIXES, Question, parse_questions, read_questions
 
 TOY_SIZES = {"train": 2048, "dev": 256, "test": 512}
 """Questions of the toy world's splits, unless the recipe says how many."""
@@ -28,17 +30,17 @@ def load_questions(
         key: the recipe key that errors name.
 
     Raises:
-        InputError: see `dro_rl.records.read_questions`.
+        InputError: see `dro_rl.records.read_questions`; or a file is not the one that its manifest describes.
     """
     if name == "toy":
         if split not in ("train", "dev", "test"):
             raise InputError(f"{key}: toy", split, f"its splits are {', '.join(TOY_SIZES)}", "Use one of them.")
         return make_world(cast(Any, split), limit or TOY_SIZES[split])
     path = Path(name).expanduser()
-    if path.is_file():
-        questions = read_questions(path)
-    elif path.is_dir():
-        questions = read_questions(_file_of_split(path, split, config))
+    if path.is_file() or path.is_dir():
+        file = path if path.is_file() else file_of_split(path, split, config)
+        read_manifest(file)  # a file that is not what its manifest describes is refused
+        questions = read_questions(file)
     elif path.is_absolute() or path.suffix or name.startswith("."):
         raise InputError(key, name, "a question file or folder exists", "Check the path.")
     else:
@@ -55,7 +57,8 @@ def dev_beside(train_file: str, train_split: str, dev_split: str) -> str | None:
     return next((str(candidate) for candidate in beside if candidate != path and candidate.is_file()), None)
 
 
-def _file_of_split(folder: Path, split: str, config: str | None) -> Path:
+def file_of_split(folder: Path, split: str, config: str | None) -> Path:
+    """The question file of a split in a folder. Raises `InputError` unless there is one."""
     stems = [split] if config is None else [f"{split}/{config}", f"{config}/{split}"]
     wanted = [folder / f"{stem}{suffix}" for stem in stems for suffix in SUFFIXES]
     found = [path for path in wanted if path.is_file()]
@@ -70,30 +73,4 @@ def _file_of_split(folder: Path, split: str, config: str | None) -> Path:
 
 
 def _from_hub(name: str, split: str, config: str | None, key: str) -> list[Question]:
-    from datasets import load_dataset
-
-    try:
-        rows = load_dataset(name, config, split=split)
-    except Exception as error:
-        # Many libraries stand between us and a hub, each with errors of its own; all mean that there is no such data.
-        message = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise InputError(
-            key,
-            name,
-            f"this is a file, a folder, toy, or a hub dataset with split {split} ({message})",
-            "Check the name, the split and the network.",
-        ) from None
-    seen: dict[str, int] = {}
-    questions = []
-    for number, row in enumerate(rows, start=1):
-        question = parse_question(row, f"{name} ({split}): row {number}")
-        if question.id in seen:
-            raise InputError(
-                f"{name} ({split}): row {number}",
-                question.id,
-                f"ids are unique, and row {seen[question.id]} has it",
-                "Rename.",
-            )
-        seen[question.id] = number
-        questions.append(question)
-    return questions
+    return list(parse_questions(hub_rows(name, config, split, place=key, streaming=False)))

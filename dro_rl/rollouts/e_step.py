@@ -6,20 +6,33 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
 from dro_rl.config import DROConfig
+from dro_rl.constraint import SelectionConstraint
 from dro_rl.likelihood import Model, answer_logp, score_rows
 from dro_rl.models import Role
 from dro_rl.packing import Row
 from dro_rl.prompts import Prompter
 from dro_rl.records import Question, Rollout
-from dro_rl.rollouts.engine import RolloutEngine
+from dro_rl.rollouts.engine import Completion, RolloutEngine, SamplingParams
 from dro_rl.rollouts.micro_batch import answer_row, selector_row
 from dro_rl.rollouts.weighing import weigh
 from dro_rl.selection import parse_selection
 from dro_rl.timing import PhaseClock
+
+
+class SamplingRequest(NamedTuple):
+    """The arguments of `RolloutEngine.generate`."""
+
+    prompts: Sequence[Sequence[int]]
+    num_generations: int
+    sampling: SamplingParams
+    seeds: Sequence[int]
+    constraints: Sequence[SelectionConstraint] | None
+
 
 OpenModel = Callable[[], AbstractContextManager[Model]]
 
@@ -61,9 +74,10 @@ class EStep:
         questions: Sequence[Question],
         seeds: Sequence[int],
         temperature: float | None = None,
+        sampled: Sequence[Sequence[Completion]] | None = None,
     ) -> list[Rollout]:
         """Rollouts of some questions, weighted: m of each, in order. Arguments as in `sample`."""
-        rollouts, on_policy = self.sample(indices, questions, seeds, temperature)
+        rollouts, on_policy = self.sample(indices, questions, seeds, temperature, sampled)
         return weigh(
             rollouts,
             self._proposal(rollouts) if on_policy else self._selection_logps(self.open_selector, questions, rollouts),
@@ -78,6 +92,7 @@ class EStep:
         questions: Sequence[Question],
         seeds: Sequence[int],
         temperature: float | None = None,
+        sampled: Sequence[Sequence[Completion]] | None = None,
     ) -> tuple[list[Rollout], bool]:
         """Rollouts that are not weighed yet: what the models that train say of them is NaN.
 
@@ -86,33 +101,55 @@ class EStep:
             questions: the questions themselves.
             seeds: one a question.
             temperature: of the sampling; the config's, unless told.
+            sampled: what `request` was answered ahead of time, by weights that may be older; None: sample now.
 
         Returns:
             m rollouts of each question, in order, and whether they were drawn from the policy itself.
         """
-        prompter, m, k = self.selector_prompter, self.config.num_generations, self.config.num_selected
-        sampling = self.config.sampling_at(temperature)
+        k = self.config.num_selected
         with self.clock.phase("inputs"):
-            prompts = [prompter.selector_prompt(question, k) for question in questions]
-            constraints = None
-            if self.config.constrain_selection:
-                constraints = [prompter.constraint(len(question.documents), k) for question in questions]
-        with self.clock.phase("rollout"), self.open_engine() as engine:
-            groups = engine.generate([prompt.ids for prompt in prompts], m, sampling, seeds, constraints)
-            on_policy = engine.samples_policy(sampling)
-        tokens = sum(len(prompt.ids) for prompt in prompts) + sum(len(s.ids) for group in groups for s in group)
+            request, cut = self.request(questions, seeds, temperature)
+        on_policy, groups = False, sampled
+        if groups is None:
+            with self.clock.phase("rollout"), self.open_engine() as engine:
+                groups, on_policy = engine.generate(*request), engine.samples_policy(request.sampling)
+        tokens = sum(map(len, request.prompts)) + sum(len(sample.ids) for group in groups for sample in group)
         self.clock.count("rollout", tokens, tokens * self.flops["selector"])
         rollouts = []
-        for index, question, prompt, group in zip(indices, questions, prompts, groups, strict=True):
+        for index, question, group, was_cut in zip(indices, questions, groups, cut, strict=True):
             for number, sample in enumerate(group):
-                text = prompter.decode(sample.ids)
-                selection = parse_selection(text, len(question.documents), k)
-                sampled = Rollout(index, number, sample.ids, sample.logps, text, selection, prompt_cut=prompt.cut)
-                rollouts.append(replace(sampled, temperature=sampling.temperature))
+                text = self.selector_prompter.decode(sample.ids)
+                rollouts.append(
+                    Rollout(
+                        index,
+                        number,
+                        sample.ids,
+                        sample.logps,
+                        text,
+                        parse_selection(text, len(question.documents), k),
+                        prompt_cut=was_cut,
+                        temperature=request.sampling.temperature,
+                    )
+                )
         if self.open_reference is not None:
             reference = self._selection_logps(self.open_reference, questions, rollouts).flatten().tolist()
             rollouts = [replace(r, reference_logp=logp) for r, logp in zip(rollouts, reference, strict=True)]
         return rollouts, on_policy
+
+    def request(
+        self, questions: Sequence[Question], seeds: Sequence[int], temperature: float | None = None
+    ) -> tuple[SamplingRequest, list[bool]]:
+        """What an engine is asked for the rollouts of some questions, and which prompts were cut to fit."""
+        config, prompter = self.config, self.selector_prompter
+        prompts = [prompter.selector_prompt(question, config.num_selected) for question in questions]
+        constraints = [self._constraint(question) for question in questions] if config.constrain_selection else None
+        sampling = config.sampling_at(temperature)
+        ids = [prompt.ids for prompt in prompts]
+        request = SamplingRequest(ids, config.num_generations, sampling, seeds, constraints)
+        return request, [prompt.cut for prompt in prompts]
+
+    def _constraint(self, question: Question) -> SelectionConstraint:
+        return self.selector_prompter.constraint(len(question.documents), self.config.num_selected)
 
     def _proposal(self, rollouts: Sequence[Rollout]) -> torch.Tensor:
         return self._matrix([rollout.proposal_logp for rollout in rollouts])
@@ -122,12 +159,17 @@ class EStep:
     ) -> torch.Tensor:
         """(questions, m) log p of the sampled tokens at temperature 1, under the constraint where there is one."""
         m = self.config.num_generations
-        rows = []
-        for i, question in enumerate(questions):
-            distinct = list(dict.fromkeys(rollout.token_ids for rollout in rollouts[i * m : (i + 1) * m]))
-            rows.append(selector_row(self.selector_prompter, question, distinct, self.config))
+        rows = [
+            selector_row(
+                self.selector_prompter,
+                question,
+                list(dict.fromkeys(rollout.token_ids for rollout in rollouts[i * m : (i + 1) * m])),
+                self.config,
+            )
+            for i, question in enumerate(questions)
+        ]
         logps = {
-            (i, tuple(completion)): logp.sum().item()
+            (i, completion): logp.sum().item()
             for i, (row, scored) in enumerate(zip(rows, self._score("selector", open_model, rows), strict=True))
             for completion, logp in zip(row.completions, scored, strict=True)
         }

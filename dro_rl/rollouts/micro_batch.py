@@ -137,6 +137,16 @@ class MicroBatch:
         )
         return self._coefficients("selector"), self._coefficients("generator") or [0.0]
 
+    @property
+    def samples_plainly(self) -> bool:
+        """Whether log q is meant to be log p, up to the engine; not of no rollouts."""
+        return any(self.config.sampling_at(rollout.temperature).on_policy for rollout in self.rollouts)
+
+    @property
+    def completion_tokens(self) -> int:
+        """Tokens of the selector's completions."""
+        return sum(len(completion) for row in self._rows["selector"] for completion in row.completions)
+
     def proposal_logps(self) -> Tensor:
         """log q of the selector's completions, in row order."""
         logps = torch.zeros(self._samples, dtype=torch.float64)
@@ -156,7 +166,7 @@ class MicroBatch:
 
 
 def selector_row(prompter: Prompter, question: Question, samples: Sequence[tuple[int, ...]], config: DROConfig) -> Row:
-    """The selector's prompt with samples as its completions, under the constraint that they were sampled under."""
+    """The selector's prompt with samples as its completions, under the constraint where there is one."""
     k = config.num_selected
     constraint = prompter.constraint(len(question.documents), k) if config.constrain_selection else None
     return Row(prompter.selector_prompt(question, k).ids, samples, allowed_for(constraint, samples))
