@@ -1,15 +1,13 @@
-"""Attention over packed rows: a prompt once, its completions after it, and no padding.
+"""Attention over packed rows (`dro_rl.packing`): a prompt once, its completions after it, and no padding.
 
-Rows stand one after another in a batch of one. Within a row the prompt attends to itself causally, and every completion
-to the prompt and causally to itself: two calls of scaled-dot-product attention, the first of which is the fast causal
-kernel and the second small. Decoders of transformers take it through their attention interface; without a packing it is
-their own `sdpa`, so a model that has it behaves as before everywhere else.
+One call of scaled-dot-product attention a segment. A prompt attends to itself by the fast causal kernel; its
+completions attend to it, and causally to themselves, by a small masked one. Decoders of transformers take it through
+their attention interface; without a packing it is their own `sdpa`, so a model that has it behaves as before elsewhere.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +15,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PretrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from dro_rl.packing import Segment
 
 NAME = "packed_rows"
 
@@ -26,34 +26,6 @@ ARCHITECTURES = frozenset(
 """Decoders whose every layer is attention through the interface; all are tested."""
 
 
-@dataclass(frozen=True, slots=True)
-class PackedRow:
-    """Where a row stands: from `start`, `prompt` tokens and then its completions, `length` tokens in all.
-
-    `mask`: None for a single completion, else (tokens of completions, tokens of the row), True where it may look.
-    """
-
-    start: int
-    prompt: int
-    length: int
-    mask: Tensor | None
-
-
-def pack(lengths: Sequence[tuple[int, Sequence[int]]], device: torch.device | str) -> list[PackedRow]:
-    """The packing of rows given as (prompt tokens, tokens of each completion)."""
-    rows, start = [], 0
-    for prompt, completions in lengths:
-        length = prompt + sum(completions)
-        mask = None
-        if len(completions) > 1:
-            owner = torch.repeat_interleave(torch.arange(len(completions)), torch.tensor(completions))
-            own = (owner.unsqueeze(1) == owner).tril()
-            mask = torch.cat([torch.ones(len(owner), prompt, dtype=torch.bool), own], dim=1).to(device)
-        rows.append(PackedRow(start, prompt, length, mask))
-        start += length
-    return rows
-
-
 def packed_attention(
     module: nn.Module,
     query: Tensor,
@@ -61,7 +33,7 @@ def packed_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    packing: Sequence[PackedRow] | None = None,
+    packing: Sequence[Segment] | None = None,
     dropout: float = 0.0,
     scaling: float | None = None,
     **kwargs: Any,
@@ -72,23 +44,20 @@ def packed_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
 
-    def attend(queries: slice, keys: slice, mask: Tensor | None) -> Tensor:
-        q, k, v = query[:, :, queries], key[:, :, keys], value[:, :, keys]
-        mask = None if mask is None else mask[None, None]
-        return sdpa_attention_forward(module, q, k, v, mask, dropout=dropout, scaling=scaling, is_causal=mask is None)[
-            0
-        ]
+    def look(segment: Segment) -> Tensor:
+        keys, values = (
+            torch.cat([states[:, :, piece] for piece in segment.keys], dim=2)
+            if len(segment.keys) > 1
+            else states[:, :, segment.keys[0]]
+            for states in (key, value)
+        )
+        mask = None if segment.mask is None else segment.mask[None, None]
+        queries = query[:, :, segment.queries]
+        return sdpa_attention_forward(
+            module, queries, keys, values, mask, dropout=dropout, scaling=scaling, is_causal=mask is None
+        )[0]
 
-    pieces = []
-    for row in packing:
-        end = row.start + row.length
-        if row.mask is None:
-            pieces.append(attend(slice(row.start, end), slice(row.start, end), None))
-        else:
-            middle = row.start + row.prompt
-            pieces.append(attend(slice(row.start, middle), slice(row.start, middle), None))
-            pieces.append(attend(slice(middle, end), slice(row.start, end), row.mask))
-    return torch.cat(pieces, dim=1), None
+    return torch.cat([look(segment) for segment in packing], dim=1), None
 
 
 AttentionInterface.register(NAME, packed_attention)

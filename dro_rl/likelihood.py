@@ -1,28 +1,35 @@
 """Log-probabilities of completions, and only of completions: logits over the prompt are never made.
 
 A `Row` is one prompt with its completions. On the plain path each completion is a padded sequence of its own. On the
-shared-prefix path rows are packed without padding (`attention`): each prompt once, then its completions, which stand at
-the positions that follow it. Both give the same numbers and gradients; the second computes a prompt once instead of m
-times. This module knows of causal LMs, not of trainers or engines.
+shared-prefix path rows are packed without padding (`packing`, `attention`) and the head is applied to a few tokens at a
+time. Both give the same numbers and gradients; the second computes a prompt once instead of m times. This module knows
+of causal LMs, not of trainers or engines.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from dro_rl.attention import NO_MASK, pack, takes_packed_rows
+from dro_rl.attention import NO_MASK, takes_packed_rows
+from dro_rl.packing import Layout, Row, lay_out
+
+TOKENS_PER_PASS = 16384
+"""Tokens that go through a model at once, unless told."""
+LOGITS_PER_CHUNK = 2**26
+"""Numbers of the largest block of logits that packed rows make: 256 MiB in float32."""
 
 
 class Model(Protocol):
     """A causal LM, or what stands for one.
 
     Called with `input_ids`, `attention_mask`, `position_ids`, `logits_to_keep` and a cache, it returns an object with
-    `.logits`.
+    `.logits`. What stands for a sharded model also has `within(function, *arguments)`, which calls the function with
+    the causal LM itself while its parameters are there.
     """
 
     config: Any
@@ -30,24 +37,9 @@ class Model(Protocol):
     @property
     def device(self) -> Any: ...
 
-    @property
-    def dtype(self) -> Any: ...
-
     def set_attn_implementation(self, name: str) -> None: ...
 
     def __call__(self, **inputs: Any) -> Any: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A prompt and the completions to score after it, as token ids."""
-
-    prompt: Sequence[int]
-    completions: Sequence[Sequence[int]]
-
-    def __len__(self) -> int:
-        """Tokens of the row on the shared-prefix path."""
-        return len(self.prompt) + sum(len(completion) for completion in self.completions)
 
 
 def completion_logps(
@@ -72,63 +64,112 @@ def completion_logps(
     return row_logps(model, [row], shared_prefix=shared_prefix)[0]
 
 
-def row_logps(model: Model, rows: Sequence[Row], *, shared_prefix: bool = True) -> list[list[Tensor]]:
-    """`completion_logps` for several rows in one forward pass."""
+def row_logps(
+    model: Model, rows: Sequence[Row], *, shared_prefix: bool = True, prefix_tree: bool = False
+) -> list[list[Tensor]]:
+    """`completion_logps` for several rows in one forward pass.
+
+    With `prefix_tree`, rows whose prompts begin alike share their beginnings.
+    """
     for row in rows:
         if not len(row.prompt) or not row.completions or not all(len(c) for c in row.completions):
             raise ValueError("a row has a prompt token, at least one completion, and no empty completion")
     if shared_prefix and takes_packed_rows(model, max(_depth(row) for row in rows)):
-        flat = iter(_packed(model, rows))
+        within = getattr(model, "within", None)
+        layout = lay_out(rows, prefix_tree=prefix_tree)
+        logps = _packed(model, layout, rows) if within is None else within(_packed, layout, rows)
     else:
-        flat = iter(_padded(model, [(row.prompt, completion) for row in rows for completion in row.completions]))
+        logps = _padded(model, [(row.prompt, completion) for row in rows for completion in row.completions])
+    flat = iter(logps)
     return [[next(flat) for _ in row.completions] for row in rows]
 
 
 @torch.no_grad()
-def score_rows(model: Model, rows: Sequence[Row], batch_size: int, shared_prefix: bool = True) -> list[list[Tensor]]:
-    """`row_logps` without gradient for any number of rows; rows of similar length share a pass."""
+def score_rows(
+    model: Model,
+    rows: Sequence[Row],
+    tokens: int = TOKENS_PER_PASS,
+    shared_prefix: bool = True,
+    prefix_tree: bool = False,
+) -> list[list[Tensor]]:
+    """`row_logps` without gradient for any number of rows, at most `tokens` tokens a pass (or one row that has more).
+
+    Rows of similar length share a pass, so that the plain path pads little.
+    """
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+    packed = shared_prefix and takes_packed_rows(model, max(map(_depth, rows), default=0))
+    costs = [len(rows[i]) if packed else len(rows[i].completions) * _depth(rows[i]) for i in order]
     scored: list[list[Tensor]] = [[] for _ in rows]
-    for start in range(0, len(order), batch_size):
-        chunk = order[start : start + batch_size]
-        for i, logps in zip(
-            chunk, row_logps(model, [rows[i] for i in chunk], shared_prefix=shared_prefix), strict=True
-        ):
+    for run in passes(costs, tokens):
+        chunk = [order[place] for place in run]
+        found = row_logps(model, [rows[i] for i in chunk], shared_prefix=shared_prefix, prefix_tree=prefix_tree)
+        for i, logps in zip(chunk, found, strict=True):
             scored[i] = [each.cpu() for each in logps]
     return scored
+
+
+def passes(sizes: Sequence[int], tokens: int) -> list[list[int]]:
+    """Indices in order, in runs whose sizes sum to at most `tokens`; a larger one goes alone."""
+    runs: list[list[int]] = []
+    room = 0
+    for i, size in enumerate(sizes):
+        if not runs or size > room:
+            runs.append([])
+            room = tokens
+        runs[-1].append(i)
+        room -= size
+    return runs
 
 
 def _depth(row: Row) -> int:
     return len(row.prompt) + max(len(completion) for completion in row.completions)
 
 
-def _packed(model: Model, rows: Sequence[Row]) -> list[Tensor]:
+def _packed(model: Any, layout: Layout, rows: Sequence[Row]) -> list[Tensor]:
     """One pass over all rows without padding; each completion's token log-probabilities, in order."""
-    ids: list[int] = []
-    positions: list[int] = []
-    sources: list[int] = []  # the token that predicts each completion token: the last of the prompt, or the one before
-    targets: list[int] = []
-    for row in rows:
-        p = len(row.prompt)
-        ids += row.prompt
-        positions += range(p)
-        last_of_prompt = len(ids) - 1
-        for completion in row.completions:
-            sources += [last_of_prompt, *range(len(ids), len(ids) + len(completion) - 1)]
-            targets += completion
-            ids += completion
-            positions += range(p, p + len(completion))
     device = model.device
-    kept, where = torch.tensor(sources).unique(return_inverse=True)
-    logits = model(
-        input_ids=torch.tensor([ids], device=device),
-        position_ids=torch.tensor([positions], device=device),
+    plain = model.get_base_model() if hasattr(model, "peft_config") else model
+    hidden = plain.base_model(
+        input_ids=torch.tensor([layout.ids], device=device),
+        position_ids=torch.tensor([layout.positions], device=device),
         attention_mask=NO_MASK.to(device),
-        packing=pack([(len(row.prompt), [len(c) for c in row.completions]) for row in rows], device),
-        logits_to_keep=kept.to(device),
+        packing=[segment.to(device) for segment in layout.segments],
         use_cache=False,
-    ).logits[0]
-    return _pick(logits[where.to(device)], targets, [len(c) for row in rows for c in row.completions])
+    ).last_hidden_state[0]
+    # The last token of a prompt predicts the first of each completion: its logits are made once for all of them.
+    sources = [place for row in layout.sources for completion in row for place in completion]
+    kept, where = (each.to(device) for each in torch.tensor(sources).unique(return_inverse=True))
+    completions = [completion for row in rows for completion in row.completions]
+    targets = torch.tensor([token for completion in completions for token in completion], device=device)
+    logps = _head_logps(plain, hidden[kept], where, targets)
+    return list(logps.split([len(completion) for completion in completions]))
+
+
+def _head_logps(model: Any, hidden: Tensor, where: Tensor, targets: Tensor) -> Tensor:
+    """log p of `targets`, each under the logits of row `where` of `hidden`, float32; a chunk of logits at a time.
+
+    Each chunk is computed again for its gradient, so at most `LOGITS_PER_CHUNK` numbers are held.
+    """
+    head, config = model.get_output_embeddings(), model.config.get_text_config()
+
+    def chunk(hidden: Tensor, where: Tensor, targets: Tensor) -> Tensor:
+        logits = head(hidden).float()
+        if scaling := getattr(config, "logits_scaling", None):
+            logits = logits / scaling
+        if cap := getattr(config, "final_logit_softcapping", None):
+            logits = cap * (logits / cap).tanh()
+        return logits[where, targets] - logits.logsumexp(dim=-1)[where]
+
+    # A sharded head is gathered each time it is called, by all processes together, so it is called once.
+    size = len(hidden) if hasattr(head.weight, "ds_id") else max(1, LOGITS_PER_CHUNK // config.vocab_size)
+    if len(hidden) <= size:
+        return chunk(hidden, where, targets)
+    logps = torch.zeros(len(targets), device=hidden.device)
+    for start in range(0, len(hidden), size):
+        mine = ((where >= start) & (where < start + size)).nonzero().squeeze(-1)
+        piece = checkpoint(chunk, hidden[start : start + size], where[mine] - start, targets[mine], use_reentrant=False)
+        logps = logps.index_copy(0, mine, piece)
+    return logps
 
 
 def _padded(model: Model, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Tensor]:
@@ -150,16 +191,10 @@ def _padded(model: Model, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) 
         use_cache=False,
     ).logits
     lengths = [len(completion) for _, completion in pairs]
-    picked = torch.cat([logits[i, keep - 1 - n : keep - 1] for i, n in enumerate(lengths)])
-    return _pick(picked, [token for _, completion in pairs for token in completion], lengths)
-
-
-def _pick(logits: Tensor, targets: Sequence[int], lengths: Sequence[int]) -> list[Tensor]:
-    """log softmax at the targets, float32. `logits`: (tokens, vocabulary), split by completion."""
-    logits = logits.float()
-    target = torch.tensor(targets, device=logits.device).unsqueeze(-1)
-    logps = logits.gather(-1, target).squeeze(-1) - logits.logsumexp(dim=-1)
-    return list(logps.split(list(lengths)))
+    picked = torch.cat([logits[i, keep - 1 - n : keep - 1] for i, n in enumerate(lengths)]).float()
+    target = torch.tensor([token for _, completion in pairs for token in completion], device=device).unsqueeze(-1)
+    logps = picked.gather(-1, target).squeeze(-1) - picked.logsumexp(dim=-1)
+    return list(logps.split(lengths))
 
 
 def answer_logp(token_logps: Sequence[Tensor], likelihood: str = "sum", aliases: str = "first") -> Tensor:

@@ -7,7 +7,7 @@ Loading, adapters and saving of each role are here too. It knows of tensors and 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +24,9 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from dro_rl.errors import InputError, Phrase
-from dro_rl.likelihood import Row, answer_logp, row_logps
+from dro_rl.likelihood import answer_logp, row_logps
 from dro_rl.objective import generator_loss, selector_loss
+from dro_rl.packing import Row
 
 Role = Literal["selector", "generator"]
 ROLES: tuple[Role, Role] = ("selector", "generator")
@@ -90,16 +91,16 @@ class SelectorGenerator(nn.Module):
         self,
         selector: WeightedRows | None = None,
         generator: WeightedRows | None = None,
-        call: tuple[Role, Mapping[str, Any]] | None = None,
+        call: tuple[Role, Callable[[Any], Any]] | None = None,
     ) -> Any:
-        """Score a micro-batch for training, or pass a plain call on to one role.
+        """Score a micro-batch for training, or call a function with one role.
 
         The second use exists for sharded models, whose parameters are gathered only within the forward of the module
         that was wrapped.
         """
         if call is not None:
-            role, inputs = call
-            return getattr(self, role)(**inputs)
+            role, function = call
+            return function(getattr(self, role))
         selection = answers = None
         losses: dict[str, Tensor | None] = {"selector_loss": None, "generator_loss": None}
         if selector is not None:
@@ -141,23 +142,27 @@ def _coefficients(weighted: WeightedRows, like: Tensor) -> Tensor:
 class _Routed:
     """One role of a sharded model, called through the module that was wrapped."""
 
-    def __init__(self, wrapped: nn.Module, role: Role, plain: PreTrainedModel, accelerator: Accelerator) -> None:
-        self.wrapped, self.role, self.accelerator, self._plain = wrapped, role, accelerator, plain
-        self.config, self.dtype, self.device = plain.config, plain.dtype, accelerator.device
-        self._pulse = torch.zeros(1, device=accelerator.device)
+    def __init__(self, wrapped: nn.Module, role: Role, plain: PreTrainedModel, device: torch.device) -> None:
+        self.wrapped, self.role, self._plain = wrapped, role, plain
+        self.config, self.device = plain.config, device
+        self._pulse = torch.zeros(1, device=device)
 
     def set_attn_implementation(self, name: str) -> None:
         self._plain.set_attn_implementation(name)
 
     def __call__(self, **inputs: Any) -> Any:
+        return self.within(lambda model: model(**inputs))
+
+    def within(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call `function` with the role itself, while its parameters are there."""
         self._anyone_busy(True)
-        return self.wrapped(call=(self.role, inputs))
+        return self.wrapped(call=(self.role, lambda model: function(model, *arguments)))
 
     def drain(self) -> None:
         """Keep calling, with one token, while another process still has work: each call gathers parameters together."""
         token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
         while self._anyone_busy(False):
-            self.wrapped(call=(self.role, {"input_ids": token, "logits_to_keep": 1, "use_cache": False}))
+            self.wrapped(call=(self.role, lambda model: model(input_ids=token, logits_to_keep=1, use_cache=False)))
 
     def _anyone_busy(self, busy: bool) -> bool:
         self._pulse.fill_(float(busy))
@@ -176,7 +181,7 @@ def inference(model: SelectorGenerator, wrapped: nn.Module, role: Role, accelera
     was_training = model.training
     model.eval()
     sharded = accelerator.distributed_type == DistributedType.FSDP or is_zero3(accelerator)
-    target = _Routed(wrapped, role, plain, accelerator) if sharded else plain
+    target = _Routed(wrapped, role, plain, accelerator.device) if sharded else plain
     try:
         with torch.no_grad(), accelerator.autocast():
             yield target

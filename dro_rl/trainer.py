@@ -35,7 +35,6 @@ from dro_rl.evaluation.evaluator import (
     write_results,
     write_stages,
 )
-from dro_rl.likelihood import Row
 from dro_rl.models import (
     ROLES,
     Role,
@@ -46,6 +45,7 @@ from dro_rl.models import (
     load_role,
     save_role,
 )
+from dro_rl.packing import Row
 from dro_rl.pipeline import PROMPT, PipelineSettings, RAGPipeline, save_settings
 from dro_rl.prompts import Prompter
 from dro_rl.records import Question, Rollout

@@ -13,7 +13,8 @@ from torch import Tensor
 from dro_rl import likelihood
 from dro_rl.attention import ARCHITECTURES as PACKED
 from dro_rl.attention import takes_packed_rows
-from dro_rl.likelihood import Row, answer_logp, completion_logps, row_logps, score_rows
+from dro_rl.likelihood import answer_logp, completion_logps, passes, row_logps, score_rows
+from dro_rl.packing import Row, lay_out
 
 PATHS = pytest.mark.parametrize("shared", [True, False], ids=["shared", "plain"])
 EVERY_ARCHITECTURE = pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -51,6 +52,24 @@ def assert_same(first: dict[str, Tensor], second: dict[str, Tensor], rtol: float
         torch.testing.assert_close(first[name], expected, rtol=0, atol=rtol * scale + 1e-7)
 
 
+def any_model(architecture: str):
+    """A tiny model of any architecture that packs, with weights large enough for softcaps and scales to show."""
+    torch.manual_seed(0)
+    settings = {
+        "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.4, "pad_token_id": 0,
+        "bos_token_id": None, "eos_token_id": 1, "layer_types": ["sliding_attention", "full_attention"],
+    }  # fmt: skip
+    if architecture.startswith("gemma"):
+        settings |= {"head_dim": 16}
+    if architecture == "granite":
+        settings |= {"logits_scaling": 3.0}
+    if architecture != "gemma3_text":
+        del settings["layer_types"]
+    config = transformers.CONFIG_MAPPING[architecture](**settings)
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
 @EVERY_ARCHITECTURE
 def test_both_paths_give_the_naive_log_probabilities_and_gradients(make_model, architecture: str) -> None:
     model = make_model(architecture)
@@ -80,7 +99,7 @@ def test_logits_over_the_prompt_are_never_made(make_model, shared: bool) -> None
     """The head sees the completions and the one position before them: a long prompt's fill a GPU."""
     model = make_model()
     lengths: list[int] = []
-    model.lm_head.register_forward_hook(lambda _, args, __: lengths.append(args[0].shape[1]))
+    model.lm_head.register_forward_hook(lambda _, args, __: lengths.append(args[0].shape[-2]))
     completion_logps(model, tokens(200, 0), RAGGED, shared_prefix=shared)
     assert lengths == [1 + 22 - 5 if shared else 9 + 1]
 
@@ -151,6 +170,115 @@ def test_scores_of_nothing_are_nothing(make_model) -> None:
 
 def test_scoring_keeps_no_gradient(make_model) -> None:
     assert not score_rows(make_model(), ROWS[:1], 8)[0][0].requires_grad
+
+
+@pytest.mark.parametrize(
+    ("sizes", "runs"),
+    [
+        ([], []),
+        ([5], [[0]]),
+        ([99], [[0]]),
+        ([4, 4, 4], [[0, 1], [2]]),
+        ([99, 1, 9], [[0], [1, 2]]),
+        ([6, 5, 5, 1], [[0], [1, 2], [3]]),
+    ],
+)
+def test_a_pass_holds_no_more_than_its_tokens(sizes: list[int], runs: list[list[int]]) -> None:
+    assert passes(sizes, 10) == runs
+
+
+@PATHS
+def test_scoring_goes_by_tokens(make_model, shared: bool) -> None:
+    """Rows have 42, 5, 32 and 55 tokens packed; on the plain path 78, 5, 92 and 156 before padding."""
+    model = make_model()
+    seen: list[int] = []
+    model.get_input_embeddings().register_forward_hook(lambda _, args, __: seen.append(args[0].numel()))
+    score_rows(model, ROWS, 100, shared)
+    assert seen == ([97, 37] if shared else [3 * 52, 2 * 39, 5 * 23])
+
+
+# The head, a chunk at a time --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", sorted(PACKED))
+@pytest.mark.parametrize("rows", [1, 7])
+def test_a_chunked_head_changes_nothing(make_model, monkeypatch, architecture: str, rows: int) -> None:
+    """Softcapped and scaled logits too. Chunks are computed again for the gradient, never kept."""
+    model = any_model(architecture)
+    expected = completion_logps(model, PROMPT, RAGGED)
+    expected_gradients = gradients(model, expected)
+    monkeypatch.setattr(likelihood, "LOGITS_PER_CHUNK", rows * VOCABULARY)
+    seen: list[int] = []
+    model.lm_head.register_forward_hook(lambda _, args, __: seen.append(args[0].shape[0]))
+    found = completion_logps(model, PROMPT, RAGGED)
+    assert max(seen) == rows
+    assert sum(seen) == 1 + 22 - 5
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+    assert_same(gradients(model, found), expected_gradients)
+
+
+# The prefix tree --------------------------------------------------------------------------------------------
+
+
+HEADER, FIRST, SECOND, THIRD = tokens(20, 30), tokens(70, 31), tokens(80, 32), tokens(90, 33)
+TREE = [
+    Row(HEADER + FIRST + SECOND, [tokens(4, 40)]),
+    Row(HEADER + THIRD, [tokens(2, 41), tokens(5, 42)]),
+    Row(HEADER + FIRST + THIRD, [tokens(3, 43)]),
+    Row(HEADER + FIRST, [tokens(6, 44)]),
+    Row(HEADER + FIRST + SECOND, [tokens(1, 45), tokens(4, 40)]),
+    Row(tokens(9, 34), [tokens(3, 46)]),
+]
+
+
+@EVERY_ARCHITECTURE
+@pytest.mark.parametrize("order", [[0, 1, 2, 3, 4, 5], [5, 4, 3, 2, 1, 0], [2, 0, 5, 3, 1, 4]])
+def test_a_prefix_tree_is_exact(make_model, architecture: str, order: list[int]) -> None:
+    """Beginnings shared by all, by some, whole prompts that are equal or within another: values and gradients."""
+    model = make_model(architecture)
+    rows = [TREE[i] for i in order]
+    expected = [naive(model, list(row.prompt), list(c)) for row in rows for c in row.completions]
+    found = [logps for row in row_logps(model, rows, prefix_tree=True) for logps in row]
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=2e-5)
+    assert_same(gradients(model, found), gradients(model, expected))
+
+
+def test_a_prefix_tree_computes_a_beginning_once() -> None:
+    """The header and the first document once, the second once; the third, after another beginning, twice."""
+    layout = lay_out(TREE, prefix_tree=True)
+    completions = sum(len(c) for row in TREE for c in row.completions)
+    assert len(layout.ids) == 20 + 70 + 80 + 90 + (20 + 90) + 9 + completions
+    assert len(lay_out(TREE).ids) == sum(map(len, TREE))
+
+
+def test_short_or_rare_beginnings_are_not_shared() -> None:
+    """They would trade the causal kernel for a masked one and save nothing."""
+    short = [Row(tokens(63, 1) + tokens(9, seed), [[3]]) for seed in (2, 3)]
+    rare = [Row(tokens(64, 1) + tokens(300, seed), [[3]]) for seed in (2, 3)]
+    for rows in (short, rare):
+        layout = lay_out(rows, prefix_tree=True)
+        assert len(layout.ids) == sum(map(len, rows))
+        assert all(segment.mask is None for segment in layout.segments)
+
+
+def test_every_token_of_a_layout_sees_its_own_row_and_nothing_else() -> None:
+    """By brute force: what the segments allow, followed from each completion's end, spells the row."""
+    layout = lay_out(TREE, prefix_tree=True)
+    seen: list[list[int]] = []
+    for segment in layout.segments:
+        keys = [place for piece in segment.keys for place in range(piece.start, piece.stop)]
+        count = segment.queries.stop - segment.queries.start
+        mask = torch.ones(count, count).tril().bool() if segment.mask is None else segment.mask
+        seen += [[keys[k] for k in row.nonzero().squeeze(-1).tolist()] for row in mask]
+    assert len(seen) == len(layout.ids)
+    for i, row in enumerate(TREE):
+        for j, completion in enumerate(row.completions):
+            last_source = layout.sources[i][j][-1]
+            read = [layout.ids[place] for place in seen[last_source]]
+            assert read == [*row.prompt, *completion[:-1]]
+            assert [layout.positions[place] for place in seen[last_source]] == list(range(len(read)))
 
 
 # Ways to run a model ----------------------------------------------------------------------------------------
@@ -235,13 +363,16 @@ class Stand:
     """What stands for a sharded model: the protocol `likelihood.Model`, and no more."""
 
     def __init__(self, model) -> None:
-        self.model, self.config, self.device, self.dtype = model, model.config, model.device, model.dtype
+        self.model, self.config, self.device = model, model.config, model.device
 
     def set_attn_implementation(self, name: str) -> None:
         self.model.set_attn_implementation(name)
 
     def __call__(self, **inputs):
         return self.model(**inputs)
+
+    def within(self, function, *arguments):
+        return function(self.model, *arguments)
 
 
 def test_what_stands_for_a_model_is_enough(make_model) -> None:
@@ -266,7 +397,8 @@ def test_a_window_narrower_than_the_sequence_takes_the_plain_path(make_model, ar
     found = torch.cat(completion_logps(model, PROMPT, RAGGED, shared_prefix=True))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     assert takes_packed_rows(model, 8)
-    forced = torch.cat(likelihood._packed(model, [Row(PROMPT, RAGGED)]))
+    rows = [Row(PROMPT, RAGGED)]
+    forced = torch.cat(likelihood._packed(model, lay_out(rows), rows))
     assert (forced - expected).abs().max() > 0.05
 
 
@@ -312,18 +444,7 @@ def test_an_architecture_not_known_to_pack_takes_the_plain_path() -> None:
 
 @pytest.mark.parametrize("architecture", sorted(PACKED - ARCHITECTURES.keys()))
 def test_the_other_architectures_that_pack_are_exact_too(architecture: str) -> None:
-    torch.manual_seed(0)
-    settings = {
-        "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.4, "pad_token_id": 0,
-        "bos_token_id": None, "eos_token_id": 1, "layer_types": ["sliding_attention", "full_attention"],
-    }  # fmt: skip
-    if architecture.startswith("gemma"):
-        settings |= {"head_dim": 16}
-    if architecture != "gemma3_text":
-        del settings["layer_types"]
-    config = transformers.CONFIG_MAPPING[architecture](**settings)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    model = any_model(architecture)
     expected = [naive(model, PROMPT, completion) for completion in RAGGED]
     assert takes_packed_rows(model, 32)
     found = completion_logps(model, PROMPT, RAGGED)

@@ -56,7 +56,7 @@ def evaluate(
         for question, answer in zip(questions, answers, strict=True)
     ]
     with pipeline.open_role("generator") as model:
-        scored = score_rows(model, rows, pipeline.batch_size, pipeline.shared_prefix)
+        scored = score_rows(model, rows, shared_prefix=pipeline.shared_prefix)
     results = []
     for question, answer, logps in zip(questions, answers, scored, strict=True):
         numbers = answer.selection.numbers

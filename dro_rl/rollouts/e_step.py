@@ -10,13 +10,14 @@ from typing import Any
 import torch
 
 from dro_rl.config import DROConfig
-from dro_rl.likelihood import Model, Row, answer_logp, score_rows
+from dro_rl.likelihood import Model, answer_logp, score_rows
 from dro_rl.objective import (
     effective_sample_size,
     importance_weights,
     selector_coefficients,
     temperature_for_ess,
 )
+from dro_rl.packing import Row
 from dro_rl.prompts import Prompter
 from dro_rl.records import Question, Rollout, Selection
 from dro_rl.rollouts.engine import Completion, RolloutEngine
@@ -125,7 +126,7 @@ class EStep:
         distinct = [list(dict.fromkeys(sample.ids for sample in group)) for group in groups]
         rows = [Row(prompt, samples) for prompt, samples in zip(prompts, distinct, strict=True)]
         with open_model() as model:
-            scored = score_rows(model, rows, self.config.per_device_eval_batch_size, self.config.shared_prefix != "off")
+            scored = score_rows(model, rows, shared_prefix=self.config.shared_prefix != "off")
         logps = [
             dict(zip(samples, (logps.sum().item() for logps in row), strict=True))
             for samples, row in zip(distinct, scored, strict=True)
@@ -145,7 +146,7 @@ class EStep:
             for i, numbers in keys
         ]
         with self.open_generator() as model:
-            scored = score_rows(model, rows, self.config.per_device_eval_batch_size, self.config.shared_prefix != "off")
+            scored = score_rows(model, rows, shared_prefix=self.config.shared_prefix != "off")
         logps = {
             key: answer_logp(row, self.config.answer_likelihood, self.config.answer_aliases).item()
             for key, row in zip(keys, scored, strict=True)

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from dro_rl.attention import NO_MASK, pack, takes_packed_rows
+from dro_rl.attention import NO_MASK, takes_packed_rows
 from dro_rl.likelihood import Model
+from dro_rl.packing import Row, lay_out
 from dro_rl.rollouts.engine import Completion, SamplingParams, uniforms
 
 
@@ -128,13 +129,14 @@ class TransformersEngine:
         """The same without computing padding: prompts packed in one row, whose cache is then laid out as a batch."""
         device = self.model.device
         packed = DynamicCache()  # no window is narrower than the positions, and a window's cache would drop rows
+        layout = lay_out([Row(prompt, ()) for prompt in prompts])
         lengths = [len(prompt) for prompt in prompts]
         ends = torch.tensor(lengths).cumsum(0)
         logits = self.model(
-            input_ids=torch.tensor([[token for prompt in prompts for token in prompt]], device=device),
-            position_ids=torch.tensor([[position for n in lengths for position in range(n)]], device=device),
+            input_ids=torch.tensor([layout.ids], device=device),
+            position_ids=torch.tensor([layout.positions], device=device),
             attention_mask=NO_MASK.to(device),
-            packing=pack([(n, ()) for n in lengths], device),
+            packing=layout.segments,
             past_key_values=packed,
             use_cache=True,
             logits_to_keep=(ends - 1).to(device),
