@@ -113,13 +113,13 @@ def write_policy(model: LlamaForCausalLM, documents: int, k: int, sharpness: flo
 
     wanted = torch.full((len(directions), size), -100.0)
     cycle = draw.permutation(documents).tolist()
-    wanted[0, [_number(n) for n in cycle]] = -sharpness * torch.arange(documents)
+    wanted[0, [_number(n) for n in cycle]] = -sharpness * torch.arange(float(documents))
     reach = max(1, (documents - 1) // max(1, k - 1))
     for place, n in enumerate(cycle):
         for part in range(TOKENS_PER_NUMBER - 1):
             wanted[1 + _number(n) + part - _FIRST_NUMBER, _number(n) + part + 1] = 0.0
         following = [_number(cycle[(place + step) % documents]) for step in range(1, reach + 1)]
-        wanted[1 + _number(n) + TOKENS_PER_NUMBER - 1 - _FIRST_NUMBER, following] = -sharpness * torch.arange(reach)
+        wanted[1 + _number(n) + TOKENS_PER_NUMBER - 1 - _FIRST_NUMBER, following] = -sharpness * torch.arange(float(reach))
     head = torch.linalg.lstsq(directions / scale, wanted).solution.T
     with torch.no_grad():
         weight.copy_(embeddings.to(weight))
