@@ -25,6 +25,7 @@ import torch
 import typer
 from transformers import LlamaConfig, LlamaForCausalLM
 
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL's trainers report themselves unless told not to
 HEAD_SIZE = 64
 VOCABULARY = 8192
 MIB = 2**20
@@ -86,7 +87,6 @@ def build_model(name: str, device: str, dtype: str, seed: int = 0) -> LlamaForCa
         pad_token_id=0,
         eos_token_id=1,
         bos_token_id=None,
-        use_cache=False,
     )
     torch.manual_seed(seed)
     with torch.device(device):
@@ -153,25 +153,27 @@ def time_update(update: Callable[[], Any], model: torch.nn.Module, repeats: int,
     Gradients are allocated beforehand, so that the memory is that of activations.
 
     Returns:
-        `seconds` of each run, and `mib` at the peak above what the model and its gradients take.
+        `seconds` of each run, `cpu_seconds` of all threads, which other jobs on the machine disturb less, and `mib` at
+        the peak above what the model and its gradients take.
     """
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     memory = PeakMemory(device)
-    seconds = []
+    seconds, cpu_seconds = [], []
     for _ in range(repeats + 1):
         synchronize(device)
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), time.process_time()
         update()
         synchronize(device)
         seconds.append(time.perf_counter() - started)
+        cpu_seconds.append(time.process_time() - cpu_started)
         model.zero_grad(set_to_none=False)
-    return {"seconds": seconds[1:], "mib": memory.mib()}
+    return {"seconds": seconds[1:], "cpu_seconds": cpu_seconds[1:], "mib": memory.mib()}
 
 
-def median(measured: Mapping[str, Any]) -> float:
-    """Of the seconds of a measurement."""
-    return statistics.median(measured["seconds"])
+def median(measured: Mapping[str, Any], what: str = "seconds") -> float:
+    """Of the seconds of a measurement, or of another list in it."""
+    return statistics.median(measured[what])
 
 
 # Reporting
