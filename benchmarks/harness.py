@@ -15,8 +15,10 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from importlib.metadata import version
+from io import StringIO
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any
@@ -102,9 +104,15 @@ def apart(function: Callable[..., Any], **arguments: Any) -> Any:
     print(f"{function.__name__}({told}) …", end=" ", file=sys.stderr, flush=True)
     started = time.perf_counter()
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        result = pool.submit(function, **arguments).result()
+        result = pool.submit(_silently, function, arguments).result()
     print(f"{time.perf_counter() - started:.0f} s", file=sys.stderr)
     return result
+
+
+def _silently(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
+    """Without what a trainer prints at every step."""
+    with redirect_stdout(StringIO()):
+        return function(**arguments)
 
 
 class PeakMemory:

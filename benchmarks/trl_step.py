@@ -19,6 +19,10 @@ The selector's policy is written into it (`world.write_policy`), so that rollout
 on: fresh (uniform), and sharpened to about five distinct selections of eight. The learning rate is so small that it
 stays as it is.
 
+On a CPU TRL's fused head makes the logits of the prompt too. `--trl-head completions`, the default, has it skip them as
+it does on a GPU, which is faster than what TRL does here; `--trl-head as-is` leaves it alone. Generation is `generate`;
+`--continuous-batching` is TRL's other engine without vLLM, on a CPU several times slower.
+
 Time is from the end of one step to the end of the next. Memory is above what both models take: gradients, optimizer
 state, activations, caches.
 """
@@ -27,6 +31,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from itertools import product
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
@@ -104,14 +109,17 @@ class GeneratorSide(TrainerCallback):
         return (logps * answer.to(device)).sum(dim=-1)
 
 
-def trl_step(setting: Setting, batch: int, folder: str) -> dict[str, Any]:
+def trl_step(setting: Setting, batch: int, head: str, continuous: bool, folder: str) -> dict[str, Any]:
     """Measure steps of the baseline.
 
     Returns:
         what `steps.dro_step` does, with the phases `rollout` (generation) and `generator` (the reward and the SFT step).
     """
+    import trl.trainer.utils
     from trl import GRPOConfig, GRPOTrainer
 
+    if head == "completions":
+        trl.trainer.utils._use_triton = lambda device: True  # read there only to choose which tokens the head is given
     torch.manual_seed(0)
     selector, generator = setting.models()
     questions = setting.train_questions()
@@ -119,7 +127,8 @@ def trl_step(setting: Setting, batch: int, folder: str) -> dict[str, Any]:
     timer = StepTimer(setting.device)
     side = GeneratorSide(generator, questions, setting, batch)
     seconds: dict[str, list[float]] = {"rollout": [], "reward": [], "generator_step": []}
-    selector.generate = _timed(selector.generate, seconds["rollout"], setting.device)  # type: ignore[method-assign]
+    engine = "generate_batch" if continuous else "generate"
+    setattr(selector, engine, _timed(getattr(selector, engine), seconds["rollout"], setting.device))
     side.reward = _timed(side.reward, seconds["reward"], setting.device)  # type: ignore[method-assign]
     side.on_step_end = _timed(side.on_step_end, seconds["generator_step"], setting.device)  # type: ignore[method-assign]
 
@@ -137,6 +146,7 @@ def trl_step(setting: Setting, batch: int, folder: str) -> dict[str, Any]:
         top_k=0,
         loss_type="dr_grpo",
         scale_rewards="none",
+        use_transformers_continuous_batching=continuous,
         max_grad_norm=1.0,
         save_strategy="no",
     )
@@ -174,10 +184,16 @@ def _timed(function: Callable[..., Any], seconds: list[float], device: str) -> C
     return timed
 
 
-def measure(side: str, setting: Setting, batch: int) -> dict[str, Any]:
-    """One side, in a folder that goes away."""
+def ours(setting: Setting) -> dict[str, Any]:
+    """`dro_step` in a folder that goes away."""
     with TemporaryDirectory() as folder:
-        return dro_step(setting, folder) if side == "dro_rl" else trl_step(setting, batch, folder)
+        return dro_step(setting, folder)
+
+
+def baseline(setting: Setting, batch: int, head: str, continuous: bool) -> dict[str, Any]:
+    """`trl_step` in a folder that goes away."""
+    with TemporaryDirectory() as folder:
+        return trl_step(setting, batch, head, continuous, folder)
 
 
 def main(
@@ -190,6 +206,8 @@ def main(
     trl_batch: Annotated[
         list[int] | None, typer.Option(help="Rollouts in a micro-batch of the baseline; m unless told.")
     ] = None,
+    trl_head: Annotated[list[str], typer.Option(help="completions or as-is: see above.")] = ["completions"],  # noqa: B006
+    continuous_batching: Annotated[bool, typer.Option(help="The baseline's other engine.")] = False,
     checkpointing: Annotated[bool, typer.Option(help="Gradient checkpointing, on both sides.")] = False,
     prefix_tree: Annotated[bool, typer.Option(help="Generator prompts share first documents (ours).")] = True,
     steps: Annotated[int, typer.Option(help="Steps timed, after one that is not.")] = 5,
@@ -205,24 +223,26 @@ def main(
     for policy, sharpness in (("fresh", FRESH), ("sharpened", SHARPENED)):
         setting = Setting(
             model, questions, m, documents, k, tokens, sharpness, checkpointing, steps, device, dtype,
-            {"prefix_tree": prefix_tree},
+            {},
         )  # fmt: skip
-        ours = harness.apart(measure, side="dro_rl", setting=setting, batch=m)
-        measured = [("dro_rl", ours)]
-        for batch in trl_batch or [m]:
-            measured.append((f"TRL, batch {batch}", harness.apart(measure, side="trl", setting=setting, batch=batch)))
+        own = harness.apart(ours, setting=setting)
+        measured = [("dro_rl", own)]
+        for batch, head in product(trl_batch or [m], trl_head):
+            told = f"TRL, batch {batch}" + (", head as is" if head == "as-is" else "")
+            options = {"setting": setting, "batch": batch, "head": head, "continuous": continuous_batching}
+            measured.append((told, harness.apart(baseline, **options)))
         for name, each in measured:
             rows.append({"policy": policy, "side": name, **each})
             lines.append(
                 [
                     f"{policy}: {name}",
                     cell(median(each)),
-                    cell(median(each) / median(ours), 1, "x"),
+                    cell(median(each) / median(own), 1, "x"),
                     cell(median(each["phases"], "rollout")),
                     cell(median(each) - median(each["phases"], "rollout")),
                     cell(distinct(each["selections"]), 1),
                     cell(each["mib"], 0),
-                    cell(ours["mib"] / each["mib"], 2),
+                    cell(own["mib"] / each["mib"], 2),
                 ]
             )
     harness.report(
@@ -234,12 +254,8 @@ def main(
         rows,
         [
             f"Medians of {steps} steps. Rollouts by transformers on both sides; TRL: num_iterations=1, beta=0, "
-            "scale_rewards=none, loss_type=dr_grpo, its fused head.",
-            *(
-                ["Without Triton that head computes the prompt's logits too, as TRL does on a CPU."]
-                if device == "cpu"
-                else []
-            ),
+            "scale_rewards=none, loss_type=dr_grpo, its fused head"
+            + (" on the completions only, as on a GPU." if device == "cpu" and trl_head == ["completions"] else "."),
         ],
     )
 

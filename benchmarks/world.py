@@ -30,7 +30,7 @@ _FIRST_WORD = _FIRST_NUMBER + MOST_DOCUMENTS * TOKENS_PER_NUMBER
 def tokenizer() -> PreTrainedTokenizerFast:
     """One token a word. Token `_FIRST_NUMBER + 6 (n - 1)` is `[n]`, and the five after it are its tail in a selection."""
     numbers = [
-        "[{}]".format(n) if part == 0 else f"{n}.{part}"
+        f"[{n}]" if part == 0 else f"{n}.{part}"
         for n in range(1, MOST_DOCUMENTS + 1)
         for part in range(TOKENS_PER_NUMBER)
     ]
@@ -126,11 +126,11 @@ def write_policy(model: LlamaForCausalLM, documents: int, k: int, sharpness: flo
         model.get_output_embeddings().weight.copy_(head.to(weight))
 
 
+def selection_tokens(numbers: Sequence[int]) -> tuple[int, ...]:
+    """What such a model writes for 1-based document numbers."""
+    return tuple(_number(n - 1) + part for n in numbers for part in range(TOKENS_PER_NUMBER))
+
+
 def _number(n: int) -> int:
     """The token of the 0-based document number n."""
     return _FIRST_NUMBER + n * TOKENS_PER_NUMBER
-
-
-def shared_first_documents(selections: Sequence[tuple[int, ...]]) -> int:
-    """Documents that remain to be read when equal beginnings of selections are read once."""
-    return len({selection[:length] for selection in selections for length in range(1, len(selection) + 1)})
