@@ -2,7 +2,8 @@
 # make quickstart  train the toy world into runs/quickstart, before/after table and curves
 # make test        all tests
 # make lint        formatter, linter, type checker
-# make bench       benchmarks
+# make bench       benchmarks into runs/bench, about 25 minutes on two quiet cores
+# make bench-large the same on larger models and with more baselines, hours on a CPU
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -12,7 +13,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 TEST_PROCESSES ?= 2
 
-.PHONY: setup quickstart test lint bench clean
+.PHONY: setup quickstart test lint bench bench-large clean
 
 setup: .venv/.complete
 
@@ -33,8 +34,20 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+bench bench-large: export OMP_NUM_THREADS = $(shell getconf _NPROCESSORS_ONLN)
+
 bench: setup
 	$(BIN)/python -m benchmarks.selector_update
+	$(BIN)/python -m benchmarks.generator_update
+	$(BIN)/python -m benchmarks.trl_step
+	$(BIN)/python -m benchmarks.scaling
+
+bench-large: setup
+	$(BIN)/python -m benchmarks.selector_update --model 512x6 --output runs/bench-large
+	$(BIN)/python -m benchmarks.generator_update --model 512x6 --output runs/bench-large
+	$(BIN)/python -m benchmarks.trl_step --model 512x4 --trl-batch 8 --trl-batch 1 --trl-head completions --trl-head as-is \
+		--output runs/bench-large
+	$(BIN)/python -m benchmarks.scaling --width 512 --width 256 --width 1024 --output runs/bench-large
 
 clean:
 	rm -rf .venv build dist *.egg-info runs

@@ -93,7 +93,7 @@ def main(
     output: OutputOption = OUTPUT,
 ) -> None:
     """Time the generator's update on a fresh and on a sharpened policy."""
-    harness.model_size(model)
+    harness.check(model, device)
     options: dict[str, Any] = {"m": m, "documents": documents, "k": k, "tokens": tokens, "answer": answer}
     options |= {"model": model, "device": device, "dtype": dtype, "repeats": repeats}
     rows: list[dict[str, Any]] = []

@@ -1,7 +1,7 @@
 """What the benchmarks share: models by size, a case in a process of its own, medians, peak memory, tables.
 
-A case runs in a fresh process, so that its peak memory is its own and no case warms another's caches. On a GPU memory is
-what torch's allocator held at most; on a CPU it is the resident set, as the kernel counts it.
+A case runs in a fresh process, so that its peak memory is its own and no case warms another's caches. On a GPU memory
+is what torch's allocator held at most; on a CPU it is the resident set, as the kernel counts it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from importlib.metadata import version
 from io import StringIO
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
@@ -33,8 +33,8 @@ VOCABULARY = 8192
 MIB = 2**20
 
 ModelOption = Annotated[str, typer.Option(help="A random Llama: WIDTHxLAYERS (512x6), llama-1b or llama-8b.")]
-DeviceOption = Annotated[str, typer.Option(help="cpu or cuda.")]
-DtypeOption = Annotated[str, typer.Option(help="Of the weights and the computation: float32 or bfloat16.")]
+DeviceOption = Annotated[Literal["cpu", "cuda"], typer.Option(help="Where it runs.")]
+DtypeOption = Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of the weights and the computation.")]
 RepeatsOption = Annotated[int, typer.Option(help="Runs timed, after one that is not.")]
 OutputOption = Annotated[Path, typer.Option(help="Folder of the Markdown and JSON files.")]
 OUTPUT = Path("runs/bench")
@@ -62,6 +62,13 @@ LLAMA_3 = {
     "llama-1b": ModelSize(2048, 16, 32, 8, 8192, 128_256),
     "llama-8b": ModelSize(4096, 32, 32, 8, 14_336, 128_256),
 }
+
+
+def check(model: str, device: str) -> None:
+    """Refuse what cannot run, before anything does."""
+    model_size(model)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter("cuda: torch finds no GPU here; use --device cpu")
 
 
 def model_size(name: str) -> ModelSize:

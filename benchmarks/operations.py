@@ -43,7 +43,9 @@ def step(
     selection; the generator's each distinct prompt and the answer after it.
     """
     predicting = sum(map(len, selections))
-    drawn = [tuple(-1 - i * size.vocabulary - token for token in each) for i, each in enumerate(selections)]  # no two alike
+    drawn = [
+        tuple(-1 - i * size.vocabulary - token for token in each) for i, each in enumerate(selections)
+    ]  # no two alike
     rollouts = forward([selector_prompt + each for each in drawn], predicting, size)
     distinct = set(selections)
     selector = forward([selector_prompt + each for each in distinct], sum(map(len, distinct)), size)

@@ -15,8 +15,8 @@ R those of a selection:
     backward          = 2 · forward
 
 counted from the tokens of the rollouts that were drawn (`operations.step`). Where seconds follow the count, nothing is
-done twice and nothing else weighs. The plot is `scaling.png`: seconds, and the seconds that the operations would take at
-the rate of the base point. Selectors' policies are fresh (`world.write_policy`, uniform).
+done twice and nothing else weighs. The plot is `scaling.png`: seconds, and the seconds that the operations would take
+at the rate of the base point. Selectors' policies are fresh (`world.write_policy`, uniform).
 
 The share "own" is the step's time outside the phases in which models, engines and the optimizer run. The last line is
 the base point with a model of next to no size (64x1): all that stays is overhead, the framework's included.
@@ -33,11 +33,18 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks import harness, operations, world
-from benchmarks.harness import OUTPUT, DeviceOption, DtypeOption, ModelOption, OutputOption, cell, median, model_size
+from benchmarks.harness import OUTPUT, DeviceOption, DtypeOption, OutputOption, cell, median, model_size
 from benchmarks.steps import Setting, dro_step
 from dro_rl.prompts import Prompter
 
 SWEEPS = {"documents": "documents N", "m": "rollouts m", "k": "selected K", "width": "width", "questions": "questions"}
+DOCUMENTS, ROLLOUTS, SELECTED, WIDTHS, QUESTIONS = (
+    [20, 5, 10, 40],
+    [8, 1, 2, 4, 16],
+    [5, 1, 3, 10],
+    [256, 128, 512],
+    [1, 2, 4],
+)
 NEXT_TO_NOTHING = "64x1"
 OWN = ("inputs", "other")
 """Phases in which no model, engine or optimizer runs."""
@@ -71,11 +78,11 @@ def step(setting: Setting) -> dict[str, Any]:
 
 def main(
     context: typer.Context,
-    documents: Annotated[list[int], typer.Option(help="Candidates (N); the first is the base.")] = [20, 5, 10, 40],  # noqa: B006
-    m: Annotated[list[int], typer.Option(help="Rollouts of a question; the first is the base.")] = [8, 1, 2, 4, 16],  # noqa: B006
-    k: Annotated[list[int], typer.Option(help="Documents of a selection; the first is the base.")] = [5, 1, 3, 10],  # noqa: B006
-    width: Annotated[list[int], typer.Option(help="Of both models; the first is the base.")] = [256, 128, 512],  # noqa: B006
-    questions: Annotated[list[int], typer.Option(help="Of a step; the first is the base.")] = [1, 2, 4],  # noqa: B006
+    documents: Annotated[list[int], typer.Option(help="Candidates (N); the first is the base.")] = DOCUMENTS,
+    m: Annotated[list[int], typer.Option(help="Rollouts of a question; the first is the base.")] = ROLLOUTS,
+    k: Annotated[list[int], typer.Option(help="Documents of a selection; the first is the base.")] = SELECTED,
+    width: Annotated[list[int], typer.Option(help="Of both models; the first is the base.")] = WIDTHS,
+    questions: Annotated[list[int], typer.Option(help="Of a step; the first is the base.")] = QUESTIONS,
     layers: Annotated[int, typer.Option(help="Of both models.")] = 4,
     tokens: Annotated[int, typer.Option(help="Tokens of a document.")] = 140,
     checkpointing: Annotated[bool, typer.Option(help="Gradient checkpointing.")] = False,
@@ -87,9 +94,20 @@ def main(
     """Time a step at each point, with the operations it needs."""
     values = {"documents": documents, "m": m, "k": k, "width": width, "questions": questions}
     base = Setting(
-        f"{width[0]}x{layers}", questions[0], m[0], documents[0], k[0], tokens, 0.0, checkpointing, steps, device, dtype,
-        {},
-    )  # fmt: skip
+        model=f"{width[0]}x{layers}",
+        questions=questions[0],
+        m=m[0],
+        documents=documents[0],
+        k=k[0],
+        tokens=tokens,
+        sharpness=0.0,
+        checkpointing=checkpointing,
+        steps=steps,
+        device=device,
+        dtype=dtype,
+        trainer={},
+    )
+    harness.check(base.model, device)
     at_base = harness.apart(step, setting=base)
     rate = median(at_base, "operations") / median(at_base)
     rows: list[dict[str, Any]] = []
@@ -133,11 +151,12 @@ def _line(point: str, row: dict[str, Any], rate: float) -> list[str]:
 
 
 def plot(rows: list[dict[str, Any]], rate: float, path: Path) -> None:
-    """A panel for each setting that was varied: seconds from least to most, and what the operations alone would take."""
+    """A panel for each setting that was varied: seconds, least to most, and what the operations would take."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import NullLocator, ScalarFormatter
 
     figure, panels = pyplot.subplots(1, len(SWEEPS), figsize=(3 * len(SWEEPS), 3), sharey=True, layout="constrained")
     for panel, (name, label) in zip(panels, SWEEPS.items(), strict=True):
@@ -150,9 +169,11 @@ def plot(rows: list[dict[str, Any]], rate: float, path: Path) -> None:
         ]
         panel.errorbar(at, seconds, spread, fmt="o", capsize=3, label="measured")
         panel.plot(at, [statistics.median(row["operations"]) / rate for row in points], "--", label="operations needed")
-        panel.set(xscale="log", yscale="log", xlabel=label, xticks=at)
-        panel.set_xticks(at, [str(value) for value in at], minor=False)
-        panel.minorticks_off()
+        panel.set(xscale="log", yscale="log", xlabel=label)
+        panel.set_xticks(at, [str(value) for value in at])
+        panel.xaxis.set_minor_locator(NullLocator())
+        panel.yaxis.set_major_formatter(ScalarFormatter())
+        panel.yaxis.set_minor_formatter(ScalarFormatter())
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("seconds a step")
     panels[0].legend(frameon=False)

@@ -20,6 +20,8 @@ from benchmarks import harness
 from benchmarks.harness import OUTPUT, DeviceOption, DtypeOption, ModelOption, OutputOption, RepeatsOption, cell, median
 from dro_rl.likelihood import completion_logps
 
+SIZES, PLAIN_SIZES = [1, 2, 4, 8, 16], [1, 8]
+
 
 def update(
     packed: bool, m: int, prompt: int, completion: int, model: str, device: str, dtype: str, repeats: int
@@ -39,8 +41,8 @@ def update(
 
 def main(
     context: typer.Context,
-    m: Annotated[list[int], typer.Option(help="Selections of the prompt.")] = [1, 2, 4, 8, 16],  # noqa: B006
-    plain_m: Annotated[list[int], typer.Option(help="Where the plain path is measured too.")] = [1, 8],  # noqa: B006
+    m: Annotated[list[int], typer.Option(help="Selections of the prompt.")] = SIZES,
+    plain_m: Annotated[list[int], typer.Option(help="Where the plain path is measured too.")] = PLAIN_SIZES,
     prompt: Annotated[int, typer.Option(help="Tokens of the prompt (P).")] = 3000,
     completion: Annotated[int, typer.Option(help="Tokens of a selection (R).")] = 30,
     model: ModelOption = "512x4",
@@ -50,7 +52,7 @@ def main(
     output: OutputOption = OUTPUT,
 ) -> None:
     """Time the selector's update on both paths."""
-    harness.model_size(model)
+    harness.check(model, device)
     options: dict[str, Any] = {"prompt": prompt, "completion": completion, "model": model}
     options |= {"device": device, "dtype": dtype, "repeats": repeats}
     rows: list[dict[str, Any]] = []
@@ -59,7 +61,7 @@ def main(
         packed = harness.apart(update, packed=True, m=size, **options)
         tokens = size * (prompt + completion) / (prompt + size * completion)
         rows.append({"m": size, "plain": plain, "packed": packed, "fewer_tokens": tokens})
-    nothing = {"seconds": [math.nan], "mib": math.nan}
+    nothing: dict[str, Any] = {"seconds": [math.nan], "mib": math.nan}
     lines = []
     for row in rows:
         plain, packed = row["plain"] or nothing, row["packed"]
@@ -79,8 +81,17 @@ def main(
     harness.report(
         context,
         f"Selector update, P = {prompt}, R = {completion}, {model}, {dtype}",
-        ["m", "plain s", "packed s", "faster", "fewer tokens", f"packed over m={rows[0]['m']}"]
-        + ["plain MiB", "packed MiB", "memory"],
+        [
+            "m",
+            "plain s",
+            "packed s",
+            "faster",
+            "fewer tokens",
+            f"packed over m={rows[0]['m']}",
+            "plain MiB",
+            "packed MiB",
+            "memory",
+        ],
         lines,
         rows,
         [f"Medians of {repeats}."],

@@ -1,9 +1,10 @@
-"""Whole optimisation steps, timed from the end of one to the end of the next: `DROTrainer`'s, and a way to watch any."""
+"""Whole optimisation steps, each timed from the end of the one before: `DROTrainer`'s, and a way to watch any."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -143,9 +144,7 @@ def dro_step(setting: Setting, folder: str) -> dict[str, Any]:
         **setting.trainer,
     )
     timer = StepTimer(setting.device)
-    trainer = DROTrainer(
-        SelectorGenerator(selector, generator), config, setting.train_questions(), None, prompters
-    )
+    trainer = DROTrainer(SelectorGenerator(selector, generator), config, setting.train_questions(), None, prompters)
     trainer.add_callback(timer)
     trainer.train()
     history = [entry for entry in trainer.state.log_history if "loss" in entry][1:]
@@ -177,4 +176,4 @@ def distinct(selections: list[list[tuple[int, list[int]]]]) -> float:
 
 
 def _differences(times: list[float]) -> list[float]:
-    return [after - before for before, after in zip(times, times[1:], strict=False)]
+    return [after - before for before, after in pairwise(times)]

@@ -49,6 +49,7 @@ from dro_rl.records import Question
 from dro_rl.selection import parse_selection
 
 FRESH, SHARPENED = 0.0, 1.85
+HEADS = ["completions"]
 
 
 class GeneratorSide(TrainerCallback):
@@ -61,7 +62,9 @@ class GeneratorSide(TrainerCallback):
         batch: rollouts that go through the generator at once.
     """
 
-    def __init__(self, generator: LlamaForCausalLM, questions: Sequence[Question], setting: Setting, batch: int) -> None:
+    def __init__(
+        self, generator: LlamaForCausalLM, questions: Sequence[Question], setting: Setting, batch: int
+    ) -> None:
         self.generator, self.questions, self.setting, self.batch = generator, questions, setting, batch
         self.prompter = Prompter(world.tokenizer(), "generator")
         self.optimizer = torch.optim.AdamW(generator.parameters(), lr=LEARNING_RATE, weight_decay=0.01, fused=True)
@@ -69,7 +72,7 @@ class GeneratorSide(TrainerCallback):
         if setting.checkpointing:
             generator.gradient_checkpointing_enable({"use_reentrant": False})
 
-    def reward(self, prompts: list[str], completions: list[str], index: list[int], **kwargs: Any) -> list[float]:
+    def reward(self, completions: list[str], index: list[int], **columns: Any) -> list[float | None]:
         """Importance weights of the rollouts, which GRPO centres."""
         documents, k = self.setting.documents, self.setting.k
         selections = [parse_selection(text, documents, k).numbers for text in completions]
@@ -83,9 +86,7 @@ class GeneratorSide(TrainerCallback):
         self.weights = logps.view(-1, self.setting.m).softmax(dim=-1).flatten()
         return self.weights.tolist()
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         for start in range(0, len(self.rollouts), self.batch):
             loss = -(self.weights[start : start + self.batch] * self._answer_logps(start)).sum()
             (loss / self.setting.questions).backward()
@@ -113,7 +114,7 @@ def trl_step(setting: Setting, batch: int, head: str, continuous: bool, folder: 
     """Measure steps of the baseline.
 
     Returns:
-        what `steps.dro_step` does, with the phases `rollout` (generation) and `generator` (the reward and the SFT step).
+        what `steps.dro_step` does, with the phases `rollout` (generation), `reward` and `generator_step`.
     """
     import trl.trainer.utils
     from trl import GRPOConfig, GRPOTrainer
@@ -132,7 +133,7 @@ def trl_step(setting: Setting, batch: int, head: str, continuous: bool, folder: 
     side.reward = _timed(side.reward, seconds["reward"], setting.device)  # type: ignore[method-assign]
     side.on_step_end = _timed(side.on_step_end, seconds["generator_step"], setting.device)  # type: ignore[method-assign]
 
-    def generator_reward(**columns: Any) -> list[float]:
+    def generator_reward(**columns: Any) -> list[float | None]:
         return side.reward(**columns)
 
     config = GRPOConfig(
@@ -167,7 +168,7 @@ def trl_step(setting: Setting, batch: int, head: str, continuous: bool, folder: 
 
 def _prompt(prompter: Prompter, question: Question, k: int) -> str:
     """The selector's prompt as text: every word of it is a token, so tokens and text say the same."""
-    return str(prompter.tokenizer.decode(prompter.selector_prompt(question, k).ids))
+    return str(prompter.tokenizer.decode(list(prompter.selector_prompt(question, k).ids)))
 
 
 def _timed(function: Callable[..., Any], seconds: list[float], device: str) -> Callable[..., Any]:
@@ -206,7 +207,7 @@ def main(
     trl_batch: Annotated[
         list[int] | None, typer.Option(help="Rollouts in a micro-batch of the baseline; m unless told.")
     ] = None,
-    trl_head: Annotated[list[str], typer.Option(help="completions or as-is: see above.")] = ["completions"],  # noqa: B006
+    trl_head: Annotated[list[str], typer.Option(help="completions or as-is: see above.")] = HEADS,
     continuous_batching: Annotated[bool, typer.Option(help="The baseline's other engine.")] = False,
     checkpointing: Annotated[bool, typer.Option(help="Gradient checkpointing, on both sides.")] = False,
     prefix_tree: Annotated[bool, typer.Option(help="Generator prompts share first documents (ours).")] = True,
@@ -217,14 +218,28 @@ def main(
     output: OutputOption = OUTPUT,
 ) -> None:
     """Time a whole step on both sides, on a fresh and on a sharpened policy."""
-    harness.model_size(model)
+    harness.check(model, device)
+    if unknown := set(trl_head) - {"completions", "as-is"}:
+        raise typer.BadParameter(f"--trl-head {min(unknown)}: this is completions or as-is")
+    if odd := [batch for batch in trl_batch or [] if batch < 1 or questions * m % batch]:
+        raise typer.BadParameter(f"--trl-batch {odd[0]}: this divides the step's {questions * m} rollouts")
     rows: list[dict[str, Any]] = []
     lines = []
     for policy, sharpness in (("fresh", FRESH), ("sharpened", SHARPENED)):
         setting = Setting(
-            model, questions, m, documents, k, tokens, sharpness, checkpointing, steps, device, dtype,
-            {},
-        )  # fmt: skip
+            model=model,
+            questions=questions,
+            m=m,
+            documents=documents,
+            k=k,
+            tokens=tokens,
+            sharpness=sharpness,
+            checkpointing=checkpointing,
+            steps=steps,
+            device=device,
+            dtype=dtype,
+            trainer={},
+        )
         own = harness.apart(ours, setting=setting)
         measured = [("dro_rl", own)]
         for batch, head in product(trl_batch or [m], trl_head):

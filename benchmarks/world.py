@@ -28,7 +28,7 @@ _FIRST_WORD = _FIRST_NUMBER + MOST_DOCUMENTS * TOKENS_PER_NUMBER
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word. Token `_FIRST_NUMBER + 6 (n - 1)` is `[n]`, and the five after it are its tail in a selection."""
+    """One token a word. `[n]` is followed in the vocabulary by its tail in a selection."""
     numbers = [
         f"[{n}]" if part == 0 else f"{n}.{part}"
         for n in range(1, MOST_DOCUMENTS + 1)
@@ -63,7 +63,9 @@ def questions(count: int, documents: int, tokens: int, answer: int = 4, seed: in
 # A policy drawn directly
 
 
-def plackett_luce(documents: int, k: int, m: int, sharpness: float, random: np.random.Generator) -> list[tuple[int, ...]]:
+def plackett_luce(
+    documents: int, k: int, m: int, sharpness: float, random: np.random.Generator
+) -> list[tuple[int, ...]]:
     """m selections of k documents: at each place a document is drawn in proportion to exp(score) among those left.
 
     Scores are standard normal times `sharpness`; 0 draws uniformly.
@@ -104,7 +106,7 @@ def write_policy(model: LlamaForCausalLM, documents: int, k: int, sharpness: flo
     generator = torch.Generator().manual_seed(seed)
     draw = np.random.default_rng(seed)
     chain = range(_FIRST_NUMBER, _FIRST_NUMBER + documents * TOKENS_PER_NUMBER)
-    size, weight = config.vocab_size, model.get_input_embeddings().weight
+    size, weight = config.vocab_size, model.model.embed_tokens.weight
     scale = 10.0 * config.num_hidden_layers**0.5
     directions = torch.randn(1 + len(chain), config.hidden_size, generator=generator)
     directions = scale * directions / directions.pow(2).mean(dim=-1, keepdim=True).sqrt()
@@ -119,11 +121,13 @@ def write_policy(model: LlamaForCausalLM, documents: int, k: int, sharpness: flo
         for part in range(TOKENS_PER_NUMBER - 1):
             wanted[1 + _number(n) + part - _FIRST_NUMBER, _number(n) + part + 1] = 0.0
         following = [_number(cycle[(place + step) % documents]) for step in range(1, reach + 1)]
-        wanted[1 + _number(n) + TOKENS_PER_NUMBER - 1 - _FIRST_NUMBER, following] = -sharpness * torch.arange(float(reach))
+        wanted[1 + _number(n) + TOKENS_PER_NUMBER - 1 - _FIRST_NUMBER, following] = -sharpness * torch.arange(
+            float(reach)
+        )
     head = torch.linalg.lstsq(directions / scale, wanted).solution.T
     with torch.no_grad():
         weight.copy_(embeddings.to(weight))
-        model.get_output_embeddings().weight.copy_(head.to(weight))
+        model.lm_head.weight.copy_(head.to(weight))
 
 
 def selection_tokens(numbers: Sequence[int]) -> tuple[int, ...]:
