@@ -112,13 +112,7 @@ def load_models(recipe: Recipe, sources: dict[Role, str]) -> SelectorGenerator:
             logger.info(f"{role}: {kind} takes the plain path, which computes a prompt once for each completion")
         lora = lora_settings(run, role)
         models[role] = model if lora is None else add_adapter(model, lora)
-    return SelectorGenerator(
-        models["selector"],
-        models["generator"],
-        answer_likelihood=training.answer_likelihood,
-        answer_aliases=training.answer_aliases,
-        shared_prefix=training.shared_prefix != "off",
-    )
+    return SelectorGenerator(models["selector"], models["generator"])
 
 
 def load_reference(recipe: Recipe, sources: dict[Role, str]) -> nn.Module | None:

@@ -9,6 +9,7 @@ import torch
 from trl.trainer.base_config import _BaseConfig
 
 from dro_rl.errors import InputError
+from dro_rl.likelihood import Scoring
 from dro_rl.rollouts.engine import SamplingParams
 
 
@@ -75,8 +76,27 @@ class DROConfig(_BaseConfig):
     selector_learning_rate: float | None = _option(None, "Learning rate of the selector; 0 freezes it.")
     generator_learning_rate: float | None = _option(None, "Learning rate of the generator; 0 freezes it.")
     weight_decay: float = _option(0.01, "Weight decay of both models.")
+
+    # > Speed and memory
+    tokens_per_microbatch: int = _option(
+        16384, "Tokens that go through the models at once: bounds memory. A longer question goes alone."
+    )
     shared_prefix: Literal["auto", "on", "off"] = _option(
         "auto", "Compute each prompt once for all its completions: auto where that is exact, on to insist, off never."
+    )
+    prefix_tree: bool = _option(
+        True, "Compute the documents that generator prompts begin with alike once (where prefixes are shared)."
+    )
+    fused_e_step: Literal["auto", "off"] = _option(
+        "auto",
+        "Where an iteration is one step (questions_per_iteration), one forward pass gives likelihoods, weights and "
+        "losses: auto where that is exact, off to score first.",
+    )
+    min_weight: float = _option(
+        0.0, "The generator skips rollouts of less weight than this; the mass dropped is logged. 0 is off."
+    )
+    verify_fast_path: bool = _option(
+        True, "On the first step compare the shared-prefix path with the plain one, and stop where they differ."
     )
 
     # > Evaluation, checkpoints, logs
@@ -109,6 +129,7 @@ class DROConfig(_BaseConfig):
             "num_iterations", "m_step_epochs", "num_generations", "num_selected", "max_completion_length",
             "max_answer_length", "selector_steps", "generator_steps", "eval_iterations",
             "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
+            "tokens_per_microbatch",
         ):  # fmt: skip
             self._require(name, getattr(self, name) >= 1, "this is at least 1", "Use a positive number.")
         for name in ("questions_per_iteration", "max_prompt_length", "early_stopping_patience"):
@@ -145,6 +166,13 @@ class DROConfig(_BaseConfig):
             self.target_ess is None or self.weight_temperature == 1,
             "target_ess chooses the weight temperature itself",
             "Set one of target_ess and weight_temperature.",
+        )
+        self._require(
+            "min_weight",
+            0 <= self.min_weight < 1 / self.num_generations,
+            f"this is at least 0, and below 1/num_generations = {1 / self.num_generations:.4g}, which the largest "
+            "weight of a question reaches",
+            "Use 0 to switch it off.",
         )
         self._require(
             "generator_learning_rate",
@@ -204,6 +232,11 @@ class DROConfig(_BaseConfig):
         """The learning rate of `selector` or `generator`, in the optimizer's units."""
         own = getattr(self, f"{role}_learning_rate")
         return self.learning_rate if own is None else own
+
+    @property
+    def scoring(self) -> Scoring:
+        """How both models score rows."""
+        return Scoring(self.answer_likelihood, self.answer_aliases, self.shared_prefix != "off", self.prefix_tree)
 
     @property
     def sampling(self) -> SamplingParams:

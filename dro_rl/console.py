@@ -12,6 +12,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
 from dro_rl.recipe import describe_keys
+from dro_rl.timing import Phase, rates
 
 COLUMNS = (("evidence_bound", "bound", ".2f"), ("ess", "ess", ".1f"), ("answer_logp", "answer", ".2f"),
            ("recall@3", "recall@3", ".2f"), ("rollouts/valid", "valid", ".2f"))  # fmt: skip
@@ -85,6 +86,23 @@ def print_stages(stages: Sequence[Mapping[str, Any]], run_dir: Path, curves: Pat
     console.print(f"curves      {curves}", highlight=False)
     console.print(f"rollouts    dro-rl rollouts show {run_dir}", highlight=False)
     console.print(f"ask         dro-rl ask {run_dir} QUESTION --documents FILE", highlight=False)
+
+
+def print_phases(phases: Mapping[str, Phase], peak: float | None) -> None:
+    """Where this process spent its time, the longest phase first."""
+    table = Table(title="Where the time went (this process, since training began)")
+    table.add_column("phase", no_wrap=True)
+    for name in ("seconds", "share", "tokens/s", *(["MFU"] if peak else [])):
+        table.add_column(name, justify="right")
+    whole = sum(phase.seconds for phase in phases.values())
+    for name, phase in sorted(phases.items(), key=lambda item: -item[1].seconds):
+        found = rates({name: phase}, peak)
+        tokens, utilisation = found.get(f"tokens_per_second/{name}"), found.get(f"mfu/{name}")
+        cells = [f"{phase.seconds:.1f}", f"{phase.seconds / whole:.1%}", "" if tokens is None else f"{tokens:,.0f}"]
+        if peak:
+            cells.append("" if utilisation is None else f"{utilisation:.1%}")
+        table.add_row(name, *cells)
+    Console().print(table)
 
 
 def print_help(summary: str) -> None:

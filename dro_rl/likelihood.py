@@ -9,6 +9,7 @@ of causal LMs, not of trainers or engines.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -40,6 +41,23 @@ class Model(Protocol):
     def set_attn_implementation(self, name: str) -> None: ...
 
     def __call__(self, **inputs: Any) -> Any: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """How rows are scored.
+
+    Args:
+        answer_likelihood: `sum` over the answer's tokens, or `mean`.
+        answer_aliases: how several accepted answers make one likelihood: `first`, `max` or `logsumexp`.
+        shared_prefix: compute each prompt once for all its completions, where that is exact.
+        prefix_tree: compute what generator prompts begin with alike once.
+    """
+
+    answer_likelihood: str = "sum"
+    answer_aliases: str = "first"
+    shared_prefix: bool = True
+    prefix_tree: bool = True
 
 
 def completion_logps(

@@ -24,7 +24,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from dro_rl.errors import InputError, Phrase
-from dro_rl.likelihood import answer_logp, row_logps
+from dro_rl.likelihood import Scoring, answer_logp, row_logps
 from dro_rl.objective import generator_loss, selector_loss
 from dro_rl.packing import Row
 
@@ -47,13 +47,16 @@ class WeightedRows:
     coefficients: Sequence[float]
 
 
+Weigh = Callable[[Tensor, Tensor], tuple[Sequence[float], Sequence[float]]]
+Switch = Callable[[str], Any]
+
+
 class SelectorGeneratorOutput(NamedTuple):
-    """Losses (scalars, with gradient; None for a role that was not asked) and log-probabilities (detached, nats)."""
+    """Losses (scalars, with gradient; None for a role that was not asked), log-probabilities (detached, nats)."""
 
     selector_loss: Tensor | None
     generator_loss: Tensor | None
     selection_logps: Tensor | None
-    answer_logps: Tensor | None
 
 
 class SelectorGenerator(nn.Module):
@@ -61,26 +64,12 @@ class SelectorGenerator(nn.Module):
 
     Args:
         selector, generator: causal LMs, or PEFT models around them.
-        answer_likelihood: `sum` over the answer's tokens, or `mean`.
-        answer_aliases: how several accepted answers make one likelihood: `first`, `max` or `logsumexp`.
-        shared_prefix: compute each prompt once for all its completions, where that is exact.
     """
 
-    def __init__(
-        self,
-        selector: PreTrainedModel,
-        generator: PreTrainedModel,
-        *,
-        answer_likelihood: str = "sum",
-        answer_aliases: str = "first",
-        shared_prefix: bool = True,
-    ) -> None:
+    def __init__(self, selector: PreTrainedModel, generator: PreTrainedModel) -> None:
         super().__init__()
         self.selector = selector
         self.generator = generator
-        self.answer_likelihood = answer_likelihood
-        self.answer_aliases = answer_aliases
-        self.shared_prefix = shared_prefix
 
     @property
     def config(self) -> Any:
@@ -91,30 +80,54 @@ class SelectorGenerator(nn.Module):
         self,
         selector: WeightedRows | None = None,
         generator: WeightedRows | None = None,
+        scoring: Scoring | None = None,
+        weigh: Weigh | None = None,
+        switch: Switch = lambda role: None,
         call: tuple[Role, Callable[[Any], Any]] | None = None,
     ) -> Any:
         """Score a micro-batch for training, or call a function with one role.
 
         The second use exists for sharded models, whose parameters are gathered only within the forward of the module
         that was wrapped.
+
+        Args:
+            selector, generator: the rows of each role.
+            scoring: how they are scored.
+            weigh: gives the coefficients of both roles from the detached log-probabilities of both, in place of those
+                that the rows have: on fresh rollouts this one pass gives likelihoods, weights and losses.
+            switch: told the role whose computation begins, in the backward pass too.
+            call: a role and a function of it.
         """
         if call is not None:
             role, function = call
             return function(getattr(self, role))
+        scoring = scoring or Scoring()
         selection = answers = None
-        losses: dict[str, Tensor | None] = {"selector_loss": None, "generator_loss": None}
         if selector is not None:
-            scored = row_logps(self.selector, selector.rows, shared_prefix=self.shared_prefix)
+            switch("selector")
+            scored = row_logps(self.selector, selector.rows, shared_prefix=scoring.shared_prefix)
             selection = torch.stack([logps.sum() for row in scored for logps in row])
-            losses["selector_loss"] = selector_loss(selection, _coefficients(selector, selection))
+            # Backward begins with the model that came last, and comes to this tensor when it is through with it.
+            _on_backward(selection, lambda: switch("selector"))
         if generator is not None:
-            scored = row_logps(self.generator, generator.rows, shared_prefix=self.shared_prefix)
-            answers = torch.stack([answer_logp(row, self.answer_likelihood, self.answer_aliases) for row in scored])
-            losses["generator_loss"] = generator_loss(answers, _coefficients(generator, answers))
+            switch("generator")
+            scored = row_logps(
+                self.generator, generator.rows, shared_prefix=scoring.shared_prefix, prefix_tree=scoring.prefix_tree
+            )
+            answers = torch.stack(
+                [answer_logp(row, scoring.answer_likelihood, scoring.answer_aliases) for row in scored]
+            )
+            _on_backward(answers, lambda: switch("generator"))
+        coefficients: dict[str, Sequence[float]] = {
+            "selector": selector.coefficients if selector else (),
+            "generator": generator.coefficients if generator else (),
+        }
+        if weigh is not None and selection is not None and answers is not None:
+            coefficients["selector"], coefficients["generator"] = weigh(selection.detach(), answers.detach())
         return SelectorGeneratorOutput(
-            **losses,
-            selection_logps=None if selection is None else selection.detach(),
-            answer_logps=None if answers is None else answers.detach(),
+            None if selection is None else selector_loss(selection, _like(selection, coefficients["selector"])),
+            None if answers is None else generator_loss(answers, _like(answers, coefficients["generator"])),
+            None if selection is None else selection.detach(),
         )
 
     def gradient_checkpointing_enable(self, **options: Any) -> None:
@@ -135,8 +148,16 @@ class SelectorGenerator(nn.Module):
         getattr(self, role).requires_grad_(False)
 
 
-def _coefficients(weighted: WeightedRows, like: Tensor) -> Tensor:
-    return torch.tensor(weighted.coefficients, dtype=torch.float32, device=like.device)
+def _on_backward(tensor: Tensor, action: Callable[[], Any]) -> None:
+    def hook(gradient: Tensor) -> None:
+        action()
+
+    if tensor.requires_grad:
+        tensor.register_hook(hook)
+
+
+def _like(logps: Tensor, coefficients: Sequence[float]) -> Tensor:
+    return torch.tensor(coefficients, dtype=torch.float32, device=logps.device)
 
 
 class _Routed:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
@@ -77,7 +78,7 @@ class Selection:
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """One sampled selection of one question, scored and weighted: a row of the rollout log.
+    """One sampled selection of one question: a row of the rollout log. What is not known yet is NaN.
 
     Args:
         question: index of the question in the training set.
@@ -102,13 +103,13 @@ class Rollout:
     proposal_logps: tuple[float, ...]
     text: str
     selection: Selection
-    selection_logp: float
-    reference_logp: float
-    answer_logp: float
-    weight: float
-    selector_coefficient: float
-    ess: float
-    weight_temperature: float
+    selection_logp: float = math.nan
+    reference_logp: float = math.nan
+    answer_logp: float = math.nan
+    weight: float = math.nan
+    selector_coefficient: float = math.nan
+    ess: float = math.nan
+    weight_temperature: float = math.nan
     prompt_cut: bool = False
 
     @property

@@ -20,7 +20,7 @@ from transformers import set_seed
 
 from dro_rl import preflight
 from dro_rl.assembly import build_prompters, evaluate_base, load_models, load_reference, warm_up_models
-from dro_rl.console import print_help, print_stages
+from dro_rl.console import print_help, print_phases, print_stages
 from dro_rl.data import dev_beside, load_questions
 from dro_rl.errors import InputError, Phrase, is_full_disk
 from dro_rl.evaluation.plots import plot_curves
@@ -68,6 +68,7 @@ def main(arguments: Sequence[str]) -> None:
     trainer.save_model()
     trainer.save_state()
     if trainer.is_world_process_zero():
+        print_phases(trainer.phases(), trainer.peak_flops)
         curves = plot_curves(trainer.run_dir)
         print_stages(trainer.stages, trainer.run_dir, curves)
 

@@ -7,11 +7,11 @@ stands in `objective`, `likelihood` and `rollouts`; what stands here is when, an
 from __future__ import annotations
 
 import logging
+import math
 import shutil
-import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -35,11 +35,11 @@ from dro_rl.evaluation.evaluator import (
     write_results,
     write_stages,
 )
+from dro_rl.likelihood import passes
 from dro_rl.models import (
     ROLES,
     Role,
     SelectorGenerator,
-    WeightedRows,
     export_role,
     inference,
     load_role,
@@ -50,11 +50,14 @@ from dro_rl.pipeline import PROMPT, PipelineSettings, RAGPipeline, save_settings
 from dro_rl.prompts import Prompter
 from dro_rl.records import Question, Rollout
 from dro_rl.rollouts import log as rollout_log
-from dro_rl.rollouts.e_step import EStep, answer_row
+from dro_rl.rollouts.e_step import EStep
 from dro_rl.rollouts.engine import rollout_seed
 from dro_rl.rollouts.metrics import rollout_metrics
+from dro_rl.rollouts.micro_batch import Group, MicroBatch
 from dro_rl.rollouts.transformers_engine import TransformersEngine
 from dro_rl.schedule import Schedule, Slots, SlotSampler
+from dro_rl.timing import Phase, PhaseClock, flops_per_token, peak_flops, rates
+from dro_rl.verify import check, difference
 
 logger = logging.getLogger(__name__)
 
@@ -120,11 +123,15 @@ class DROTrainer(_BaseTrainer):
                 model.freeze(role)
         self._iteration: int | None = None  # the iteration whose rollouts are in use
         self._rollouts: list[Rollout] = []
-        self._measured_step = -1
+        self._on_policy = True  # whether those that are not weighed yet were drawn from the policy
+        self._done: dict[int, Rollout] = {}  # by slot, those of the step that have been through the models here
         self._group_roles: list[Role] = []  # whose each group of the optimizer is
-        self._sampled_logps = torch.empty(0)
+        self._losses: dict[str, float] = defaultdict(float)
         self._step_metrics: dict[str, list[float]] = defaultdict(list)
-        self._phase_seconds: dict[str, float] = defaultdict(float)
+        self._verified = False
+        self._flops = {role: flops_per_token(getattr(model, role)) for role in ROLES}
+        self.peak_flops = peak_flops(args.device)
+        self.clock = PhaseClock(args.device)
         several = sum(len(question.answers) > 1 for question in train_questions)
         if several:
             logger.info(
@@ -152,6 +159,8 @@ class DROTrainer(_BaseTrainer):
             self.prompters["selector"],
             self.prompters["generator"],
             args,
+            self.clock,
+            {role: flops.forward for role, flops in self._flops.items()},
         )
         self._pipeline = RAGPipeline(
             self._open,
@@ -175,7 +184,7 @@ class DROTrainer(_BaseTrainer):
         """The iteration's rollouts, by slot: from memory, from the log, or sampled now."""
         if self._iteration != iteration:
             indices = self.schedule.questions(iteration)
-            size = QUESTIONS_PER_PART * self.args.world_size
+            size = len(indices) if self.fused else QUESTIONS_PER_PART * self.args.world_size
             quiet = self.args.disable_tqdm or len(indices) <= size or not self.is_world_process_zero()
             self._rollouts = []
             with tqdm(total=len(indices), desc=f"iteration {iteration + 1}: rollouts", unit="q", disable=quiet) as bar:
@@ -186,9 +195,13 @@ class DROTrainer(_BaseTrainer):
         return self._rollouts
 
     def _part(self, iteration: int, part: int, first: int, indices: list[int]) -> list[Rollout]:
-        """One part of an E-step: read where a killed run left it whole, else sampled, shared and written."""
-        path = rollout_log.part_path(self.run_dir, iteration + 1, part)
+        """One part of an E-step: read where a killed run left it whole, else sampled, shared and written.
+
+        Where the E-step is fused with the M-step, rollouts are shared as they were sampled, and written when the
+        step's forward passes have weighed them.
+        """
         kept: list[Any] = [None]
+        path = rollout_log.part_path(self.run_dir, iteration + 1, part)
         if self.is_world_process_zero() and path.is_file():
             found = rollout_log.to_rollouts(rollout_log.read([path]))
             if [rollout.question for rollout in found[:: self.args.num_generations]] == indices:
@@ -197,21 +210,44 @@ class DROTrainer(_BaseTrainer):
             return kept[0]
         rank, world = self.args.process_index, self.args.world_size
         mine = range(rank, len(indices), world)
-        with self._phase("rollout"):
-            rollouts = self._e_step(
-                [indices[i] for i in mine],
-                [self.train_questions[indices[i]] for i in mine],
-                [rollout_seed(self.args.seed, iteration, first + i) for i in mine],
-            )
-            m = self.args.num_generations
+        questions = [self.train_questions[indices[i]] for i in mine]
+        seeds = [rollout_seed(self.args.seed, iteration, first + i) for i in mine]
+        numbers, m = [indices[i] for i in mine], self.args.num_generations
+        if self.fused:
+            rollouts, self._on_policy = self._e_step.sample(numbers, questions, seeds)
+        else:
+            rollouts = self._e_step(numbers, questions, seeds)
+        with self.clock.phase("rollout"):  # until the slowest process is there
             groups = gather_object([(i, rollouts[n * m : (n + 1) * m]) for n, i in enumerate(mine)])
         everything = [rollout for _, group in sorted(groups, key=lambda item: item[0]) for rollout in group]
-        if self.is_world_process_zero():
-            rollout_log.write(
-                rollout_log.to_table(everything, self.train_questions, iteration + 1, self.state.global_step, first, m),
-                path,
-            )
+        if not self.fused:
+            self._write_part(iteration, part, first, everything)
         return everything
+
+    def _write_part(self, iteration: int, part: int, first: int, rollouts: Sequence[Rollout]) -> None:
+        if self.is_world_process_zero():
+            step, m = self.schedule.steps_per_iteration * iteration, self.args.num_generations
+            rollout_log.write(
+                rollout_log.to_table(rollouts, self.train_questions, iteration + 1, step, first, m),
+                rollout_log.part_path(self.run_dir, iteration + 1, part),
+            )
+
+    @property
+    def fused(self) -> bool:
+        """Whether one forward pass gives likelihoods, weights and losses.
+
+        It does where that is what scoring first would give: when an iteration is a single step of both models (or
+        several passes over one step's questions, of which the first is fresh), each question is whole on a process,
+        and no rollout is to be left out of the backward pass.
+        """
+        return (
+            self.args.fused_e_step == "auto"
+            and self.schedule.questions_per_iteration == self.schedule.questions_per_step
+            and self.args.interleave == "joint"
+            and all(self.args.role_learning_rate(role) > 0 for role in ROLES)
+            and self.args.per_device_train_batch_size % self.args.num_generations == 0
+            and self.args.min_weight == 0
+        )
 
     @contextmanager
     def _open(self, role: Role) -> Iterator[Any]:
@@ -250,85 +286,130 @@ class DROTrainer(_BaseTrainer):
         turn = self.state.global_step % (self.args.selector_steps + self.args.generator_steps)
         return (role == "selector") == (turn < self.args.selector_steps)
 
-    def _prepare_inputs(self, slots: Any) -> dict[str, Any]:
-        """A micro-batch of slots as what each role scores, groups in the order of the slots."""
-        step, m = self.state.global_step, self.args.num_generations
-        rollouts = self._rollouts_of(self.schedule.iteration(step))
-        if self._measured_step != step:
-            self._measured_step = step
-            groups = [rollouts[p * m : (p + 1) * m] for p in self.schedule.positions(step)]
-            for name, value in rollout_metrics(groups, self.train_questions, self.args).items():
-                self._step_metrics[name].append(value)
-        micro: dict[int, list[Rollout]] = defaultdict(list)
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        """Nothing to move: rows become tensors where they are scored."""
+        return inputs
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """The stock step, once for each part of the Trainer's micro-batch that `tokens_per_microbatch` has room for."""
+        step = self.state.global_step
+        micro_batches = self._micro_batches(self._rollouts_of(self.schedule.iteration(step)), inputs)
+        loss = torch.zeros((), device=self.args.device)
+        for micro_batch in micro_batches[:-1]:
+            with self._accumulating(model):
+                loss += self._part_of_step(model, micro_batch)
+        loss += self._part_of_step(model, micro_batches[-1])
+        done = (rollout for micro_batch in micro_batches for rollout in micro_batch.rollouts)
+        self._done.update(zip(inputs, done, strict=True))
+        if self.accelerator.sync_gradients:
+            self._end_of_step(step)
+        return loss
+
+    def _part_of_step(self, model: nn.Module, micro_batch: MicroBatch) -> Tensor:
+        before = self.clock.switch("other")
+        loss = super().training_step(model, cast(Any, micro_batch))
+        self.clock.switch(before)
+        return loss
+
+    @contextmanager
+    def _accumulating(self, model: nn.Module) -> Iterator[None]:
+        """A backward pass that more of the same step follow. Sharded gradients are reduced in each all the same."""
+        state = self.accelerator.gradient_state
+        before = state.sync_gradients
+        state._set_sync_gradients(False)
+        try:
+            with nullcontext() if self.is_fsdp_enabled else self.accelerator.no_sync(model):
+                yield
+        finally:
+            state._set_sync_gradients(before)
+
+    def _micro_batches(self, rollouts: Sequence[Rollout], slots: Sequence[int]) -> list[MicroBatch]:
+        """Slots as what the models score: whole groups in the order of the slots, as many at once as have room.
+
+        Every process has as many, since those that shard parameters meet in each pass.
+        """
+        by_question: dict[int, list[Rollout]] = defaultdict(list)
         for slot in slots:
-            micro[slot // m].append(rollouts[slot])
-        with self._phase("inputs"):
-            return {role: self._rows(role, list(micro.values())) for role in ROLES if self._active(role)}
-
-    def _rows(self, role: Role, groups: list[list[Rollout]]) -> WeightedRows:
-        return self._selector_rows(groups) if role == "selector" else self._generator_rows(groups)
-
-    def _selector_rows(self, groups: list[list[Rollout]]) -> WeightedRows:
-        """Each question's prompt once, with its distinct samples."""
-        rows, coefficients, sampled = [], [], []
-        for group in groups:
-            question = self.train_questions[group[0].question]
-            merged: dict[tuple[int, ...], float] = defaultdict(float)
-            logps = {}
-            for rollout in group:
-                merged[rollout.token_ids] += rollout.selector_coefficient
-                logps[rollout.token_ids] = rollout.selection_logp
-            prompt = self.prompters["selector"].selector_prompt(question, self.args.num_selected)
-            rows.append(Row(prompt.ids, list(merged)))
-            coefficients += list(merged.values())
-            sampled += [logps[ids] for ids in merged]
-        self._sampled_logps = torch.tensor(sampled, dtype=torch.float64)
-        return WeightedRows(rows, coefficients)
-
-    def _generator_rows(self, groups: list[list[Rollout]]) -> WeightedRows:
-        """Each distinct selection once, with the accepted answers."""
-        rows, coefficients = [], []
-        for group in groups:
-            question = self.train_questions[group[0].question]
-            merged: dict[tuple[int, ...], float] = defaultdict(float)
-            for rollout in group:
-                if rollout.selection.valid:
-                    merged[rollout.selection.numbers] += rollout.weight
-            for numbers, weight in merged.items():
-                rows.append(answer_row(self.prompters["generator"], question, numbers, self.args.answer_aliases))
-                coefficients.append(weight)
-        if not rows:  # nothing valid here, but the other processes' gradients wait for ours
+            by_question[slot // self.args.num_generations].append(rollouts[slot])
+        with self.clock.phase("inputs"):
+            roles = [role for role in ROLES if self._active(role)]
+            groups = [
+                Group(group, self.train_questions[group[0].question], self.prompters, self.args, roles)
+                for group in by_question.values()
+            ]
+            batches = [
+                [groups[i] for i in run] for run in passes([len(g) for g in groups], self.args.tokens_per_microbatch)
+            ]
+            most = int(self.accelerator.gather(torch.tensor([len(batches)], device=self.args.device)).max())
+            batches += [[] for _ in range(most - len(batches))]
             eos = self.prompters["generator"].eos_token_id
-            return WeightedRows([Row((eos,), [(eos,)])], [0.0])
-        return WeightedRows(rows, coefficients)
+            return [MicroBatch(batch, self.args, self._on_policy, eos) for batch in batches]
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Both losses, as means over questions: the micro-batch sums over b rollouts, b / m questions' worth."""
-        output = model(**inputs)
+        """Both losses, as means over questions: a micro-batch sums over its share of the step's questions."""
+        micro_batch: MicroBatch = inputs
+        roles = [role for role in ROLES if self._active(role)]
+        if self.args.verify_fast_path and not self._verified:
+            self._verified = True
+            for role in roles:
+                self._verify(role, micro_batch.rows(role).rows)
+        for role in roles:
+            tokens = micro_batch.tokens(role)
+            self.clock.count(role, tokens, tokens * self._flops[role].step)
+        output = model(
+            **{role: micro_batch.rows(role) for role in roles},
+            scoring=self.args.scoring,
+            weigh=micro_batch.weigh if micro_batch.fresh else None,
+            switch=self.clock.switch,
+        )
         scale = self.args.num_generations / self.args.per_device_train_batch_size
         losses = []
         for role, loss in (("selector", output.selector_loss), ("generator", output.generator_loss)):
             if loss is not None:
                 losses.append(scale * loss)
-                self._step_metrics[f"{role}/loss"].append(losses[-1].item())
+                self._losses[f"{role}/loss"] += losses[-1].item()
         first_step = self.state.global_step % self.schedule.steps_per_iteration == 0
-        if output.selection_logps is not None and first_step:  # the weights are still those that sampled
-            difference = (output.selection_logps.double().cpu() - self._sampled_logps).abs()
+        if output.selection_logps is not None and first_step and self.args.sampling.on_policy and micro_batch.rollouts:
+            # The weights are still those that sampled, so this is what separates the engine from the trainer.
+            difference = (output.selection_logps.double().cpu() - micro_batch.proposal_logps()).abs()
             self._step_metrics["sampling/logp_difference_mean"].append(difference.mean().item())
             self._step_metrics["sampling/logp_difference_max"].append(difference.max().item())
         loss = torch.stack(losses).sum()
         return (loss, output) if return_outputs else loss
 
-    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """The stock step, timed less the E-step that its first micro-batch may begin with."""
-        rollout = self._phase_seconds["rollout"]
-        started = time.perf_counter()
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        elapsed = time.perf_counter() - started
-        self._phase_seconds["train"] += elapsed - (self._phase_seconds["rollout"] - rollout)
-        return loss
+    def _verify(self, role: Role, rows: Sequence[Row]) -> None:
+        """Compare the shared-prefix path with the plain one on the first rows; stop when they differ."""
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        half = self.args.bf16 or self.args.fp16
+        with self.clock.phase("verification"), self.accelerator.autocast():
+            if sharded:
+                with self._open(role) as model:
+                    found = difference(model, rows, self.args.scoring, gradients=False)
+            else:
+                found = difference(getattr(self._unwrapped(), role), rows, self.args.scoring, gradients=True)
+        if found is not None:
+            kind = getattr(self._unwrapped(), role).dtype
+            check(role, found, (torch.bfloat16 if self.args.bf16 else torch.float16) if half else kind)
+            gradients = "" if found.gradients is None else f", gradients by {found.gradients:.1e} of their norm"
+            logger.info(f"{role}: shared prefixes differ from the plain path by {found.logps:.1e} nats{gradients}")
+
+    def _end_of_step(self, step: int) -> None:
+        """What the step's forward passes made of its rollouts: shared, written, measured."""
+        for name, value in self._losses.items():
+            self._step_metrics[name].append(value / self.current_gradient_accumulation_steps)
+        self._losses.clear()
+        iteration = self.schedule.iteration(step)
+        positions, m = self.schedule.positions(step), self.args.num_generations
+        if any(math.isnan(self._rollouts[position * m].weight) for position in positions):
+            done = {slot: rollout for part in gather_object([self._done]) for slot, rollout in part.items()}
+            self._rollouts = [done[slot] for slot in range(len(self._rollouts))]
+            self._write_part(iteration, 0, 0, self._rollouts)
+        self._done.clear()
+        groups = [self._rollouts[position * m : (position + 1) * m] for position in positions]
+        for name, value in rollout_metrics(groups, self.train_questions, self.args).items():
+            self._step_metrics[name].append(value)
 
     # The optimizer: a learning rate and a clip for each model
 
@@ -361,6 +442,10 @@ class DROTrainer(_BaseTrainer):
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor | float | None:
         """Clip each model's gradient on its own, so that neither's scale decides the other's step."""
+        with self.clock.phase("optimizer"):
+            return self._clip_each(model)
+
+    def _clip_each(self, model: nn.Module) -> Tensor | float | None:
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             return super()._clip_grad_norm(model)  # the engine clips, over all parameters
         total = torch.zeros((), dtype=torch.float64)
@@ -387,7 +472,7 @@ class DROTrainer(_BaseTrainer):
         assert self.eval_questions is not None
         stage = stage or f"iteration-{self.schedule.iteration(self.state.global_step)}"
         rank, world = self.args.process_index, self.args.world_size
-        with self._phase("evaluation"):
+        with self.clock.phase("evaluation"):
             mine = evaluate(
                 self._pipeline, self.eval_questions[rank::world], self.args.answer_likelihood, self.args.answer_aliases
             )
@@ -441,23 +526,20 @@ class DROTrainer(_BaseTrainer):
                     logs[name] = max(known) if name.endswith("_max") else sum(known) / len(known)
             for role, rate in self._learning_rates().items():
                 logs[f"{role}/learning_rate"] = rate
-            for name, seconds in self._phase_seconds.items():
-                logs[f"time/{name}"] = round(seconds, 4)
+            logs.update(rates(self.clock.flush(), self.peak_flops))
             self._step_metrics.clear()
-            self._phase_seconds.clear()
         super().log(logs, start_time)
+
+    def phases(self) -> dict[str, Phase]:
+        """Seconds, tokens and operations of each phase on this process, since the trainer was made."""
+        self.clock.flush()
+        return dict(self.clock.total)
 
     def _learning_rates(self) -> dict[Role, float]:
         """Each training model's current learning rate: the first group of each is its own."""
         assert self.lr_scheduler is not None
         rates = self.lr_scheduler.get_last_lr()
         return {role: float(rates[self._group_roles.index(role)]) for role in dict.fromkeys(self._group_roles)}
-
-    @contextmanager
-    def _phase(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self._phase_seconds[name] += time.perf_counter() - started
 
     # Checkpoints: whole or absent, and enough to go on bit for bit
 
@@ -500,7 +582,7 @@ class DROTrainer(_BaseTrainer):
             shutil.rmtree(beside, ignore_errors=True)
             beside.mkdir(parents=True)
         self.accelerator.wait_for_everyone()
-        with self._phase("checkpoint"):
+        with self.clock.phase("checkpoint"):
             self.save_model(str(beside), _internal_call=True)
             self._save_optimizer_and_scheduler(str(beside))
             self._save_scaler(str(beside))
@@ -576,7 +658,10 @@ class DROTrainer(_BaseTrainer):
 
 
 class _Iterations(TrainerCallback):
-    """Evaluates before the first iteration and after each, saves, and stops when dev no longer improves."""
+    """Evaluates before the first iteration and after each, saves, and stops when dev no longer improves.
+
+    Times the optimizer too: only callbacks stand on both sides of it.
+    """
 
     def __init__(self, trainer: DROTrainer) -> None:
         self.trainer = trainer
@@ -586,6 +671,12 @@ class _Iterations(TrainerCallback):
     ) -> None:
         if state.global_step == 0 and self.trainer.eval_questions is not None:
             self.trainer.evaluate_initially()
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer.clock.switch("optimizer")
+
+    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer.clock.switch("other")
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -31,7 +31,7 @@ from dro_rl.records import Question, Rollout, Selection
 from dro_rl.rollouts.e_step import EStep
 from dro_rl.rollouts.engine import Completion
 from dro_rl.rollouts.metrics import rollout_metrics
-from dro_rl.trainer import DROTrainer
+from dro_rl.rollouts.micro_batch import Group, MicroBatch
 from dro_rl.warmup import generator_examples
 
 K = 2
@@ -91,8 +91,10 @@ class Lab:
         prompt = prompter.generator_prompt(self.questions[question], numbers).ids
         return completion_logps(self.generator, prompt, [prompter.completion(answer)])[0].detach()
 
-    def trainer(self, m: int) -> SimpleNamespace:
-        return SimpleNamespace(train_questions=self.questions, prompters=self.prompters, args=self.config(m))
+    def micro_batch(self, rollouts: Sequence[Rollout], **settings) -> MicroBatch:
+        config = self.config(len(rollouts), **settings)
+        group = Group(rollouts, self.questions[0], self.prompters, config, ("selector", "generator"))
+        return MicroBatch([group], config, True, self.prompters["generator"].eos_token_id)
 
 
 @pytest.fixture
@@ -110,8 +112,9 @@ def test_a1_all_m_samples_are_used(lab) -> None:
     expected = torch.stack([lab.answer_logps(numbers, "heron").sum() for numbers in NUMBERS]).softmax(0)
     assert [rollout.weight for rollout in rollouts] == pytest.approx(expected.tolist(), abs=1e-4)
     assert max(expected) < 0.999
-    assert len(DROTrainer._selector_rows(lab.trainer(4), [rollouts]).rows[0].completions) == 4
-    assert len(DROTrainer._generator_rows(lab.trainer(4), [rollouts]).rows) == 4
+    micro_batch = lab.micro_batch(rollouts)
+    assert len(micro_batch.rows("selector").rows[0].completions) == 4
+    assert len(micro_batch.rows("generator").rows) == 4
 
 
 def test_a3_the_likelihood_is_a_sum_over_tokens_with_the_end_of_sequence(lab) -> None:
@@ -147,13 +150,26 @@ def test_a5_duplicates_keep_their_multiplicity(lab) -> None:
 def test_a5_duplicates_are_scored_once_with_their_coefficients_summed(lab) -> None:
     """A5: and were keyed on the text. The generator's key is what it reads; the selector's, its tokens."""
     rollouts = lab.rollouts(["[1] > [2]", "[1]>[2]", "[2] > [1]", "[1] > [2]"])
-    generator = DROTrainer._generator_rows(lab.trainer(4), [rollouts])
-    selector = DROTrainer._selector_rows(lab.trainer(4), [rollouts])
+    generator, selector = (lab.micro_batch(rollouts).rows(role) for role in ("generator", "selector"))
     weights = [rollout.weight for rollout in rollouts]
     assert generator.coefficients == pytest.approx([weights[0] + weights[1] + weights[3], weights[2]])
     assert len(generator.rows) == 2
     assert selector.coefficients == pytest.approx([weights[0] + weights[3], weights[1], weights[2]])
     assert len(selector.rows[0].completions) == 3
+
+
+def test_light_rollouts_are_left_out_of_the_generators_loss_when_asked(lab) -> None:
+    """`min_weight`: their rows are not made; what the others weigh stays as it is, and so does the selector's row."""
+    rollouts = lab.rollouts(TEXTS)
+    light, second = sorted(rollout.weight for rollout in rollouts)[:2]
+    assert light < second < 0.25
+    kept = [rollout for rollout in rollouts if rollout.weight > light]
+    micro_batch = lab.micro_batch(rollouts, min_weight=second)
+    assert micro_batch.rows("generator").coefficients == [rollout.weight for rollout in kept]
+    assert len(micro_batch.rows("generator").rows) == 3
+    assert len(micro_batch.rows("selector").rows[0].completions) == 4
+    metrics = rollout_metrics([rollouts], lab.questions, lab.config(4, min_weight=second))
+    assert metrics["dropped_mass"] == pytest.approx(light)
 
 
 def test_a6_another_proposal_is_corrected(lab) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 from tokenizers.processors import TemplateProcessing
@@ -17,8 +16,8 @@ from dro_rl.recipe import RunConfig
 from dro_rl.records import Document, Question
 from dro_rl.rollouts.e_step import EStep
 from dro_rl.rollouts.engine import Completion
+from dro_rl.rollouts.micro_batch import Group, MicroBatch
 from dro_rl.selection import format_selection
-from dro_rl.trainer import DROTrainer
 from dro_rl.warmup import generator_examples, selector_examples
 
 BOTH_KINDS = pytest.mark.parametrize("kind", ["tokenizer", "chat_tokenizer"])
@@ -273,7 +272,7 @@ def seen(monkeypatch) -> dict[str, list[tuple[int, ...]]]:
     seen: dict[str, list[tuple[int, ...]]] = {}
 
     def stub(caller: str):
-        def score_rows(model, rows, batch_size, shared_prefix=True):
+        def score_rows(model, rows, *options, **more):
             seen.setdefault(caller, []).extend(tuple(row.prompt) for row in rows)
             return [[torch.full((len(c),), -1.0) for c in row.completions] for row in rows]
 
@@ -307,20 +306,22 @@ def test_sampling_scoring_training_evaluation_and_warm_up_ask_with_the_same_toke
     engine, writer = Recorder(written), Recorder(written)
     e_step = EStep(lambda: engine, lambda: engine, lambda: engine, None, *prompters.values(), config)
     rollouts = e_step(range(4), questions, range(4))
-    trainer = SimpleNamespace(train_questions=questions, prompters=prompters, args=config)
-    groups = [rollouts[2 * i : 2 * i + 2] for i in range(4)]
+    groups = [
+        Group(rollouts[2 * i : 2 * i + 2], questions[i], prompters, config, ("selector", "generator")) for i in range(4)
+    ]
+    trained = MicroBatch(groups, config, True, base.eos_token_id)
     pipeline = RAGPipeline(lambda role: writer, prompters, PipelineSettings(K, 900, 16, 16, {}))
     evaluate(pipeline, questions)
 
     assert engine.prompts == expected_selector
-    assert [tuple(row.prompt) for row in DROTrainer._selector_rows(trainer, groups).rows] == expected_selector
+    assert [tuple(row.prompt) for row in trained.rows("selector").rows] == expected_selector
     assert [prompt for prompt, _ in selector_examples(questions, prompters["selector"], run, config)] == (
         expected_selector
     )
     assert writer.prompts == expected_selector + expected_generator
     assert seen["e-step scoring"] == expected_generator
     assert seen["evaluation scoring"] == expected_generator
-    assert [tuple(row.prompt) for row in DROTrainer._generator_rows(trainer, groups).rows] == expected_generator
+    assert [tuple(row.prompt) for row in trained.rows("generator").rows] == expected_generator
     assert [prompt for prompt, _ in generator_examples(questions, prompters["generator"], run, config)] == (
         expected_generator
     )

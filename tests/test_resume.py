@@ -44,7 +44,14 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def history(run: Path) -> list[dict[str, Any]]:
     """Everything that was logged, less what a clock said."""
     state = json.loads((run / "trainer_state.json").read_text())
-    clock = ("time/", "train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss")
+    clock = (
+        "time/",
+        "tokens_per_second/",
+        "train_runtime",
+        "train_samples_per_second",
+        "train_steps_per_second",
+        "train_loss",
+    )
     return [
         {name: value for name, value in entry.items() if not name.startswith(clock)} for entry in state["log_history"]
     ]

@@ -110,6 +110,9 @@ def test_a_frozen_side_is_bit_identical_and_has_no_optimizer_state(job: Job, fro
         {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 16},
         {"per_device_eval_batch_size": 1},
         {"shared_prefix": "off"},
+        {"prefix_tree": False},
+        {"tokens_per_microbatch": 1},
+        {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1, "tokens_per_microbatch": 250},
         {"gradient_checkpointing": True},
     ],
     ids=[
@@ -118,11 +121,48 @@ def test_a_frozen_side_is_bit_identical_and_has_no_optimizer_state(job: Job, fro
         "groups split over micro-batches",
         "small inference batches",
         "plain",
+        "no prefix tree",
+        "each question alone",
+        "as many questions as have room",
         "checkpointed",
     ],
 )
 def test_the_arrangement_of_the_work_does_not_change_the_weights(job: Job, arrangement: dict[str, Any]) -> None:
     assert largest_difference(weights(job("one")), weights(job("other", **arrangement))) < 2e-6
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"m_step_epochs": 2, "tokens_per_microbatch": 200},
+        {"temperature": 1.3, "beta": 0.1, "entropy_coef": 0.01},
+        {"target_ess": 0.7, "selector_baseline": "none", "shared_prefix": "off"},
+    ],
+    ids=["plain", "two epochs, by parts", "another proposal, regularised", "tempered, padded"],
+)
+def test_fusing_the_e_step_with_the_m_step_changes_nothing(job: Job, settings: dict[str, Any]) -> None:
+    """Rollouts, weights, log and models are those of scoring first, without its passes."""
+    online = {"questions_per_iteration": 4, "num_iterations": 3, **settings}
+    fused, apart = job("fused", **online), job("apart", **online, fused_e_step="off")
+    assert largest_difference(weights(fused), weights(apart)) < 2e-6
+    tables = [rollout_log.read(rollout_log.part_paths(run)).to_pylist() for run in (fused, apart)]
+    assert len(tables[0]) == 3 * 4 * 4
+    for one, other in zip(*tables, strict=True):
+        for name, value in other.items():
+            expected = pytest.approx(value, abs=1e-4, nan_ok=True) if isinstance(value, float) else value
+            assert one[name] == expected or name == "proposal_logps", name
+    logs = [
+        [entry for entry in json.loads((run / "trainer_state.json").read_text())["log_history"] if "loss" in entry]
+        for run in (fused, apart)
+    ]
+    if "beta" not in settings:  # the initial selector is asked all the same
+        assert not any("time/scoring" in entry for entry in logs[0])
+    assert all("time/scoring" in entry for entry in logs[1][:: settings.get("m_step_epochs", 1)])
+    for one, other in zip(*logs, strict=True):
+        for name in set(other) - {"time/scoring", "tokens_per_second/scoring"}:
+            if not name.startswith(("time/", "tokens_per_second/")):
+                assert one[name] == pytest.approx(other[name], abs=1e-4, nan_ok=True), name
 
 
 def test_training_moves_much_further_than_that_tolerance(job: Job) -> None:
@@ -131,19 +171,28 @@ def test_training_moves_much_further_than_that_tolerance(job: Job) -> None:
     assert largest_difference(weights(run), start) > 1e-3
 
 
+FUSED_BY_PARTS = ["--per_device_train_batch_size", "8", "--tokens_per_microbatch", "200", "--fused_e_step", "auto"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "options"),
     [
-        ("ddp", ["--gradient_accumulation_steps", "2"]),
+        ("ddp", ["--gradient_accumulation_steps", "1", *FUSED_BY_PARTS]),
         ("ddp", ["--per_device_train_batch_size", "2"]),
-        ("fsdp2", ["--gradient_accumulation_steps", "2"]),
+        ("fsdp2", ["--gradient_accumulation_steps", "1", *FUSED_BY_PARTS]),
         ("fsdp2", ["--per_device_train_batch_size", "2"]),
     ],
-    ids=["ddp", "ddp, groups span processes", "fsdp2", "fsdp2, groups span processes"],
+    ids=[
+        "ddp, fused, by parts",
+        "ddp, groups span processes",
+        "fsdp2, fused, by parts",
+        "fsdp2, groups span processes",
+    ],
 )
 def test_two_processes_train_to_the_weights_of_one_and_resume(tmp_path: Path, config: str, options: list[str]) -> None:
-    recipe = world(tmp_path / "world")
+    """One process scores first. Two fuse, with as many parts as they have room for, and wait for each other."""
+    recipe = world(tmp_path / "world", questions_per_iteration=4, num_iterations=4, fused_e_step="off")
     one = launch(recipe, tmp_path / "one")
     assert one.returncode == 0, one.stderr[-3000:]
     two = launch(recipe, tmp_path / "two", *options, processes=2, config=config)

@@ -20,7 +20,7 @@ from dro_rl.files import written_whole
 from dro_rl.likelihood import answer_logp, score_rows
 from dro_rl.pipeline import RAGPipeline, read
 from dro_rl.records import Question
-from dro_rl.rollouts.e_step import answer_row
+from dro_rl.rollouts.micro_batch import answer_row
 
 KS = (1, 3, 5)
 METRICS = ("em", "f1", *(f"recall@{k}" for k in KS), *(f"answer_recall@{k}" for k in KS), "answer_logp", "valid")

@@ -56,6 +56,8 @@ def rollout_metrics(
         metrics["sampling/truncated"] = _mean((log_ratio > config.max_log_ratio).double())
     if config.beta:
         metrics["kl"] = _mean(policy - column("reference_logp"))
+    if config.min_weight:
+        metrics["dropped_mass"] = _mean((weights * (weights < config.min_weight)).sum(-1))
     for k in (1, 3, 5):
         recalls = [
             recall_at_k(rollout.selection.numbers, questions[rollout.question].supporting_numbers, k)

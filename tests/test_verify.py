@@ -1,0 +1,85 @@
+"""Claims about the check of the first step: it lets what is exact pass, and stops what is not, with the numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dro_rl import likelihood, verify
+from dro_rl.errors import InputError
+from dro_rl.likelihood import Scoring
+from dro_rl.packing import Row
+
+ROWS = [
+    Row(list(range(2, 90)), [[5, 6, 7], [8, 4], [9, 9]]),
+    Row([*range(2, 70), 4, 4, 4], [[3, 3]]),
+    Row([2], [[3]]),
+]
+
+
+@pytest.mark.parametrize("tree", [True, False])
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+def test_what_is_exact_passes(make_model, architecture: str, tree: bool) -> None:
+    model = make_model(architecture, vocab_size=100)
+    found = verify.difference(model, ROWS, Scoring(prefix_tree=tree), gradients=True)
+    assert found is not None
+    assert 0 < found.logps < 1e-4
+    assert found.gradients is not None
+    assert 0 < found.gradients < 1e-3
+    verify.check("selector", found, torch.float32)
+
+
+def test_there_is_nothing_to_compare_on_the_plain_path(make_model) -> None:
+    model = make_model(vocab_size=100)
+    assert verify.difference(model, ROWS, Scoring(shared_prefix=False), gradients=True) is None
+    model.set_attn_implementation("eager")
+    assert verify.difference(model, ROWS, Scoring(), gradients=True) is None
+
+
+def test_wrong_values_stop_the_run(make_model, monkeypatch) -> None:
+    """A completion that sees its siblings, as it would under a mask that is merely causal."""
+    model = make_model(vocab_size=100)
+    lay_out = likelihood.lay_out
+
+    def leaky(rows, **options):
+        layout = lay_out(rows, **options)
+        for segment in layout.segments:
+            if segment.mask is not None:
+                count = len(segment.mask)
+                segment.mask[:, -count:] = torch.ones(count, count).tril().bool()
+        return layout
+
+    monkeypatch.setattr(likelihood, "lay_out", leaky)
+    found = verify.difference(model, ROWS, Scoring(), gradients=False)
+    assert found is not None
+    with pytest.raises(InputError, match=r"the generator's log-probabilities differ by [\d.]+ nats"):
+        verify.check("generator", found, torch.float32)
+
+
+def test_wrong_gradients_stop_the_run(make_model, monkeypatch) -> None:
+    """Values that agree are not enough: here the second completion's gradient is lost."""
+    model = make_model(vocab_size=100)
+    packed = likelihood._packed
+
+    def forgetful(*arguments):
+        first, second, *rest = packed(*arguments)
+        return [first, second.detach(), *rest]
+
+    monkeypatch.setattr(likelihood, "_packed", forgetful)
+    found = verify.difference(model, ROWS, Scoring(), gradients=True)
+    assert found is not None
+    assert found.logps < 1e-4
+    with pytest.raises(InputError, match="gradients by 0"):
+        verify.check("selector", found, torch.float32)
+
+
+def test_dropout_does_not_pass_for_a_difference(make_model) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.5)
+    model = peft.get_peft_model(make_model(vocab_size=100), config).train()
+    found = verify.difference(model, ROWS, Scoring(), gradients=True)
+    assert found is not None
+    verify.check("selector", found, torch.float32)
+    dropouts = [module for module in model.modules() if isinstance(module, torch.nn.Dropout)]
+    assert dropouts
+    assert all(module.training for module in dropouts)
