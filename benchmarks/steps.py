@@ -36,7 +36,7 @@ class Setting:
         checkpointing: gradient checkpointing of both models.
         steps: timed, after one that is not.
         device, dtype: as on the command line; bfloat16 is also the precision of autocast.
-        trainer: settings of `DROConfig` beside these.
+        trainer: settings of `DROConfig` beside these and the defaults.
     """
 
     model: str
@@ -141,6 +141,7 @@ def dro_step(setting: Setting, folder: str) -> dict[str, Any]:
         eval_iterations=10**9,
         early_stopping_patience=None,
         load_best_model_at_end=False,
+        verify_fast_path=False,  # the plain path's memory, once, would be taken for the step's
         **setting.trainer,
     )
     timer = StepTimer(setting.device)

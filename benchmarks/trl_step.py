@@ -13,7 +13,8 @@ The same on both sides: random Llamas, prompts, m, K, sampling at temperature 1,
 checkpointing, one question's rollouts in a micro-batch, and rollouts by transformers (no vLLM). The baseline's
 settings: `num_iterations=1` and generation aligned with the optimizer steps (no second pass for old log-probabilities),
 `beta=0` (no reference model), its own fused head, no logging of completions; the generator's logits over the answer
-only. `--trl-batch 1` gives the baseline one rollout a micro-batch: its least memory.
+only. `--trl-batch 1` gives the baseline one rollout a micro-batch: its least memory. Ours: the defaults, without the
+comparison with the plain path on the first step (`verify_fast_path`).
 
 The selector's policy is written into it (`world.write_policy`), so that rollouts are selections from the first step
 on: fresh (uniform), and sharpened to about five distinct selections of eight. The learning rate is so small that it
@@ -238,7 +239,7 @@ def main(
             steps=steps,
             device=device,
             dtype=dtype,
-            trainer={},
+            trainer={"prefix_tree": prefix_tree},
         )
         own = harness.apart(ours, setting=setting)
         measured = [("dro_rl", own)]
