@@ -71,9 +71,9 @@ def test_selector_update_measures_both_paths(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("in_this_process")
 def test_generator_update_measures_each_way_on_both_policies(tmp_path: Path) -> None:
-    sizes = ["--m", "4", "--distinct", "2", "--documents", "8", "--k", "3", "--tokens", "100", "--repeats", "2"]
+    sizes = ["--m", "8", "--distinct", "4", "--documents", "20", "--k", "5", "--tokens", "40", "--repeats", "2"]
     rows = run("generator_update", tmp_path, *TINY, *sizes)["rows"]
-    assert [(row["policy"], row["distinct"]) for row in rows] == [("fresh", 4)] * 4 + [("sharpened", 2)] * 4
+    assert [(row["policy"], row["distinct"]) for row in rows] == [("fresh", 8)] * 4 + [("sharpened", 4)] * 4
     plain, fused, once, tree = (row["tokens"] for row in rows[4:])
     assert plain == 2 * fused  # of equal lengths, so nothing is padded: scored, then trained
     assert once * 2 == fused
