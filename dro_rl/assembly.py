@@ -161,6 +161,7 @@ def evaluate_base(recipe: Recipe, dev: Sequence[Question], prompters: dict[Role,
         training.max_completion_length,
         training.max_answer_length,
         run.chat_template_kwargs,
+        training.constrain_selection,
     )
     pipeline = RAGPipeline(
         open_role, prompters, settings, training.per_device_eval_batch_size, training.shared_prefix != "off"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -48,11 +50,62 @@ class DROConfig(_BaseConfig):
     )
     max_completion_length: int = _option(64, "Tokens of a selection at most.")
     max_answer_length: int = _option(64, "Tokens of a generated answer at most (evaluation and serving).")
+    constrain_selection: bool = _option(
+        False, "Let the selector write K distinct valid numbers and nothing else: sampled, scored and served like that."
+    )
     temperature: float = _option(1.0, "Sampling temperature. Other than 1 the weights are corrected by p/q.")
-    top_p: float = _option(1.0, "Nucleus truncation of the proposal; 1 is off. Corrected by p/q.")
-    top_k: int = _option(0, "Top-k truncation of the proposal; 0 is off. Corrected by p/q.")
-    min_p: float = _option(0.0, "Minimum probability, relative to the likeliest token; 0 is off. Corrected by p/q.")
+    temperature_end: float | None = _option(
+        None, "Temperature of the last iteration, reached in a straight line; unset: temperature throughout."
+    )
+    duplicate_threshold: float | None = _option(
+        None, "Raise the temperature after an iteration in which more than this share of rollouts repeat another."
+    )
+    temperature_max: float = _option(2.0, "The most that duplicate_threshold raises the temperature to.")
+    top_p: float = _option(1.0, "Nucleus truncation of the proposal; 1 is off. Corrected by p/q on what is left.")
+    top_k: int = _option(0, "Top-k truncation of the proposal; 0 is off. Corrected by p/q on what is left.")
+    min_p: float = _option(
+        0.0, "Minimum probability, relative to the likeliest token; 0 is off. Corrected by p/q on what is left."
+    )
     max_log_ratio: float = _option(2.0, "Truncation from above of log p/q in the weights, in nats.")
+
+    # > Rollout engine
+    rollout_engine: Literal["auto", "transformers", "vllm"] = _option(
+        "auto", "What samples rollouts: auto is vllm with a server, or where it is installed beside CUDA."
+    )
+    vllm_mode: Literal["colocate", "server"] = _option(
+        "colocate", "vLLM in the trainer's process, or servers of their own (`dro-rl serve-rollouts`)."
+    )
+    vllm_dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
+        "auto", "Type that vLLM computes in; auto is the trainer's. Another makes q another: corrected by p/q."
+    )
+    vllm_model_impl: Literal["auto", "vllm", "transformers"] = _option(
+        "auto", "Whose implementation of the model vLLM runs; auto is its own where it has one."
+    )
+    vllm_max_model_length: int | None = _option(
+        None, "Tokens of vLLM's longest sequence; unset: max_prompt_length + max_completion_length."
+    )
+    vllm_tensor_parallel_size: int = _option(1, "Devices that one copy of the selector in vLLM is spread over.")
+    vllm_gpu_memory_utilization: float = _option(
+        0.3, "Share of a GPU's memory that vLLM takes beside the trainer (vllm_mode: colocate)."
+    )
+    vllm_enable_sleep_mode: bool = _option(
+        False, "Give vLLM's GPU memory back while models train (vllm_mode: colocate)."
+    )
+    vllm_server_base_url: str | list[str] = _option(
+        "http://127.0.0.1:8000", "The server, or a list of replicas that share the questions (vllm_mode: server)."
+    )
+    vllm_server_timeout: float = _option(240.0, "Seconds to wait for a server that is not up, or has gone away.")
+    vllm_request_timeout: float = _option(600.0, "Seconds that a server may take over the rollouts of one question.")
+    overlap_rollouts: bool = _option(
+        False, "Sample the next step's rollouts while this one trains: weights one step old, corrected by p/q (server)."
+    )
+    vllm_weight_sync: Literal["auto", "folder", "nccl"] = _option(
+        "auto", "How servers get weights; auto is nccl where trainer and server have it, else folder."
+    )
+    vllm_weights_dir: str | None = _option(
+        None, "Folder that trainer and servers both see, for vllm_weight_sync: folder; unset: in output_dir."
+    )
+    vllm_group_port: int = _option(51216, "Port of the group that weights travel in (vllm_weight_sync: nccl).")
 
     # > Objective
     answer_likelihood: Literal["sum", "mean"] = _option(
@@ -149,6 +202,25 @@ class DROConfig(_BaseConfig):
         self._require(
             "temperature", self.temperature > 0, "rollouts are sampled, so this is above 0", "Use 1.0 to sample from p."
         )
+        self._require(
+            "temperature_end",
+            self.temperature_end is None or self.temperature_end > 0,
+            "rollouts are sampled, so this is above 0",
+            "Use 1.0 to end at p, or leave it unset.",
+        )
+        self._require(
+            "duplicate_threshold",
+            self.duplicate_threshold is None or 0 < self.duplicate_threshold < 1,
+            "this is a share of the rollouts, between 0 and 1",
+            "Use 0.5, or leave it unset.",
+        )
+        highest = max(self.temperature, self.temperature_end or 0.0)
+        self._require(
+            "temperature_max",
+            self.duplicate_threshold is None or self.temperature_max > highest,
+            f"duplicate_threshold raises the temperature above the {highest} that it has without it",
+            "Raise it, or leave duplicate_threshold unset.",
+        )
         self._require("top_p", 0 < self.top_p <= 1, "this is in (0, 1]", "Use 1.0 to switch it off.")
         self._require("top_k", self.top_k >= 0, "this is at least 0", "Use 0 to switch it off.")
         self._require("min_p", 0 <= self.min_p < 1, "this is in [0, 1)", "Use 0 to switch it off.")
@@ -180,12 +252,79 @@ class DROConfig(_BaseConfig):
             "one of the two models trains",
             "Give one a learning rate above 0.",
         )
+        self._check_vllm()
         self._require(
             "interleave",
             self.interleave == "joint" or min(map(self.role_learning_rate, ("selector", "generator"))) > 0,
             "taking turns needs two models that train",
             "Use interleave: joint, which skips the frozen model.",
         )
+
+    def _check_vllm(self) -> None:
+        for name in ("vllm_tensor_parallel_size", "vllm_max_model_length", "vllm_group_port"):
+            value = getattr(self, name)
+            self._require(name, value is None or value >= 1, "this is at least 1", "Use a positive number.")
+        for name in ("vllm_server_timeout", "vllm_request_timeout"):
+            self._require(name, getattr(self, name) > 0, "this is a time in seconds", "Use a positive number.")
+        self._require(
+            "vllm_gpu_memory_utilization", 0 < self.vllm_gpu_memory_utilization <= 1, "this is a share", "Use 0.3."
+        )
+        for url in self.vllm_servers:
+            self._require(
+                "vllm_server_base_url",
+                bool(re.fullmatch(r"https?://[^/\s?#]+/?", url)),
+                "a server is a scheme, a host and a port, or a list of them",
+                "Use http://127.0.0.1:8000.",
+            )
+        self._require("vllm_server_base_url", bool(self.vllm_servers), "there is at least one", "Name a server.")
+        self._require(
+            "vllm_enable_sleep_mode",
+            not self.vllm_enable_sleep_mode or self.vllm_mode == "colocate",
+            "a server has its memory to itself",
+            "Leave it out, or use vllm_mode: colocate.",
+        )
+        self._require(
+            "overlap_rollouts",
+            not self.overlap_rollouts or (self.engine == "vllm" and self.vllm_mode == "server"),
+            "only a server samples while the trainer trains",
+            "Use vllm_mode: server, or leave it out.",
+        )
+        if self.engine != "vllm":
+            return
+        self._require(
+            "vllm_enable_sleep_mode",
+            not self.vllm_enable_sleep_mode or (torch.cuda.is_available() and not self.use_cpu),
+            "only a GPU has memory that vLLM can give back",
+            "Leave it out on a CPU.",
+        )
+        self._require(
+            "vllm_weight_sync",
+            self.vllm_mode == "colocate" or self.vllm_weight_sync != "nccl" or len(self.vllm_servers) == 1,
+            f"NCCL reaches one server, and there are {len(self.vllm_servers)}",
+            "Use folder, or one server with --data-parallel-size.",
+        )
+        self._require(
+            "vllm_weight_sync",
+            self.vllm_mode == "colocate" or self.vllm_weight_sync != "nccl" or torch.cuda.is_available(),
+            "NCCL travels between GPUs, and there is none here",
+            "Use folder.",
+        )
+
+    @property
+    def vllm_servers(self) -> list[str]:
+        """The servers' addresses, without a closing slash."""
+        urls = self.vllm_server_base_url
+        return [url.rstrip("/") for url in ([urls] if isinstance(urls, str) else urls)]
+
+    @property
+    def engine(self) -> Literal["transformers", "vllm"]:
+        """The rollout engine, `auto` resolved: vLLM for who names a server mode, or has it installed beside CUDA."""
+        if self.rollout_engine != "auto":
+            return self.rollout_engine
+        if self.vllm_mode == "server":
+            return "vllm"
+        suits = torch.cuda.is_available() and not self.use_cpu
+        return "vllm" if suits and importlib.util.find_spec("vllm") is not None else "transformers"
 
     def check_batch(self, processes: int, num_questions: int) -> None:
         """Raise `InputError` unless steps hold whole questions and iterations whole steps."""
@@ -205,6 +344,12 @@ class DROConfig(_BaseConfig):
             wanted is None or wanted % per_step == 0,
             f"an iteration has whole steps of {per_step} questions",
             f"Use a multiple of {per_step}.",
+        )
+        self._require(
+            "overlap_rollouts",
+            not self.overlap_rollouts or (wanted == per_step and self.m_step_epochs == 1),
+            f"rollouts are at most one step old, so an iteration is one step, of {per_step} questions",
+            f"Use questions_per_iteration: {per_step} and m_step_epochs: 1.",
         )
         needed = per_step if wanted is None else wanted
         if needed > num_questions:

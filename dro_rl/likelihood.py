@@ -97,9 +97,20 @@ def row_logps(
         layout = lay_out(rows, prefix_tree=prefix_tree)
         logps = _packed(model, layout, rows) if within is None else within(_packed, layout, rows)
     else:
-        logps = _padded(model, [(row.prompt, completion) for row in rows for completion in row.completions])
+        logps = _padded(
+            model, [(row.prompt, completion) for row in rows for completion in row.completions], _allowed(rows)
+        )
     flat = iter(logps)
     return [[next(flat) for _ in row.completions] for row in rows]
+
+
+def _allowed(rows: Sequence[Row]) -> list[Sequence[int]] | None:
+    """What each token of each completion was chosen among, in order; None where all rows are unconstrained."""
+    if all(row.allowed is None for row in rows):
+        return None
+    if any(row.allowed is None for row in rows):
+        raise ValueError("rows are scored together that are all constrained, or none")
+    return [ids for row in rows for completion in row.allowed or () for ids in completion]
 
 
 @torch.no_grad()
@@ -159,38 +170,48 @@ def _packed(model: Any, layout: Layout, rows: Sequence[Row]) -> list[Tensor]:
     kept, where = (each.to(device) for each in torch.tensor(sources).unique(return_inverse=True))
     completions = [completion for row in rows for completion in row.completions]
     targets = torch.tensor([token for completion in completions for token in completion], device=device)
-    logps = _head_logps(plain, hidden[kept], where, targets)
+    logps = _head_logps(plain, hidden[kept], where, targets, _allowed(rows))
     return list(logps.split([len(completion) for completion in completions]))
 
 
-def _head_logps(model: Any, hidden: Tensor, where: Tensor, targets: Tensor) -> Tensor:
+def _head_logps(
+    model: Any, hidden: Tensor, where: Tensor, targets: Tensor, allowed: Sequence[Sequence[int]] | None
+) -> Tensor:
     """log p of `targets`, each under the logits of row `where` of `hidden`, float32; a chunk of logits at a time.
 
-    Each chunk is computed again for its gradient, so at most `LOGITS_PER_CHUNK` numbers are held.
+    Each chunk is computed again for its gradient, so at most `LOGITS_PER_CHUNK` numbers are held. `allowed`: the ids
+    that each target's softmax is over; None: all.
     """
     head, config = model.get_output_embeddings(), model.config.get_text_config()
+    among = None if allowed is None else _as_matrix(allowed, hidden.device)
 
-    def chunk(hidden: Tensor, where: Tensor, targets: Tensor) -> Tensor:
+    def chunk(hidden: Tensor, where: Tensor, targets: Tensor, mine: Tensor | None) -> Tensor:
         logits = head(hidden).float()
         if scaling := getattr(config, "logits_scaling", None):
             logits = logits / scaling
         if cap := getattr(config, "final_logit_softcapping", None):
             logits = cap * (logits / cap).tanh()
-        return logits[where, targets] - logits.logsumexp(dim=-1)[where]
+        if among is None:
+            return logits[where, targets] - logits.logsumexp(dim=-1)[where]
+        ids, beyond = among if mine is None else (each[mine] for each in among)
+        return logits[where, targets] - logits[where.unsqueeze(-1), ids].masked_fill(beyond, -torch.inf).logsumexp(-1)
 
     # A sharded head is gathered each time it is called, by all processes together, so it is called once.
     size = len(hidden) if hasattr(head.weight, "ds_id") else max(1, LOGITS_PER_CHUNK // config.vocab_size)
     if len(hidden) <= size:
-        return chunk(hidden, where, targets)
+        return chunk(hidden, where, targets, None)
     logps = torch.zeros(len(targets), device=hidden.device)
     for start in range(0, len(hidden), size):
         mine = ((where >= start) & (where < start + size)).nonzero().squeeze(-1)
-        piece = checkpoint(chunk, hidden[start : start + size], where[mine] - start, targets[mine], use_reentrant=False)
+        some = hidden[start : start + size]
+        piece = checkpoint(chunk, some, where[mine] - start, targets[mine], mine, use_reentrant=False)
         logps = logps.index_copy(0, mine, piece)
     return logps
 
 
-def _padded(model: Model, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Tensor]:
+def _padded(
+    model: Model, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], allowed: Sequence[Sequence[int]] | None
+) -> list[Tensor]:
     """The plain path: one sequence a completion, padded on the left, so that `logits_to_keep` is one number."""
     device = model.device
     width = max(len(prompt) + len(completion) for prompt, completion in pairs)
@@ -211,8 +232,31 @@ def _padded(model: Model, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) 
     lengths = [len(completion) for _, completion in pairs]
     picked = torch.cat([logits[i, keep - 1 - n : keep - 1] for i, n in enumerate(lengths)]).float()
     target = torch.tensor([token for _, completion in pairs for token in completion], device=device).unsqueeze(-1)
-    logps = picked.gather(-1, target).squeeze(-1) - picked.logsumexp(dim=-1)
+    among = picked if allowed is None else among_allowed(picked, allowed)[0]
+    logps = picked.gather(-1, target).squeeze(-1) - among.logsumexp(dim=-1)
     return list(logps.split(lengths))
+
+
+def among_allowed(logits: Tensor, allowed: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """The logits of some ids alone.
+
+    Args:
+        logits: (rows, vocabulary).
+        allowed: the ids of each row, at least one.
+
+    Returns:
+        their logits (rows, most ids), float32, −inf after the last id of a row, and the ids themselves.
+    """
+    ids, beyond = _as_matrix(allowed, logits.device)
+    return logits.gather(-1, ids).float().masked_fill(beyond, -torch.inf), ids
+
+
+def _as_matrix(allowed: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids of each row as one matrix, and where it goes on beyond a row's last id."""
+    width = max(len(ids) for ids in allowed)
+    ids = torch.tensor([[*row, *[row[0]] * (width - len(row))] for row in allowed], device=device)
+    counts = torch.tensor([len(row) for row in allowed], device=device)
+    return ids, torch.arange(width, device=device) >= counts.unsqueeze(-1)
 
 
 def answer_logp(token_logps: Sequence[Tensor], likelihood: str = "sum", aliases: str = "first") -> Tensor:

@@ -24,10 +24,17 @@ WORTH_SAVING = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A prompt and the completions to score after it, as token ids."""
+    """A prompt and the completions to score after it, as token ids.
+
+    Args:
+        prompt, completions: token ids.
+        allowed: for each token of each completion the ids that it was chosen among (`SelectionConstraint`): its
+            log-probability is under the distribution renormalised over them. None: over the vocabulary.
+    """
 
     prompt: Sequence[int]
     completions: Sequence[Sequence[int]]
+    allowed: Sequence[Sequence[Sequence[int]]] | None = None
 
     def __len__(self) -> int:
         """Tokens of the row when its prompt stands once."""

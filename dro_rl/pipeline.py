@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from dro_rl.constraint import SelectionConstraint
 from dro_rl.errors import InputError, Phrase
 from dro_rl.files import written_whole
 from dro_rl.likelihood import Model
@@ -46,6 +47,7 @@ class PipelineSettings:
 
     Args:
         num_selected: K.
+        constrain_selection: the selector writes K distinct valid numbers and nothing else, as it was trained to.
         max_prompt_length, max_completion_length, max_answer_length: in tokens.
         chat_template_kwargs: as in the recipe.
     """
@@ -55,6 +57,7 @@ class PipelineSettings:
     max_completion_length: int
     max_answer_length: int
     chat_template_kwargs: dict[str, Any]
+    constrain_selection: bool = False
 
 
 class RAGPipeline:
@@ -146,19 +149,26 @@ class RAGPipeline:
         k = self.settings.num_selected
         prompter = self.prompters["selector"]
         prompts = [prompter.selector_prompt(question, k).ids for question in questions]
-        written = self._greedy("selector", prompts, self.settings.max_completion_length)
+        constraints: list[SelectionConstraint] | None = None
+        if self.settings.constrain_selection:
+            constraints = [prompter.constraint(len(question.documents), k) for question in questions]
+        written = self._greedy("selector", prompts, self.settings.max_completion_length, constraints)
         return [
             parse_selection(prompter.decode(ids), len(question.documents), k)
             for question, (ids, _) in zip(questions, written, strict=True)
         ]
 
     def _greedy(
-        self, role: Role, prompts: Sequence[tuple[int, ...]], length: int
+        self,
+        role: Role,
+        prompts: Sequence[tuple[int, ...]],
+        length: int,
+        constraints: Sequence[SelectionConstraint] | None = None,
     ) -> list[tuple[tuple[int, ...], float]]:
         sampling = SamplingParams(length, temperature=0.0)
         with self.open_role(role) as model:
             engine = TransformersEngine(model, self.prompters[role].eos_token_id, self.batch_size, self.shared_prefix)
-            groups = engine.generate(prompts, 1, sampling, [0] * len(prompts))
+            groups = engine.generate(prompts, 1, sampling, [0] * len(prompts), constraints)
         return [(group[0].ids, sum(group[0].logps)) for group in groups]
 
 

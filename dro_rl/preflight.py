@@ -19,12 +19,15 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
+from dro_rl.config import DROConfig
 from dro_rl.errors import InputError, Phrase
 from dro_rl.evaluation.evaluator import METRICS
 from dro_rl.models import ROLES, Role, check_model, whole_parameters
 from dro_rl.prompts import Prompter, load_template
 from dro_rl.recipe import Recipe, RunConfig, read_yaml
 from dro_rl.records import Document, Question
+from dro_rl.rollouts.vllm_common import check_installed
+from dro_rl.rollouts.vllm_server import check_servers
 from dro_rl.selection import format_selection
 from dro_rl.warmup import selection_order
 
@@ -32,7 +35,9 @@ MAY_CHANGE = frozenset(
     {
         "output_dir", "resume_from_checkpoint", "num_iterations", "max_steps", "early_stopping_patience", "save_steps",
         "save_total_limit", "logging_steps", "report_to", "disable_tqdm", "run_name", "per_device_eval_batch_size",
-        "warmup_cache_dir",
+        "warmup_cache_dir", "vllm_server_base_url", "vllm_server_timeout", "vllm_request_timeout",
+        "vllm_gpu_memory_utilization", "vllm_tensor_parallel_size", "vllm_enable_sleep_mode", "vllm_weight_sync",
+        "vllm_weights_dir", "vllm_group_port",
     }
 )  # fmt: skip
 """Keys that a resumed run may change: how long it runs and what it says, not what it computes."""
@@ -59,6 +64,7 @@ def check(recipe: Recipe, train: Sequence[Question], dev: Sequence[Question]) ->
         )
     check_warm_up(recipe, train)
     check_trackers(training.report_to)
+    check_rollout_engine(training)
     models: dict[Role, PreTrainedModel] = {}
     for role in ROLES:
         place = f"{role}_model_name_or_path"
@@ -137,6 +143,16 @@ def check_warm_up(recipe: Recipe, train: Sequence[Question]) -> None:
     place = _nearest(Path(run.warmup_cache_dir).expanduser())
     if run.warmup != "none" and not (place.is_dir() and os.access(place, os.W_OK)):
         raise InputError("warmup_cache_dir", run.warmup_cache_dir, "warmed-up models are kept there", "Use another.")
+
+
+def check_rollout_engine(training: DROConfig) -> None:
+    """Refuse vLLM where it is not installed, and servers that are away or not started as rollouts need."""
+    if training.engine != "vllm":
+        return
+    if training.vllm_mode == "colocate":
+        check_installed("rollout_engine", training.rollout_engine)
+    elif PartialState().is_main_process:
+        check_servers(training)
 
 
 def check_trackers(report_to: str | list[str] | None) -> None:
@@ -272,6 +288,22 @@ def _check_role_prompts(questions: Sequence[Question], role: Role, prompter: Pro
             else:
                 longest = sorted(question.documents, key=lambda document: -len(document.title))[:k]
                 prompter.generator_prompt(question, [question.documents.index(d) + 1 for d in longest])
+
+
+def check_constraint(recipe: Recipe, questions: Sequence[Question], prompter: Prompter) -> None:
+    """Refuse a constraint that the selector's tokenizer cannot follow, or that does not fit `max_completion_length`."""
+    training = recipe.training
+    if not training.constrain_selection:
+        return
+    for count in sorted({len(question.documents) for question in questions}):
+        longest = prompter.constraint(count, training.num_selected).verify()
+        if longest > training.max_completion_length:
+            raise InputError(
+                "max_completion_length",
+                training.max_completion_length,
+                f"constrain_selection writes all {training.num_selected} of {count} numbers, in up to {longest} tokens",
+                f"Use {longest} or more.",
+            )
 
 
 def check_disk(recipe: Recipe, models: Mapping[Role, PreTrainedModel]) -> None:

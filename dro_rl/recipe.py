@@ -165,9 +165,50 @@ NOT_OURS = {
     "ignore_data_skip": "nothing: a resumed run finds its place without reading data",
     "save_only_model": "nothing: a checkpoint is there to go on from",
     "push_to_hub": "`hf upload` on selector/ and generator/ when the run is done",
+    "use_vllm": "rollout_engine: vllm",
+    "vllm_server_host": "vllm_server_base_url: http://host:port",
+    "vllm_server_port": "vllm_server_base_url: http://host:port",
+    "vllm_importance_sampling_correction": "max_log_ratio: rollouts are always corrected by p/q",
     "ddp_find_unused_parameters": "nothing: it follows from interleave",
 }
-"""Keys of the stock Trainer that have no effect here, with what to use instead."""
+"""Keys of the stock Trainer and of TRL that have no effect here, with what to use instead."""
+
+REFUSED = {
+    "repetition_penalty": (
+        "a penalty on what was written before falls on the brackets and arrows of the format itself",
+        "Leave it out; constrain_selection: true keeps numbers from repeating.",
+    ),
+    "generation_kwargs": (
+        "what is handed to an engine alone makes it sample from something that the weights do not know",
+        "Use temperature, top_p, top_k, min_p or constrain_selection, which they do.",
+    ),
+    "vllm_structured_outputs_regex": (
+        "a pattern that the engine keeps and the trainer does not score makes every ratio p/q wrong",
+        "Use constrain_selection: true, which both keep.",
+    ),
+    "vllm_importance_sampling_correction": (
+        "the weights are always corrected by p/q, whatever the engine",
+        "Leave it out; max_log_ratio bounds the correction.",
+    ),
+    "vllm_importance_sampling_mode": (
+        "the correction is a factor p/q of each rollout's weight, truncated from above",
+        "Leave it out; max_log_ratio bounds the correction.",
+    ),
+    "vllm_importance_sampling_clip_max": (
+        "the correction is bounded in nats",
+        "Use max_log_ratio, the logarithm of this.",
+    ),
+    "vllm_importance_sampling_cap": ("the correction is bounded in nats", "Use max_log_ratio, the logarithm of this."),
+    "vllm_importance_sampling_clip_min": (
+        "a ratio near zero is a rollout that p would hardly write, and stays near zero",
+        "Leave it out.",
+    ),
+    "epsilon": (
+        "weights are fixed in the E-step, so that no ratio to an older policy is there to clip",
+        "Leave it out; max_log_ratio bounds p/q where the proposal is not p.",
+    ),
+}
+"""Keys of TRL that would make the proposal dishonest, or that correct it in another way: the rule and the fix."""
 
 
 def load_recipe(path: str | Path | None, overrides: Mapping[str, Any] | None = None) -> Recipe:
@@ -181,6 +222,8 @@ def load_recipe(path: str | Path | None, overrides: Mapping[str, Any] | None = N
     for key in given:
         if key in NOT_OURS:
             raise InputError(key, given[key], "this key has no effect in dro_rl", f"Use {NOT_OURS[key]}.")
+        if key in REFUSED:
+            raise InputError(key, given[key], *REFUSED[key])
         if key not in fields:
             close = difflib.get_close_matches(key, fields, n=1)
             hint = f"Did you mean {close[0]}?" if close else "`dro_rl/train.py --help` lists the keys."

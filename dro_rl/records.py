@@ -95,6 +95,7 @@ class Rollout:
         ess: effective sample size of the group's weights.
         weight_temperature: the temperature its weights were computed at.
         prompt_cut: whether the selector read documents cut to fit `max_prompt_length`.
+        temperature: what it was sampled at.
     """
 
     question: int
@@ -111,6 +112,7 @@ class Rollout:
     ess: float = math.nan
     weight_temperature: float = math.nan
     prompt_cut: bool = False
+    temperature: float = 1.0
 
     @property
     def proposal_logp(self) -> float:

@@ -47,6 +47,7 @@ def main(arguments: Sequence[str]) -> None:
     preflight.check(recipe, train, dev)
     prompters = build_prompters(recipe)
     preflight.check_prompts([*train, *dev], prompters, training.num_selected)
+    preflight.check_constraint(recipe, [*train, *dev], prompters["selector"])
     checkpoint = preflight.claim_output_dir(recipe)
 
     set_seed(training.seed)

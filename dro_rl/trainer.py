@@ -10,8 +10,10 @@ import logging
 import math
 import shutil
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -51,10 +53,14 @@ from dro_rl.prompts import Prompter
 from dro_rl.records import Question, Rollout
 from dro_rl.rollouts import log as rollout_log
 from dro_rl.rollouts.e_step import EStep
-from dro_rl.rollouts.engine import rollout_seed
+from dro_rl.rollouts.engine import Completion, RolloutEngine, rollout_seed
 from dro_rl.rollouts.metrics import rollout_metrics
 from dro_rl.rollouts.micro_batch import Group, MicroBatch
+from dro_rl.rollouts.temperature import duplicate_share, groups_of, guarded_temperature
 from dro_rl.rollouts.transformers_engine import TransformersEngine
+from dro_rl.rollouts.vllm_colocate import ColocatedEngine
+from dro_rl.rollouts.vllm_server import ServerEngine, check_servers
+from dro_rl.rollouts.vllm_weights import publisher
 from dro_rl.schedule import Schedule, Slots, SlotSampler
 from dro_rl.timing import Phase, PhaseClock, flops_per_token, peak_flops, rates
 from dro_rl.verify import check, difference
@@ -63,6 +69,20 @@ logger = logging.getLogger(__name__)
 
 QUESTIONS_PER_PART = 128
 """Questions a process whose rollouts are computed and written together: what a kill in an E-step can cost."""
+
+
+MAX_DIFFERENCE = 0.1
+"""Nats a token, on average: two implementations of a model in bfloat16 stay below it."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Ahead:
+    """An iteration that is being sampled while the one before it trains: by weights of `step` updates, in parts."""
+
+    iteration: int
+    step: int
+    temperature: float
+    parts: Sequence[Future[list[list[Completion]]]]
 
 
 class DROTrainer(_BaseTrainer):
@@ -125,10 +145,13 @@ class DROTrainer(_BaseTrainer):
         self._rollouts: list[Rollout] = []
         self._on_policy = True  # whether those that are not weighed yet were drawn from the policy
         self._done: dict[int, Rollout] = {}  # by slot, those of the step that have been through the models here
+        self._ahead: _Ahead | None = None
+        self._staleness = 0  # updates between the weights that sampled the rollouts in use and those they train first
+        self._pool = ThreadPoolExecutor(1, "rollouts")
         self._group_roles: list[Role] = []  # whose each group of the optimizer is
         self._losses: dict[str, float] = defaultdict(float)
         self._step_metrics: dict[str, list[float]] = defaultdict(list)
-        self._verified = False
+        self._verified = self._warned = False
         self._flops = {role: flops_per_token(getattr(model, role)) for role in ROLES}
         self.peak_flops = peak_flops(args.device)
         self.clock = PhaseClock(args.device)
@@ -137,6 +160,11 @@ class DROTrainer(_BaseTrainer):
             logger.info(
                 f"{several} of {len(train_questions)} questions have several accepted answers; "
                 f"the likelihood takes answer_aliases: {args.answer_aliases}"
+            )
+        if args.sampling.truncates:
+            logger.warning(
+                "top_p, top_k and min_p leave out selections that p could write. The weights are right among those "
+                "that can be drawn; how much of p these have is logged as sampling/ratio_mean"
             )
         super().__init__(
             model=model,
@@ -151,6 +179,7 @@ class DROTrainer(_BaseTrainer):
         self.add_callback(LineProgress)
         self.reference = reference.to(self.accelerator.device).eval() if reference is not None else None
         self.stages: list[dict[str, Any]] = read_stages(self.run_dir)
+        self._vllm = self._start_vllm() if args.engine == "vllm" else None
         self._e_step = EStep(
             self._open_engine,
             partial(self._open, "selector"),
@@ -184,17 +213,71 @@ class DROTrainer(_BaseTrainer):
         """The iteration's rollouts, by slot: from memory, from the log, or sampled now."""
         if self._iteration != iteration:
             indices = self.schedule.questions(iteration)
-            size = len(indices) if self.fused else QUESTIONS_PER_PART * self.args.world_size
+            ahead = self._ahead if self._ahead is not None and self._ahead.iteration == iteration else None
+            temperature = self._temperature(iteration) if ahead is None else ahead.temperature
+            self._staleness = 0 if ahead is None else self.state.global_step - ahead.step
+            size = self._part_size(len(indices))
             quiet = self.args.disable_tqdm or len(indices) <= size or not self.is_world_process_zero()
             self._rollouts = []
             with tqdm(total=len(indices), desc=f"iteration {iteration + 1}: rollouts", unit="q", disable=quiet) as bar:
                 for part, first in enumerate(range(0, len(indices), size)):
-                    self._rollouts += self._part(iteration, part, first, indices[first : first + size])
+                    sampled = None if ahead is None else ahead.parts[part].result
+                    some = indices[first : first + size]
+                    self._rollouts += self._part(iteration, part, first, some, temperature, sampled)
                     bar.update(min(size, len(indices) - first))
             self._iteration = iteration
+            if self.args.overlap_rollouts and iteration + 1 < self.args.num_iterations:
+                self._ahead = self._sample_ahead(iteration + 1)
         return self._rollouts
 
-    def _part(self, iteration: int, part: int, first: int, indices: list[int]) -> list[Rollout]:
+    def _part_size(self, questions: int) -> int:
+        """Questions whose rollouts are shared and written together: all, where the step's passes weigh them."""
+        return questions if self.fused else QUESTIONS_PER_PART * self.args.world_size
+
+    def _sample_ahead(self, iteration: int) -> _Ahead:
+        """Ask the servers for an iteration's rollouts with the weights of now, while the one before it trains."""
+        indices, temperature = self.schedule.questions(iteration), self._temperature(iteration)
+        size = self._part_size(len(indices))
+        parts = []
+        with self._open_engine() as engine:
+            for first in range(0, len(indices), size):
+                mine = range(self.args.process_index, min(size, len(indices) - first), self.args.world_size)
+                request, _ = self._e_step.request(
+                    [self.train_questions[indices[first + i]] for i in mine],
+                    [rollout_seed(self.args.seed, iteration, first + i) for i in mine],
+                    temperature,
+                )
+                parts.append(self._pool.submit(engine.generate, *request))
+        return _Ahead(iteration, self.state.global_step, temperature, parts)
+
+    def _temperature(self, iteration: int) -> float:
+        """What an iteration is sampled at. The guard goes by the iteration before: from memory, or from the log."""
+        found = [0.0]
+        if self.is_world_process_zero():
+            before: Sequence[Rollout] = ()
+            if self.args.duplicate_threshold is not None:
+                known = self._iteration == iteration - 1
+                logged = rollout_log.part_paths(self.run_dir, iteration)  # 1-based there
+                before = self._rollouts if known else rollout_log.to_rollouts(rollout_log.read(logged))
+            found[0] = guarded_temperature(self.args, iteration, before)
+            if before and found[0] != before[0].temperature:
+                repeated = duplicate_share(groups_of(before, self.args.num_generations))
+                logger.info(
+                    f"iteration {iteration + 1}: temperature {before[0].temperature:.3g} -> {found[0]:.3g}, after "
+                    f"{repeated:.0%} of the rollouts repeated another "
+                    f"(duplicate_threshold: {self.args.duplicate_threshold})"
+                )
+        return broadcast_object_list(found)[0]
+
+    def _part(
+        self,
+        iteration: int,
+        part: int,
+        first: int,
+        indices: list[int],
+        temperature: float,
+        sampled: Callable[[], list[list[Completion]]] | None,
+    ) -> list[Rollout]:
         """One part of an E-step: read where a killed run left it whole, else sampled, shared and written.
 
         Where the E-step is fused with the M-step, rollouts are shared as they were sampled, and written when the
@@ -210,13 +293,15 @@ class DROTrainer(_BaseTrainer):
             return kept[0]
         rank, world = self.args.process_index, self.args.world_size
         mine = range(rank, len(indices), world)
-        questions = [self.train_questions[indices[i]] for i in mine]
-        seeds = [rollout_seed(self.args.seed, iteration, first + i) for i in mine]
         numbers, m = [indices[i] for i in mine], self.args.num_generations
+        questions = [self.train_questions[number] for number in numbers]
+        seeds = [rollout_seed(self.args.seed, iteration, first + i) for i in mine]
+        with self.clock.phase("rollout"):
+            given = None if sampled is None else sampled()
         if self.fused:
-            rollouts, self._on_policy = self._e_step.sample(numbers, questions, seeds)
+            rollouts, self._on_policy = self._e_step.sample(numbers, questions, seeds, temperature, given)
         else:
-            rollouts = self._e_step(numbers, questions, seeds)
+            rollouts = self._e_step(numbers, questions, seeds, temperature, given)
         with self.clock.phase("rollout"):  # until the slowest process is there
             groups = gather_object([(i, rollouts[n * m : (n + 1) * m]) for n, i in enumerate(mine)])
         everything = [rollout for _, group in sorted(groups, key=lambda item: item[0]) for rollout in group]
@@ -255,7 +340,12 @@ class DROTrainer(_BaseTrainer):
             yield model
 
     @contextmanager
-    def _open_engine(self) -> Iterator[TransformersEngine]:
+    def _open_engine(self) -> Iterator[RolloutEngine]:
+        if self._vllm is not None:
+            updates = self.state.global_step if self.args.role_learning_rate("selector") else 0
+            with self._vllm.at(updates) as engine:
+                yield engine
+            return
         with self._open("selector") as model:
             yield TransformersEngine(
                 model,
@@ -263,6 +353,28 @@ class DROTrainer(_BaseTrainer):
                 batch_size=self.args.per_device_eval_batch_size,
                 shared_prefix=self.args.shared_prefix != "off",
             )
+
+    def _start_vllm(self) -> ColocatedEngine | ServerEngine:
+        tokenizer = self.prompters["selector"].tokenizer
+        if self.args.vllm_mode == "colocate":
+            logger.info("rollouts: vLLM in this process; starting it takes a minute")
+            return ColocatedEngine(self._selector, self.accelerator, tokenizer, self.args)
+        if self.is_world_process_zero():
+            check_servers(self.args)
+        self.accelerator.wait_for_everyone()
+        folder = Path(self.args.vllm_weights_dir or self.run_dir / "vllm_weights")
+        publish = publisher(self.args, folder, self._save_selector, self._selector, tokenizer, self.accelerator)
+        logger.info(f"rollouts: vLLM at {', '.join(self.args.vllm_servers)}")
+        return ServerEngine(self.args, tokenizer.eos_token_id, publish)
+
+    def _selector(self) -> Any:
+        return self._unwrapped().selector
+
+    def _save_selector(self, folder: Path) -> None:
+        """Write the selector to be read by a vLLM server."""
+        state = self._gathered_state()
+        if self.is_world_process_zero():
+            export_role(self._selector(), self.prompters["selector"].tokenizer, folder, _of_role("selector", state))
 
     @contextmanager
     def _open_reference(self) -> Iterator[Any]:
@@ -371,13 +483,23 @@ class DROTrainer(_BaseTrainer):
                 losses.append(scale * loss)
                 self._losses[f"{role}/loss"] += losses[-1].item()
         first_step = self.state.global_step % self.schedule.steps_per_iteration == 0
-        if output.selection_logps is not None and first_step and self.args.sampling.on_policy and micro_batch.rollouts:
-            # The weights are still those that sampled, so this is what separates the engine from the trainer.
-            difference = (output.selection_logps.double().cpu() - micro_batch.proposal_logps()).abs()
-            self._step_metrics["sampling/logp_difference_mean"].append(difference.mean().item())
-            self._step_metrics["sampling/logp_difference_max"].append(difference.max().item())
+        if output.selection_logps is not None and first_step and micro_batch.samples_plainly:
+            self._compare_with_engine(output.selection_logps.double().cpu() - micro_batch.proposal_logps(), micro_batch)
         loss = torch.stack(losses).sum()
         return (loss, output) if return_outputs else loss
+
+    def _compare_with_engine(self, difference: Tensor, micro_batch: MicroBatch) -> None:
+        """The weights are still those that sampled: what separates log p from log q is the engine, or its weights."""
+        self._step_metrics["sampling/logp_difference_mean"].append(difference.abs().mean().item())
+        self._step_metrics["sampling/logp_difference_max"].append(difference.abs().max().item())
+        a_token = difference.abs().sum().item() / micro_batch.completion_tokens
+        if a_token > MAX_DIFFERENCE and not self._staleness and not self._warned:
+            self._warned = True
+            logger.warning(
+                f"the engine's log-probabilities differ from the trainer's by {a_token:.2g} nats a token on average; "
+                f"by rounding it would be less than {MAX_DIFFERENCE}: does it hold the weights that it was sent? "
+                "Rollouts are corrected by p/q; sampling/logp_difference_mean and sampling/log_ratio_max say how far."
+            )
 
     def _verify(self, role: Role, rows: Sequence[Row]) -> None:
         """Compare the shared-prefix path with the plain one on the first rows; stop when they differ."""
@@ -410,6 +532,8 @@ class DROTrainer(_BaseTrainer):
         groups = [self._rollouts[position * m : (position + 1) * m] for position in positions]
         for name, value in rollout_metrics(groups, self.train_questions, self.args).items():
             self._step_metrics[name].append(value)
+        if self.args.overlap_rollouts:
+            self._step_metrics["sampling/staleness"].append(self._staleness)
 
     # The optimizer: a learning rate and a clip for each model
 
@@ -549,7 +673,11 @@ class DROTrainer(_BaseTrainer):
             self._restore_logs(Path(str(resume_from_checkpoint)) if resume_from_checkpoint else None)
         self.accelerator.wait_for_everyone()
         self.stages = broadcast_object_list([read_stages(self.run_dir)])[0]
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        result = super().train(resume_from_checkpoint, *args, **kwargs)
+        self._pool.shutdown()  # early stopping leaves rollouts in flight, that read the weights' folder
+        if isinstance(self._vllm, ServerEngine):
+            self._vllm.remove_weights()
+        return result
 
     def _restore_logs(self, checkpoint: Path | None) -> None:
         """Put the rollout log and the evaluations back to where the checkpoint was: what came after happens again.
@@ -592,9 +720,12 @@ class DROTrainer(_BaseTrainer):
             self.state.best_model_checkpoint = str(best)
         if self.is_world_process_zero():
             write_stages(beside, self.stages)
-            if self.state.global_step % self.schedule.steps_per_iteration:
-                (beside / "rollouts").mkdir()
-                for part in rollout_log.part_paths(run, self.schedule.iteration(self.state.global_step) + 1):
+            current, within = divmod(self.state.global_step, self.schedule.steps_per_iteration)
+            needed = [current + 1] if within else []
+            needed += [] if self.args.duplicate_threshold is None else [current]  # the guard's memory
+            for iteration in needed:
+                (beside / "rollouts").mkdir(exist_ok=True)
+                for part in rollout_log.part_paths(run, iteration):
                     shutil.copy2(part, beside / "rollouts" / part.name)
             cast(dict[str, Any], self.state.stateful_callbacks)["TrainerControl"] = self.control.state()
             self.state.save_to_json(str(beside / "trainer_state.json"))
@@ -613,15 +744,11 @@ class DROTrainer(_BaseTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write `selector/` and `generator/`: to go on from (within a checkpoint), or to serve, with their prompts."""
         folder = Path(output_dir or self.run_dir)
-        state: dict[str, Tensor] | None = None
-        if self.is_fsdp_enabled:
-            state = self.accelerator.get_state_dict(self.model)
-        elif self.is_deepspeed_enabled:
-            state = self.accelerator.get_state_dict(self.model_wrapped)
+        state = self._gathered_state()
         if not self.args.should_save:
             return
         for role in ROLES:
-            own = state and {n.removeprefix(f"{role}."): v for n, v in state.items() if n.startswith(f"{role}.")}
+            own = _of_role(role, state)
             model, prompter = getattr(self._unwrapped(), role), self.prompters[role]
             if _internal_call:
                 save_role(model, prompter.tokenizer, folder / role, own)
@@ -630,7 +757,15 @@ class DROTrainer(_BaseTrainer):
         if not _internal_call:
             save_settings(folder, self.pipeline_settings())
 
+    def _gathered_state(self) -> dict[str, Tensor] | None:
+        """The whole state of a sharded model, where this process writes files; None for one that is not sharded."""
+        if self.is_fsdp_enabled:
+            return self.accelerator.get_state_dict(self.model)
+        return self.accelerator.get_state_dict(self.model_wrapped) if self.is_deepspeed_enabled else None
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self._vllm is not None:
+            self._vllm.forget()
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
@@ -654,7 +789,13 @@ class DROTrainer(_BaseTrainer):
             max_completion_length=self.args.max_completion_length,
             max_answer_length=self.args.max_answer_length,
             chat_template_kwargs=dict(self.prompters["selector"].chat_template_kwargs),
+            constrain_selection=self.args.constrain_selection,
         )
+
+
+def _of_role(role: Role, state: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
+    """One role's part of a gathered state, under the role's own names."""
+    return state and {name.removeprefix(f"{role}."): v for name, v in state.items() if name.startswith(f"{role}.")}
 
 
 class _Iterations(TrainerCallback):

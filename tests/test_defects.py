@@ -46,7 +46,7 @@ class Script:
             ids = prompter.completion(text)
             self.completions.append(Completion(ids, (-3.0 / len(ids),) * len(ids)))
 
-    def generate(self, prompts, num_generations, sampling, seeds):
+    def generate(self, prompts, num_generations, sampling, seeds, constraints=None):
         assert num_generations == len(self.completions)
         return [self.completions for _ in prompts]
 

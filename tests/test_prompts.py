@@ -246,7 +246,7 @@ class Recorder:
         self.completion = completion
         self.prompts: list[tuple[int, ...]] = []
 
-    def generate(self, prompts, num_generations, sampling, seeds):
+    def generate(self, prompts, num_generations, sampling, seeds, constraints=None):
         self.prompts += [tuple(prompt) for prompt in prompts]
         return [[Completion(self.completion, (-0.5,) * len(self.completion))] * num_generations for _ in prompts]
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from dro_rl import __version__
-from dro_rl.cli import ask, recipe, rollouts
+from dro_rl.cli import ask, recipe, rollouts, serve
 from dro_rl.cli.errors import InputErrorGroup
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ app = typer.Typer(
 app.add_typer(rollouts.app, name="rollouts")
 app.add_typer(recipe.app, name="recipe")
 app.command("ask")(ask.ask)
+app.command("serve-rollouts", context_settings={"allow_extra_args": True})(serve.serve_rollouts)
 
 
 def _version(wanted: bool) -> None:
@@ -42,6 +43,7 @@ def main(
     \b
     Examples:
       dro-rl recipe validate recipes/*.yaml
+      dro-rl serve-rollouts recipes/musique.yaml
       dro-rl rollouts ls out/musique
       dro-rl rollouts stats out/musique
       dro-rl rollouts show out/musique --sort evidence --limit 3

@@ -14,6 +14,7 @@ from typing import Any
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
+from dro_rl.constraint import SelectionConstraint
 from dro_rl.errors import InputError, Phrase
 from dro_rl.records import Document, Question
 from dro_rl.selection import format_selection
@@ -51,6 +52,7 @@ class Prompter:
         self._special = tuple(
             token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special and token.content
         )
+        self._constraints: dict[tuple[int, int], SelectionConstraint] = {}
 
     @property
     def eos_token_id(self) -> int:
@@ -75,6 +77,12 @@ class Prompter:
         """Token ids of what the model should write: `text` and the end of the sequence."""
         ids = self.tokenizer(self._defused(text), add_special_tokens=False)["input_ids"]
         return (*ids, self.tokenizer.eos_token_id)
+
+    def constraint(self, num_documents: int, k: int) -> SelectionConstraint:
+        """What keeps a selection valid, made once for each N and K. It admits what `completion` writes."""
+        if (num_documents, k) not in self._constraints:
+            self._constraints[num_documents, k] = SelectionConstraint(self.tokenizer, num_documents, k)
+        return self._constraints[num_documents, k]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of sampled tokens, without special tokens."""

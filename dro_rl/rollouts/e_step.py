@@ -6,20 +6,33 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
 from dro_rl.config import DROConfig
+from dro_rl.constraint import SelectionConstraint
 from dro_rl.likelihood import Model, answer_logp, score_rows
 from dro_rl.models import Role
 from dro_rl.packing import Row
 from dro_rl.prompts import Prompter
 from dro_rl.records import Question, Rollout
-from dro_rl.rollouts.engine import RolloutEngine
-from dro_rl.rollouts.micro_batch import answer_row
+from dro_rl.rollouts.engine import Completion, RolloutEngine, SamplingParams
+from dro_rl.rollouts.micro_batch import answer_row, selector_row
 from dro_rl.rollouts.weighing import weigh
 from dro_rl.selection import parse_selection
 from dro_rl.timing import PhaseClock
+
+
+class SamplingRequest(NamedTuple):
+    """The arguments of `RolloutEngine.generate`."""
+
+    prompts: Sequence[Sequence[int]]
+    num_generations: int
+    sampling: SamplingParams
+    seeds: Sequence[int]
+    constraints: Sequence[SelectionConstraint] | None
+
 
 OpenModel = Callable[[], AbstractContextManager[Model]]
 
@@ -55,9 +68,16 @@ class EStep:
         self.config = config
         self.clock, self.flops = clock or PhaseClock(), flops or {"selector": 0.0, "generator": 0.0}
 
-    def __call__(self, indices: Sequence[int], questions: Sequence[Question], seeds: Sequence[int]) -> list[Rollout]:
+    def __call__(
+        self,
+        indices: Sequence[int],
+        questions: Sequence[Question],
+        seeds: Sequence[int],
+        temperature: float | None = None,
+        sampled: Sequence[Sequence[Completion]] | None = None,
+    ) -> list[Rollout]:
         """Rollouts of some questions, weighted: m of each, in order. Arguments as in `sample`."""
-        rollouts, on_policy = self.sample(indices, questions, seeds)
+        rollouts, on_policy = self.sample(indices, questions, seeds, temperature, sampled)
         return weigh(
             rollouts,
             self._proposal(rollouts) if on_policy else self._selection_logps(self.open_selector, questions, rollouts),
@@ -67,7 +87,12 @@ class EStep:
         )
 
     def sample(
-        self, indices: Sequence[int], questions: Sequence[Question], seeds: Sequence[int]
+        self,
+        indices: Sequence[int],
+        questions: Sequence[Question],
+        seeds: Sequence[int],
+        temperature: float | None = None,
+        sampled: Sequence[Sequence[Completion]] | None = None,
     ) -> tuple[list[Rollout], bool]:
         """Rollouts that are not weighed yet: what the models that train say of them is NaN.
 
@@ -75,30 +100,56 @@ class EStep:
             indices: of the questions in the training set.
             questions: the questions themselves.
             seeds: one a question.
+            temperature: of the sampling; the config's, unless told.
+            sampled: what `request` was answered ahead of time, by weights that may be older; None: sample now.
 
         Returns:
             m rollouts of each question, in order, and whether they were drawn from the policy itself.
         """
-        config = self.config
+        k = self.config.num_selected
         with self.clock.phase("inputs"):
-            prompts = [self.selector_prompter.selector_prompt(question, config.num_selected) for question in questions]
-        with self.clock.phase("rollout"), self.open_engine() as engine:
-            groups = engine.generate([prompt.ids for prompt in prompts], config.num_generations, config.sampling, seeds)
-            on_policy = engine.samples_policy(config.sampling)
-        tokens = sum(len(prompt.ids) for prompt in prompts) + sum(len(s.ids) for group in groups for s in group)
+            request, cut = self.request(questions, seeds, temperature)
+        on_policy, groups = False, sampled
+        if groups is None:
+            with self.clock.phase("rollout"), self.open_engine() as engine:
+                groups, on_policy = engine.generate(*request), engine.samples_policy(request.sampling)
+        tokens = sum(map(len, request.prompts)) + sum(len(sample.ids) for group in groups for sample in group)
         self.clock.count("rollout", tokens, tokens * self.flops["selector"])
         rollouts = []
-        for index, question, prompt, group in zip(indices, questions, prompts, groups, strict=True):
+        for index, question, group, was_cut in zip(indices, questions, groups, cut, strict=True):
             for number, sample in enumerate(group):
                 text = self.selector_prompter.decode(sample.ids)
-                selection = parse_selection(text, len(question.documents), config.num_selected)
                 rollouts.append(
-                    Rollout(index, number, sample.ids, sample.logps, text, selection, prompt_cut=prompt.cut)
+                    Rollout(
+                        index,
+                        number,
+                        sample.ids,
+                        sample.logps,
+                        text,
+                        parse_selection(text, len(question.documents), k),
+                        prompt_cut=was_cut,
+                        temperature=request.sampling.temperature,
+                    )
                 )
         if self.open_reference is not None:
             reference = self._selection_logps(self.open_reference, questions, rollouts).flatten().tolist()
             rollouts = [replace(r, reference_logp=logp) for r, logp in zip(rollouts, reference, strict=True)]
         return rollouts, on_policy
+
+    def request(
+        self, questions: Sequence[Question], seeds: Sequence[int], temperature: float | None = None
+    ) -> tuple[SamplingRequest, list[bool]]:
+        """What an engine is asked for the rollouts of some questions, and which prompts were cut to fit."""
+        config, prompter = self.config, self.selector_prompter
+        prompts = [prompter.selector_prompt(question, config.num_selected) for question in questions]
+        constraints = [self._constraint(question) for question in questions] if config.constrain_selection else None
+        sampling = config.sampling if temperature is None else replace(config.sampling, temperature=temperature)
+        ids = [prompt.ids for prompt in prompts]
+        request = SamplingRequest(ids, config.num_generations, sampling, seeds, constraints)
+        return request, [prompt.cut for prompt in prompts]
+
+    def _constraint(self, question: Question) -> SelectionConstraint:
+        return self.selector_prompter.constraint(len(question.documents), self.config.num_selected)
 
     def _proposal(self, rollouts: Sequence[Rollout]) -> torch.Tensor:
         return self._matrix([rollout.proposal_logp for rollout in rollouts])
@@ -106,12 +157,14 @@ class EStep:
     def _selection_logps(
         self, open_model: OpenModel, questions: Sequence[Question], rollouts: Sequence[Rollout]
     ) -> torch.Tensor:
-        """(questions, m) log p of the sampled tokens at temperature 1."""
+        """(questions, m) log p of the sampled tokens at temperature 1, under the constraint where there is one."""
         m = self.config.num_generations
         rows = [
-            Row(
-                self.selector_prompter.selector_prompt(question, self.config.num_selected).ids,
+            selector_row(
+                self.selector_prompter,
+                question,
                 list(dict.fromkeys(rollout.token_ids for rollout in rollouts[i * m : (i + 1) * m])),
+                self.config,
             )
             for i, question in enumerate(questions)
         ]

@@ -9,10 +9,12 @@ from typing import Protocol
 
 import torch
 
+from dro_rl.constraint import SelectionConstraint
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """The proposal q: how tokens are drawn from the selector's logits.
+    """The proposal q: how tokens are drawn from the selector's logits, or from those that a constraint allows.
 
     Args:
         max_completion_length: tokens at most, end-of-sequence included.
@@ -29,7 +31,12 @@ class SamplingParams:
     @property
     def on_policy(self) -> bool:
         """Whether q is p, so that the importance ratio is one by definition."""
-        return self.temperature == 1.0 and self.top_p == 1.0 and self.top_k == 0 and self.min_p == 0.0
+        return self.temperature == 1.0 and not self.truncates
+
+    @property
+    def truncates(self) -> bool:
+        """Whether there are completions that p could write and q cannot."""
+        return self.top_p < 1.0 or self.top_k > 0 or self.min_p > 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +56,7 @@ class RolloutEngine(Protocol):
         num_generations: int,
         sampling: SamplingParams,
         seeds: Sequence[int],
+        constraints: Sequence[SelectionConstraint] | None = None,
     ) -> list[list[Completion]]:
         """`num_generations` completions for each prompt.
 
@@ -59,6 +67,8 @@ class RolloutEngine(Protocol):
             seeds: one a prompt. The same prompt, seed and weights give the same completions, whatever else is in the
                 batch: runs resume exactly, and do not depend on the number of processes. An engine that cannot
                 promise that says so in its docstring.
+            constraints: one a prompt. Tokens are drawn from the softmax over those that it allows, then tempered and
+                truncated, and log q is that distribution's: p, to which the trainer compares it, is constrained too.
         """
         ...
 

@@ -16,7 +16,7 @@ from dro_rl.errors import InputError, Phrase
 from dro_rl.files import written_whole
 from dro_rl.records import Question, Rollout, Selection
 
-VERSION = "1"
+VERSION = "2"
 
 
 def _column(name: str, kind: pa.DataType, description: str) -> pa.Field:
@@ -54,6 +54,7 @@ SCHEMA = pa.schema(
         _column("ess", pa.float64(), "effective sample size of the group's weights, 0..m"),
         _column("weight_temperature", pa.float64(), "temperature of the group's weights"),
         _column("prompt_cut", pa.bool_(), "the selector read documents cut to fit max_prompt_length"),
+        _column("temperature", pa.float64(), "sampling temperature of the rollout"),
     ],
     metadata={"dro_rl.rollouts.version": VERSION},
 )
@@ -112,6 +113,7 @@ def to_table(
                 "ess": rollout.ess,
                 "weight_temperature": rollout.weight_temperature,
                 "prompt_cut": rollout.prompt_cut,
+                "temperature": rollout.temperature,
             }
         )
     return pa.Table.from_pylist(rows, schema=SCHEMA)
@@ -172,6 +174,7 @@ def to_rollouts(table: pa.Table) -> list[Rollout]:
             ess=row["ess"],
             weight_temperature=row["weight_temperature"],
             prompt_cut=row["prompt_cut"],
+            temperature=row["temperature"],
         )
         for row in table.to_pylist()
     ]

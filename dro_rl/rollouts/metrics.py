@@ -11,6 +11,7 @@ from dro_rl.config import DROConfig
 from dro_rl.evaluation.metrics import recall_at_k
 from dro_rl.objective import evidence_bound, weight_entropy
 from dro_rl.records import Question, Rollout
+from dro_rl.rollouts.temperature import duplicate_share
 
 
 def rollout_metrics(
@@ -32,8 +33,6 @@ def rollout_metrics(
     log_ratio = policy - column("proposal_logp")
     bound = evidence_bound(answers, mask=valid)
     tie = (answers.masked_fill(~valid, -math.inf).amax(-1) - answers.masked_fill(~valid, math.inf).amin(-1)) < 1e-6
-    named = [[rollout.selection.numbers for rollout in group if rollout.selection.valid] for group in groups]
-    repeated, repeatable = sum(len(g) - len(set(g)) for g in named), sum(max(len(g) - 1, 0) for g in named)
     metrics = {
         "evidence_bound": _mean(bound[bound.isfinite()]),
         "answer_logp": _mean(answers[valid]),
@@ -44,16 +43,16 @@ def rollout_metrics(
         "selector_entropy": -_mean(policy),
         "rollouts/valid": _mean(valid.double()),
         "rollouts/clean": _mean(torch.tensor([not r.selection.problems for r in everything], dtype=torch.float64)),
-        # Of the valid rollouts that could repeat an earlier one of their group, the share that does: 0..1 for any m.
-        "rollouts/duplicate": repeated / repeatable if repeatable else math.nan,
+        "rollouts/duplicate": duplicate_share(groups),
         "rollouts/prompt_cut": _mean(torch.tensor([group[0].prompt_cut for group in groups], dtype=torch.float64)),
         "rollouts/all_tie": _mean((valid.any(-1) & tie).double()),
         "rollouts/all_invalid": _mean((~valid.any(-1)).double()),
+        "sampling/temperature": _mean(column("temperature")),
+        "sampling/log_ratio_mean": _mean(log_ratio),
+        "sampling/log_ratio_max": log_ratio.max().item(),
+        "sampling/ratio_mean": _mean(log_ratio.exp()),
+        "sampling/truncated": _mean((log_ratio > config.max_log_ratio).double()),
     }
-    if not config.sampling.on_policy:
-        metrics["sampling/log_ratio_mean"] = _mean(log_ratio)
-        metrics["sampling/log_ratio_max"] = log_ratio.max().item()
-        metrics["sampling/truncated"] = _mean((log_ratio > config.max_log_ratio).double())
     if config.beta:
         metrics["kl"] = _mean(policy - column("reference_logp"))
     if config.min_weight:

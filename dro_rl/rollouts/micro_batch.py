@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dro_rl.config import DROConfig
+from dro_rl.constraint import allowed_for
 from dro_rl.models import Role, WeightedRows
 from dro_rl.packing import Row
 from dro_rl.prompts import Prompter
@@ -49,8 +50,7 @@ class Group:
         )
         """Distinct selections that the generator reads: a row each."""
         if "selector" in roles:
-            prompt = prompters["selector"].selector_prompt(question, config.num_selected)
-            self.selector_rows.append(Row(prompt.ids, self.samples))
+            self.selector_rows.append(selector_row(prompters["selector"], question, self.samples, config))
         if "generator" in roles:
             self.generator_rows += [
                 answer_row(prompters["generator"], question, numbers, config.answer_aliases)
@@ -137,6 +137,17 @@ class MicroBatch:
         )
         return self._coefficients("selector"), self._coefficients("generator") or [0.0]
 
+    @property
+    def samples_plainly(self) -> bool:
+        """Whether log q is meant to be log p, up to the engine: there are rollouts, at temperature 1, not truncated."""
+        plain = not self.config.sampling.truncates and all(rollout.temperature == 1 for rollout in self.rollouts)
+        return plain and bool(self.rollouts)
+
+    @property
+    def completion_tokens(self) -> int:
+        """Tokens of the selector's completions."""
+        return sum(len(completion) for row in self._rows["selector"] for completion in row.completions)
+
     def proposal_logps(self) -> Tensor:
         """log q of the selector's completions, in row order."""
         logps = torch.zeros(self._samples, dtype=torch.float64)
@@ -153,6 +164,13 @@ class MicroBatch:
             elif row is not None:
                 summed[row] += rollout.weight
         return summed
+
+
+def selector_row(prompter: Prompter, question: Question, samples: Sequence[tuple[int, ...]], config: DROConfig) -> Row:
+    """The selector's prompt with samples as its completions, under the constraint where there is one."""
+    k = config.num_selected
+    constraint = prompter.constraint(len(question.documents), k) if config.constrain_selection else None
+    return Row(prompter.selector_prompt(question, k).ids, samples, allowed_for(constraint, samples))
 
 
 def answer_row(prompter: Prompter, question: Question, numbers: Sequence[int], aliases: str) -> Row:

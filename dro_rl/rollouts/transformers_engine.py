@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from dro_rl.attention import NO_MASK, takes_packed_rows
-from dro_rl.likelihood import Model
+from dro_rl.constraint import SelectionConstraint
+from dro_rl.likelihood import Model, among_allowed
 from dro_rl.packing import Row, lay_out
 from dro_rl.rollouts.engine import Completion, SamplingParams, uniforms
 
@@ -47,6 +48,7 @@ class TransformersEngine:
         num_generations: int,
         sampling: SamplingParams,
         seeds: Sequence[int],
+        constraints: Sequence[SelectionConstraint] | None = None,
     ) -> list[list[Completion]]:
         """See `RolloutEngine.generate`. Prompts of similar length share a batch; results keep the given order."""
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
@@ -54,12 +56,18 @@ class TransformersEngine:
         for start in range(0, len(order), self.batch_size):
             chunk = order[start : start + self.batch_size]
             draws = torch.stack([uniforms(seeds[i], num_generations, sampling.max_completion_length) for i in chunk])
-            for i, completions in zip(chunk, self._decode([prompts[i] for i in chunk], sampling, draws), strict=True):
+            admitted = None if constraints is None else [constraints[i] for i in chunk]
+            decoded = self._decode([prompts[i] for i in chunk], sampling, draws, admitted)
+            for i, completions in zip(chunk, decoded, strict=True):
                 results[i] = completions
         return results
 
     def _decode(
-        self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, draws: Tensor
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingParams,
+        draws: Tensor,
+        constraints: Sequence[SelectionConstraint] | None,
     ) -> list[list[Completion]]:
         """Decode one batch. `draws`: (prompts, m, length) uniform numbers, one for each token."""
         model, device = self.model, self.model.device
@@ -81,7 +89,14 @@ class TransformersEngine:
         finished = torch.zeros(batch, m, dtype=torch.bool, device=device)
         lengths = torch.full((batch, m), length, device=device)
         for t in range(length):
-            tokens[:, :, t], logps[:, :, t] = draw(logits, sampling, draws[:, :, t])
+            if constraints is None:
+                tokens[:, :, t], logps[:, :, t] = draw(logits, sampling, draws[:, :, t])
+            else:
+                allowed = self._allowed(constraints, tokens[:, :, :t])
+                few, ids = among_allowed(logits.reshape(batch * m, -1), allowed)
+                place, logp = draw(few, sampling, draws[:, :, t].reshape(-1))
+                tokens[:, :, t] = ids.gather(-1, place.unsqueeze(-1)).view(batch, m)
+                logps[:, :, t] = logp.view(batch, m)
             ended = ~finished & (tokens[:, :, t] == self.eos_token_id)
             lengths[ended] = t + 1
             finished |= ended
@@ -107,6 +122,15 @@ class TransformersEngine:
         return [
             [Completion(tuple(tokens[i, j, :n].tolist()), tuple(logps[i, j, :n].tolist())) for j, n in enumerate(row)]
             for i, row in enumerate(lengths.tolist())
+        ]
+
+    def _allowed(self, constraints: Sequence[SelectionConstraint], written: Tensor) -> list[tuple[int, ...]]:
+        """The next tokens of each sample, in order; a finished one goes on with the end, which is dropped."""
+        end = (self.eos_token_id,)
+        return [
+            end if self.eos_token_id in sample else constraint.allowed(sample)
+            for constraint, group in zip(constraints, written.tolist(), strict=True)
+            for sample in group
         ]
 
     def _prefill_padded(self, prompts: list[list[int]], width: int) -> tuple[Tensor, DynamicCache, Tensor]:

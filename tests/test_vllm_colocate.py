@@ -1,0 +1,254 @@
+"""Claims about vLLM in the trainer's process, on a real engine: draws, log q, and whose weights."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import VOCABULARY, build_model, build_tokenizer
+from training_world import launch, save_model, world
+
+pytest.importorskip("vllm", reason="vLLM is not installed: make setup-vllm")
+
+from accelerate import Accelerator
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from dro_rl.config import DROConfig
+from dro_rl.constraint import SelectionConstraint, allowed_for
+from dro_rl.likelihood import Row, completion_logps, score_rows
+from dro_rl.models import LoraSettings, add_adapter
+from dro_rl.rollouts.engine import Completion, SamplingParams
+from dro_rl.rollouts.transformers_engine import truncate
+from dro_rl.rollouts.vllm_colocate import ColocatedEngine
+from dro_rl.selection import parse_selection
+
+TOLERANCE = 1e-3
+"""Nats a token between vLLM and transformers, both in float32: what docs/vllm.md states."""
+PROMPTS = [[random.Random(f"{i}/{j}").randrange(2, VOCABULARY) for j in range(n)] for i, n in enumerate((90, 4, 33))]
+SEEDS = [2**63 - 1, 22, 33]
+SAMPLING = SamplingParams(max_completion_length=7)
+
+
+def states() -> list[Any]:
+    return [random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()]
+
+
+class World:
+    """An engine over a model that tests may replace."""
+
+    def __init__(self, folder: Path) -> None:
+        build_model(hidden_size=64, seed=4).save_pretrained(folder)
+        self.tokenizer = tokenizer = build_tokenizer()
+        tokenizer.save_pretrained(folder)
+        self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        config = DROConfig(
+            output_dir=str(folder / "run"),
+            report_to="none",
+            rollout_engine="vllm",
+            max_prompt_length=120,
+            max_completion_length=24,
+            constrain_selection=True,  # starts vLLM with the constraint, for the requests that ask for it
+        )
+        self.states_before = states()
+        self.engine = ColocatedEngine(lambda: self.model, Accelerator(), tokenizer, config)
+        self.states_after = states()
+        self.engine.push()
+
+    def generate(self, m: int = 4, sampling: SamplingParams = SAMPLING) -> list[list[Completion]]:
+        return self.engine.generate(PROMPTS, m, sampling, SEEDS)
+
+    def difference(self, model: PreTrainedModel | None = None) -> float:
+        """The largest |log q − log p| of a token."""
+        largest = 0.0
+        for prompt, group in zip(PROMPTS, self.generate(), strict=True):
+            for sample, logps in zip(
+                group, completion_logps(model or self.model, prompt, [s.ids for s in group]), strict=True
+            ):
+                largest = max(largest, (torch.tensor(sample.logps) - logps.detach()).abs().max().item())
+        return largest
+
+
+@pytest.fixture(scope="module")
+def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """One engine for this file: starting one takes half a minute."""
+    yield World(tmp_path_factory.mktemp("selector"))
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    cleanup_dist_env_and_memory()
+
+
+def changed(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy after a large update."""
+    other = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return other
+
+
+def ids(groups: list[list[Completion]]) -> list[tuple[int, ...]]:
+    return [sample.ids for sample in chain(*groups)]
+
+
+@pytest.mark.slow
+def test_starting_the_engine_leaves_every_generator_as_it_was(vllm: World) -> None:
+    """vLLM seeds python's, numpy's and torch's: a run would otherwise not depend on its own seed."""
+    assert vllm.states_before == vllm.states_after
+
+
+def test_sampling_leaves_every_generator_as_it_was(vllm: World) -> None:
+    before = states()
+    vllm.generate()
+    assert before == states()
+
+
+def test_log_q_is_the_trainers_log_p_to_rounding(vllm: World) -> None:
+    assert vllm.difference() < TOLERANCE
+
+
+def test_without_a_push_log_q_is_not_that_of_the_new_weights_and_with_one_it_is(
+    vllm: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The check that tells stale weights: far outside the tolerance before, within it after."""
+    with vllm.engine.at(0):
+        pass
+    monkeypatch.setattr(vllm, "model", changed(vllm.model))
+    with vllm.engine.at(0):  # no update since: nothing to push
+        assert vllm.difference() > 1000 * TOLERANCE
+    with vllm.engine.at(1):
+        assert vllm.difference() < TOLERANCE
+    monkeypatch.undo()
+    vllm.engine.forget()  # as after a resume: the step is the same, the weights are not
+    with vllm.engine.at(1):
+        assert vllm.difference() < TOLERANCE
+
+
+def test_prefixes_that_old_weights_computed_are_forgotten(vllm: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same prompts before and after: with a cache that stays, their log-probabilities are of both weights."""
+    vllm.generate()
+    monkeypatch.setattr(vllm, "model", changed(vllm.model))
+    vllm.engine.push()
+    assert vllm.difference() < TOLERANCE
+    monkeypatch.undo()
+    vllm.engine.push()
+
+
+def test_the_samples_of_a_group_differ(vllm: World) -> None:
+    """All but a short one that is likely enough to come twice."""
+    for group in vllm.generate(m=8):
+        assert len({sample.ids for sample in group}) > 5
+
+
+def test_a_prompt_and_its_seed_decide_what_is_drawn(vllm: World) -> None:
+    """Whatever else is in the batch, and in any order: runs resume with the rollouts they would have had."""
+    together = vllm.generate()
+    assert ids(together) == ids(vllm.generate())
+    backwards = vllm.engine.generate(PROMPTS[::-1], 4, SAMPLING, SEEDS[::-1])
+    assert ids(together) == ids(backwards[::-1])
+    alone = vllm.engine.generate(PROMPTS[1:2], 4, SAMPLING, SEEDS[1:2])
+    assert ids(together[1:2]) == ids(alone)
+
+
+def test_another_seed_draws_something_else(vllm: World) -> None:
+    first, second = (vllm.engine.generate(PROMPTS[:1], 4, SAMPLING, [seed])[0] for seed in (1, 2**40))
+    assert [sample.ids for sample in first] != [sample.ids for sample in second]
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        SamplingParams(7, 0.6),
+        SamplingParams(7, 1.4, top_p=0.8),
+        SamplingParams(7, top_k=5),
+        SamplingParams(7, min_p=0.1),
+    ],
+    ids=str,
+)
+def test_log_q_is_that_of_the_distribution_drawn_from(vllm: World, sampling: SamplingParams) -> None:
+    """With a temperature and truncations: recomputed from the model's logits, and −inf where vLLM should not draw."""
+    for prompt, group in zip(PROMPTS, vllm.generate(sampling=sampling), strict=True):
+        for sample in group:
+            with torch.no_grad():
+                logits = vllm.model(torch.tensor([[*prompt, *sample.ids]])).logits[0, len(prompt) - 1 : -1]
+            q = truncate(logits / sampling.temperature, sampling).log_softmax(-1)
+            expected = q.gather(-1, torch.tensor(sample.ids)[:, None])[:, 0]
+            assert sample.logps == pytest.approx(expected.tolist(), abs=TOLERANCE)
+
+
+def test_the_end_of_sequence_ends_a_completion_and_belongs_to_it(vllm: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    sampling = SamplingParams(12)
+    drawn = list(chain(*ids(vllm.generate(16, sampling))))
+    frequent = max(set(drawn), key=drawn.count)
+    monkeypatch.setattr(vllm.engine, "_eos_token_id", frequent)
+    ended = [sample for sample in chain(*vllm.generate(16, sampling)) if frequent in sample.ids]
+    assert len({len(sample.ids) for sample in ended}) > 3
+    for sample in ended:
+        assert sample.ids.index(frequent) == len(sample.ids) - 1
+        assert len(sample.logps) == len(sample.ids)
+
+
+def test_under_the_constraint_every_selection_is_valid_and_log_q_is_the_constrained_log_p(vllm: World) -> None:
+    """Numbers of one and of several tokens, 4 of 12, a thousand samples; with and without a temperature."""
+    constraint = SelectionConstraint(vllm.tokenizer, 12, 4)
+    for sampling in (SamplingParams(24), SamplingParams(24, 1.5)):
+        groups = vllm.engine.generate(PROMPTS, 170, sampling, SEEDS, [constraint] * len(PROMPTS))
+        for prompt, group in zip(PROMPTS, groups, strict=True):
+            samples = list(dict.fromkeys(sample.ids for sample in group))
+            for ids in samples:
+                assert not parse_selection(vllm.tokenizer.decode(ids, skip_special_tokens=True), 12, 4).problems
+            if sampling.on_policy:
+                allowed = allowed_for(constraint, samples)
+                known = dict(zip(samples, score_rows(vllm.model, [Row(prompt, samples, allowed)], 1)[0], strict=True))
+                for sample in group:
+                    assert sample.logps == pytest.approx(known[sample.ids].tolist(), abs=TOLERANCE)
+
+
+def test_beside_constrained_requests_others_are_not_constrained(vllm: World) -> None:
+    assert vllm.difference() < TOLERANCE
+
+
+def test_a_process_without_questions_has_no_rollouts(vllm: World) -> None:
+    assert vllm.engine.generate([], 4, SAMPLING, []) == []
+
+
+def test_adapters_are_pushed_and_the_base_is_not_touched(vllm: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = copy.deepcopy(vllm.model)
+    adapted = add_adapter(base, LoraSettings(4, 32, 0.0, None))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+    before = {name: parameter.clone() for name, parameter in adapted.named_parameters()}
+    monkeypatch.setattr(vllm, "model", adapted)
+    assert vllm.difference() > 1000 * TOLERANCE
+    vllm.engine.push()
+    assert vllm.difference() < TOLERANCE
+    assert all(torch.equal(before[name], parameter) for name, parameter in adapted.named_parameters())
+    monkeypatch.undo()
+    vllm.engine.push()
+
+
+@pytest.mark.slow
+def test_a_training_samples_with_vllm_and_its_log_says_how_far_the_two_are_apart(tmp_path: Path) -> None:
+    """Two iterations: after the first update the weights have been pushed, or the difference would show it."""
+    recipe = world(tmp_path, rollout_engine="vllm", learning_rate=1.0)
+    save_model(tmp_path / "base-selector", 5, hidden_size=64)  # vLLM's attention on a CPU takes heads of 32 and more
+    done = launch(recipe, tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+    steps = [line for line in history if "sampling/logp_difference_max" in line]
+    assert {line["step"] for line in steps} == {1, 3}
+    for line in steps:
+        assert 0 < line["sampling/logp_difference_max"] < 6 * TOLERANCE
+        assert abs(line["sampling/log_ratio_max"]) < 6 * TOLERANCE
+    assert "differ from the trainer's" not in done.stderr

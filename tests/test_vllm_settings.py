@@ -1,0 +1,241 @@
+"""Claims about vLLM's settings that need no vLLM: which engine, what is refused, the server's command, the request."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import itertools
+import random
+import socket
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from training_world import launch, world
+from typer.testing import CliRunner
+
+from dro_rl.cli import app
+from dro_rl.config import DROConfig
+from dro_rl.errors import InputError
+from dro_rl.models import LoraSettings, add_adapter
+from dro_rl.recipe import load_recipe
+from dro_rl.rollouts import serve, vllm_common
+from dro_rl.rollouts.engine import SamplingParams, rollout_seed
+from dro_rl.rollouts.vllm_colocate import merged_parameters
+from dro_rl.rollouts.vllm_common import engine_dtype, random_state_kept, request_options
+from dro_rl.rollouts.vllm_server import Server
+
+
+@pytest.fixture
+def without_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine without it."""
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "vllm" else found(name, *a))
+
+
+def config(tmp_path: Path, **settings: object) -> DROConfig:
+    return DROConfig(output_dir=str(tmp_path), report_to="none", **settings)
+
+
+# Which engine -----------------------------------------------------------------------------------------------
+
+
+def test_auto_takes_the_transformers_engine_without_cuda(tmp_path: Path) -> None:
+    assert config(tmp_path).engine == "transformers"
+
+
+def test_auto_takes_vllm_where_it_is_installed_beside_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = config(tmp_path)
+    settings.use_cpu = False
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    assert settings.engine == "vllm"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert settings.engine == "transformers"
+
+
+def test_who_names_server_mode_gets_vllm(tmp_path: Path) -> None:
+    assert config(tmp_path, vllm_mode="server").engine == "vllm"
+    assert config(tmp_path, vllm_mode="server", rollout_engine="transformers").engine == "transformers"
+
+
+# What is refused --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "key", "fix"),
+    [
+        ({"vllm_server_base_url": "localhost:8000"}, "vllm_server_base_url", "http://127.0.0.1:8000"),
+        ({"vllm_server_base_url": ["http://a:1", "http://b:2/v1"]}, "vllm_server_base_url", "http://127.0.0.1:8000"),
+        ({"vllm_server_base_url": []}, "vllm_server_base_url", "Name a server"),
+        ({"vllm_server_timeout": 0.0}, "vllm_server_timeout", "positive"),
+        ({"vllm_tensor_parallel_size": 0}, "vllm_tensor_parallel_size", "positive"),
+        ({"vllm_gpu_memory_utilization": 1.5}, "vllm_gpu_memory_utilization", "0.3"),
+        ({"rollout_engine": "vllm", "vllm_enable_sleep_mode": True}, "vllm_enable_sleep_mode", "on a CPU"),
+        ({"vllm_mode": "server", "vllm_enable_sleep_mode": True}, "vllm_enable_sleep_mode", "colocate"),
+        ({"overlap_rollouts": True}, "overlap_rollouts", "vllm_mode: server"),
+        ({"vllm_mode": "server", "vllm_weight_sync": "nccl"}, "vllm_weight_sync", "Use folder"),
+        (
+            {"vllm_mode": "server", "vllm_weight_sync": "nccl", "vllm_server_base_url": ["http://a:1", "http://b:1"]},
+            "vllm_weight_sync",
+            "one server",
+        ),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(tmp_path: Path, settings: dict, key: str, fix: str) -> None:
+    with pytest.raises(InputError) as error:
+        config(tmp_path, **settings)
+    assert error.value.place == key
+    assert fix in error.value.fix
+
+
+@pytest.mark.slow
+def test_without_vllm_a_job_that_asks_for_it_names_the_extra_before_anything_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = world(tmp_path, rollout_engine="vllm")
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['vllm'] = None\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    done = launch(recipe, tmp_path / "run")
+    assert done.returncode == 2
+    assert "pip install 'dro_rl[vllm]'" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("without_vllm")
+def test_the_server_cannot_be_started_without_vllm(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["serve-rollouts", str(world(tmp_path, vllm_mode="server"))])
+    assert done.exit_code == 2
+    assert "pip install 'dro_rl[vllm]'" in done.output
+
+
+def test_an_unknown_version_of_vllm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    for version, fits in (("0.22.0", True), ("0.31.0+cu129", True), ("0.21.9", False), ("0.32.0", False)):
+        monkeypatch.setattr(vllm_common, "vllm_version", lambda version=version: version)
+        if fits:
+            vllm_common.check_installed("rollout_engine", "vllm")
+        else:
+            with pytest.raises(InputError, match=version):
+                vllm_common.check_installed("rollout_engine", "vllm")
+
+
+@pytest.mark.slow
+def test_a_job_whose_server_is_away_ends_in_time_with_one_error_before_anything_is_loaded(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{probe.getsockname()[1]}"
+    recipe = world(tmp_path, vllm_mode="server", vllm_server_base_url=url, vllm_server_timeout=2.0)
+    done = launch(recipe, tmp_path / "run")
+    assert done.returncode == 2
+    assert f"error: vllm_server_base_url: {url}, no answer for 2 s" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_server_that_takes_a_connection_and_never_answers_is_away_in_time() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        server = Server(f"http://127.0.0.1:{silent.getsockname()[1]}", timeout=2.0, request_timeout=1.0)
+        started = time.monotonic()
+        with pytest.raises(InputError, match="no answer for 2 s"):
+            server.wait()
+        assert time.monotonic() - started < 60
+
+
+def test_rollouts_are_sampled_ahead_for_iterations_of_one_step_alone(tmp_path: Path) -> None:
+    settings = {"vllm_mode": "server", "overlap_rollouts": True, "per_device_train_batch_size": 8}
+    config(tmp_path, **settings, questions_per_iteration=1).check_batch(1, 100)
+    for other in ({}, {"questions_per_iteration": 2}, {"questions_per_iteration": 1, "m_step_epochs": 2}):
+        with pytest.raises(InputError, match="Use questions_per_iteration: 1 and m_step_epochs: 1"):
+            config(tmp_path, **settings, **other).check_batch(1, 100)
+
+
+# The server's command ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def with_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its command can be made without it."""
+    monkeypatch.setattr(serve, "check_installed", lambda *_: None)
+
+
+@pytest.mark.usefixtures("with_vllm")
+def test_the_command_has_the_flags_that_rollouts_need(tmp_path: Path) -> None:
+    path = world(tmp_path, vllm_mode="server", vllm_server_base_url=["http://a:7001", "http://b:7002"])
+    command = serve.server_command(load_recipe(path), replica=2, extra=["--max-num-seqs", "4"])
+    words = command.arguments
+    assert words[:3] == (sys.executable, "-m", "vllm.entrypoints.openai.api_server")
+    options = dict(itertools.pairwise(words))
+    assert options["--model"] == str(tmp_path / "base-selector")
+    assert options["--host"] == "127.0.0.1"
+    assert options["--port"] == "7002"
+    assert options["--dtype"] == "float32"
+    assert options["--max-model-len"] == str(128 + 6)
+    assert options["--logprobs-mode"] == "processed_logprobs"
+    assert options["--generation-config"] == "vllm"
+    assert words[-2:] == ("--max-num-seqs", "4")
+    assert command.environment["VLLM_SERVER_DEV_MODE"] == "1"
+
+
+@pytest.mark.usefixtures("with_vllm")
+def test_a_replica_that_the_recipe_does_not_name_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--replica: 2"):
+        serve.server_command(load_recipe(world(tmp_path, vllm_mode="server")), replica=2)
+
+
+@pytest.mark.usefixtures("with_vllm")
+def test_a_dry_run_prints_the_command(tmp_path: Path) -> None:
+    done = CliRunner().invoke(
+        app, ["serve-rollouts", str(world(tmp_path, vllm_mode="server")), "--dry-run", "--", "--seed", "3"]
+    )
+    assert done.exit_code == 0, done.output
+    assert done.output.startswith("VLLM_SERVER_DEV_MODE=1 ")
+    assert done.output.endswith("--seed 3\n")
+
+
+# Requests and weights ---------------------------------------------------------------------------------------
+
+
+def test_a_request_says_every_parameter_and_a_seed_of_its_own() -> None:
+    """What it left out would come from the model's generation_config.json."""
+    sampling = SamplingParams(9, 0.7, 0.9, 50, 0.01)
+    first, second = (request_options(sampling, 4, rollout_seed(0, 1, i), 2) for i in range(2))
+    assert first["seed"] != second["seed"]
+    assert 0 <= first["seed"] < 2**63 - 4
+    del first["seed"]
+    assert first == {
+        "n": 4, "temperature": 0.7, "top_p": 0.9, "top_k": 50, "min_p": 0.01, "repetition_penalty": 1.0,
+        "max_tokens": 9, "logprobs": 0, "ignore_eos": True, "stop_token_ids": [2],
+    }  # fmt: skip
+
+
+def test_vllm_computes_in_the_trainers_type_unless_told(tmp_path: Path) -> None:
+    assert engine_dtype(config(tmp_path), "float32") == "float32"
+    assert engine_dtype(config(tmp_path, bf16=True), "float32") == "bfloat16"
+    assert engine_dtype(config(tmp_path, bf16=True, vllm_dtype="float16"), "float32") == "float16"
+
+
+def test_generators_are_given_back_as_they_were() -> None:
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    with random_state_kept():
+        random.seed(0), np.random.seed(0), torch.manual_seed(0)
+    assert before == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+
+
+def test_merged_parameters_are_those_that_peft_would_merge(tmp_path: Path, make_model) -> None:
+    model = make_model()
+    names = dict(model.named_parameters())
+    adapted = add_adapter(copy.deepcopy(model), LoraSettings(4, 16, 0.0, None))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(0, 0.2)
+    found = {name: tensor.clone() for name, tensor in merged_parameters(adapted)}
+    merged = dict(adapted.merge_and_unload().named_parameters())
+    assert found.keys() == names.keys()
+    assert any(not torch.equal(found[name], names[name]) for name in names)
+    for name in names:
+        assert torch.allclose(found[name], merged[name], atol=1e-6)
