@@ -6,6 +6,7 @@
 # make bench       benchmarks into runs/bench, about 25 minutes on two quiet cores
 # make bench-large the same on larger models and with more baselines, hours on a CPU
 # make bench-rollouts  vLLM against the transformers engine and plain generate
+# make bench-retrieval  reading questions
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -15,7 +16,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 TEST_PROCESSES ?= 2
 
-.PHONY: setup setup-vllm quickstart test lint bench bench-large bench-rollouts clean
+.PHONY: setup setup-vllm quickstart test lint bench bench-large bench-rollouts bench-retrieval clean
 
 setup: .venv/.complete
 
@@ -59,6 +60,9 @@ bench-large: setup
 
 bench-rollouts: setup-vllm
 	$(BIN)/python -m benchmarks.rollouts
+
+bench-retrieval: setup
+	$(BIN)/python -m benchmarks.reading
 
 clean:
 	rm -rf .venv build dist *.egg-info runs

@@ -115,6 +115,7 @@ def main(
                 ]
             )
     harness.report(
+        "generator_update",
         context,
         f"Generator update, m = {m}, {k} documents of {tokens} tokens, {model}, {dtype}",
         ["policy: way", "s", "faster", "tokens forward", "MiB", "memory"],

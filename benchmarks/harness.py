@@ -207,6 +207,7 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def report(
+    name: str,
     context: typer.Context,
     title: str,
     columns: Sequence[str],
@@ -214,9 +215,10 @@ def report(
     rows: Sequence[Mapping[str, Any]],
     notes: Sequence[str] = (),
 ) -> None:
-    """Print a Markdown table and write it to `<output>/<benchmark>.md`, with every figure in `<benchmark>.json`.
+    """Print a Markdown table and write it to `<output>/<name>.md`, with every figure in `<name>.json`.
 
     Args:
+        name: of the benchmark's module.
         context: of the command, for its options.
         title: what the table shows.
         columns: its head; the first is on the left, the others on the right.
@@ -226,7 +228,6 @@ def report(
     """
     options = dict(context.params)
     output = Path(options.pop("output"))
-    name = sys.modules[context.command.callback.__module__].__spec__.name.rpartition(".")[2]  # type: ignore[union-attr]
     ran = machine(options["device"])
     command = " ".join([f"python -m benchmarks.{name}", *_flags(options)])
     versions = ", ".join(f"{package} {ran[package]}" for package in ("torch", "transformers", "trl"))
@@ -244,8 +245,8 @@ def report(
     print("\n".join(text))
     output.mkdir(parents=True, exist_ok=True)
     (output / f"{name}.md").write_text("\n".join(text) + "\n", encoding="utf-8")
-    whole = {"benchmark": name, "title": title, "command": command, **ran, "options": options, "rows": rows}
-    whole["notes"] = list(notes)
+    whole = {"benchmark": name, "title": title, "command": command, **ran, "options": options}
+    whole |= {"notes": list(notes), "rows": rows}
     (output / f"{name}.json").write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
 
 

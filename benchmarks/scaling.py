@@ -19,7 +19,7 @@ done twice and nothing else weighs. The plot is `scaling.png`: seconds, and the 
 at the rate of the base point. Selectors' policies are fresh (`world.write_policy`, uniform).
 
 The share "own" is the step's time outside the phases in which models, engines and the optimizer run. The last line is
-the base point with a model of next to no size (64x1): all that stays is overhead, the framework's included.
+the base point with a model of next to no size (128x1): all that stays is overhead, the framework's included.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ DOCUMENTS, ROLLOUTS, SELECTED, WIDTHS, QUESTIONS = (
     [256, 128, 512],
     [1, 2, 4],
 )
-NEXT_TO_NOTHING = "64x1"
+NEXT_TO_NOTHING = "128x1"
 OWN = ("inputs", "other")
 """Phases in which no model, engine or optimizer runs."""
 
@@ -123,6 +123,7 @@ def main(
     lines = [_line(f"{SWEEPS[row['varied']]} = {row['value']}", row, rate) for row in rows]
     lines.append(_line(f"the base with a {NEXT_TO_NOTHING} model", nothing, rate))
     harness.report(
+        "scaling",
         context,
         f"A step against its sizes; base: N = {base.documents}, m = {base.m}, K = {base.k}, both models {base.model}, "
         f"{base.questions} questions, {tokens} tokens a document, {dtype}",

@@ -79,6 +79,7 @@ def main(
             ]
         )
     harness.report(
+        "selector_update",
         context,
         f"Selector update, P = {prompt}, R = {completion}, {model}, {dtype}",
         [

@@ -262,6 +262,7 @@ def main(
                 ]
             )
     harness.report(
+        "trl_step",
         context,
         f"A whole step, {questions} questions, m = {m}, {documents} documents of {tokens} tokens, K = {k}, "
         f"both models {model}, {dtype}",

@@ -103,6 +103,11 @@ def write_policy(model: LlamaForCausalLM, documents: int, k: int, sharpness: flo
     token's own direction, and the head is the least-squares solution that turns it into the wanted logits.
     """
     config = model.config
+    if documents > min(MOST_DOCUMENTS, (config.hidden_size - 1) // TOKENS_PER_NUMBER):
+        raise ValueError(
+            f"{documents} documents: there are at most {MOST_DOCUMENTS}, "
+            f"and they take a width of {documents * TOKENS_PER_NUMBER + 1} or more"
+        )
     generator = torch.Generator().manual_seed(seed)
     draw = np.random.default_rng(seed)
     chain = range(_FIRST_NUMBER, _FIRST_NUMBER + documents * TOKENS_PER_NUMBER)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -382,6 +382,10 @@ class DROConfig(_BaseConfig):
     def scoring(self) -> Scoring:
         """How both models score rows."""
         return Scoring(self.answer_likelihood, self.answer_aliases, self.shared_prefix != "off", self.prefix_tree)
+
+    def sampling_at(self, temperature: float | None) -> SamplingParams:
+        """The proposal at a temperature; at `temperature` itself, unless told."""
+        return self.sampling if temperature is None else replace(self.sampling, temperature=temperature)
 
     @property
     def sampling(self) -> SamplingParams:

@@ -97,9 +97,8 @@ def row_logps(
         layout = lay_out(rows, prefix_tree=prefix_tree)
         logps = _packed(model, layout, rows) if within is None else within(_packed, layout, rows)
     else:
-        logps = _padded(
-            model, [(row.prompt, completion) for row in rows for completion in row.completions], _allowed(rows)
-        )
+        pairs = [(row.prompt, completion) for row in rows for completion in row.completions]
+        logps = _padded(model, pairs, _allowed(rows))
     flat = iter(logps)
     return [[next(flat) for _ in row.completions] for row in rows]
 
@@ -179,32 +178,29 @@ def _head_logps(
 ) -> Tensor:
     """log p of `targets`, each under the logits of row `where` of `hidden`, float32; a chunk of logits at a time.
 
-    Each chunk is computed again for its gradient, so at most `LOGITS_PER_CHUNK` numbers are held. `allowed`: the ids
-    that each target's softmax is over; None: all.
+    Each chunk is computed again for its gradient, so at most `LOGITS_PER_CHUNK` numbers are held.
     """
     head, config = model.get_output_embeddings(), model.config.get_text_config()
-    among = None if allowed is None else _as_matrix(allowed, hidden.device)
 
-    def chunk(hidden: Tensor, where: Tensor, targets: Tensor, mine: Tensor | None) -> Tensor:
+    among = () if allowed is None else _padded_ids(allowed, hidden.device)
+
+    def chunk(hidden: Tensor, where: Tensor, targets: Tensor, *among: Tensor) -> Tensor:
         logits = head(hidden).float()
         if scaling := getattr(config, "logits_scaling", None):
             logits = logits / scaling
         if cap := getattr(config, "final_logit_softcapping", None):
             logits = cap * (logits / cap).tanh()
-        if among is None:
-            return logits[where, targets] - logits.logsumexp(dim=-1)[where]
-        ids, beyond = among if mine is None else (each[mine] for each in among)
-        return logits[where, targets] - logits[where.unsqueeze(-1), ids].masked_fill(beyond, -torch.inf).logsumexp(-1)
+        return _pick(logits, where, targets, *among)
 
     # A sharded head is gathered each time it is called, by all processes together, so it is called once.
     size = len(hidden) if hasattr(head.weight, "ds_id") else max(1, LOGITS_PER_CHUNK // config.vocab_size)
     if len(hidden) <= size:
-        return chunk(hidden, where, targets, None)
+        return chunk(hidden, where, targets, *among)
     logps = torch.zeros(len(targets), device=hidden.device)
     for start in range(0, len(hidden), size):
         mine = ((where >= start) & (where < start + size)).nonzero().squeeze(-1)
-        some = hidden[start : start + size]
-        piece = checkpoint(chunk, some, where[mine] - start, targets[mine], mine, use_reentrant=False)
+        inputs = (hidden[start : start + size], where[mine] - start, targets[mine], *(part[mine] for part in among))
+        piece = checkpoint(chunk, *inputs, use_reentrant=False)
         logps = logps.index_copy(0, mine, piece)
     return logps
 
@@ -231,10 +227,18 @@ def _padded(
     ).logits
     lengths = [len(completion) for _, completion in pairs]
     picked = torch.cat([logits[i, keep - 1 - n : keep - 1] for i, n in enumerate(lengths)]).float()
-    target = torch.tensor([token for _, completion in pairs for token in completion], device=device).unsqueeze(-1)
-    among = picked if allowed is None else among_allowed(picked, allowed)[0]
-    logps = picked.gather(-1, target).squeeze(-1) - among.logsumexp(dim=-1)
+    targets = torch.tensor([token for _, completion in pairs for token in completion], device=device)
+    among = () if allowed is None else _padded_ids(allowed, device)
+    logps = _pick(picked, torch.arange(len(targets), device=device), targets, *among)
     return list(logps.split(lengths))
+
+
+def _pick(logits: Tensor, where: Tensor, targets: Tensor, ids: Tensor | None = None, beyond: Any = None) -> Tensor:
+    """log p of `targets`, each under row `where` of `logits`: among all words, or among its row of `ids` alone."""
+    chosen = logits[where, targets]
+    if ids is None:
+        return chosen - logits.logsumexp(dim=-1)[where]
+    return chosen - logits[where.unsqueeze(-1), ids].masked_fill(beyond, -torch.inf).logsumexp(dim=-1)
 
 
 def among_allowed(logits: Tensor, allowed: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
@@ -245,14 +249,14 @@ def among_allowed(logits: Tensor, allowed: Sequence[Sequence[int]]) -> tuple[Ten
         allowed: the ids of each row, at least one.
 
     Returns:
-        their logits (rows, most ids), float32, −inf after the last id of a row, and the ids themselves.
+        their logits (rows, most ids), −inf after the last id of a row, and the ids themselves.
     """
-    ids, beyond = _as_matrix(allowed, logits.device)
-    return logits.gather(-1, ids).float().masked_fill(beyond, -torch.inf), ids
+    ids, beyond = _padded_ids(allowed, logits.device)
+    return logits.gather(-1, ids).masked_fill(beyond, -torch.inf), ids
 
 
-def _as_matrix(allowed: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ids of each row as one matrix, and where it goes on beyond a row's last id."""
+def _padded_ids(allowed: Sequence[Sequence[int]], device: Any) -> tuple[Tensor, Tensor]:
+    """Lists of ids as (lists, longest), and where they are beyond their end."""
     width = max(len(ids) for ids in allowed)
     ids = torch.tensor([[*row, *[row[0]] * (width - len(row))] for row in allowed], device=device)
     counts = torch.tensor([len(row) for row in allowed], device=device)

@@ -1,25 +1,19 @@
-"""The shapes that travel between rooms, and the one way to read a question file.
+"""The shapes that travel between rooms, and the one way to read and write a question file.
 
 Nothing here knows of models, trainers, engines or the command line.
 """
 
 from __future__ import annotations
 
-import gzip
-import json
 import math
-import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
+from typing import Any, Literal
 
 from dro_rl.errors import InputError, Phrase
-from dro_rl.files import written_whole
+from dro_rl.files import write_json_lines
+from dro_rl.rows import Bad, Rows, Watch, refuse, rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,41 +118,78 @@ REQUIRED_FIELDS = ("id", "question", "answers", "documents")
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 
 
-def read_questions(path: str | Path) -> list[Question]:
+Candidates = Literal["required", "optional"]
+"""Whether each question has documents, as training needs, or may have none, as retrieval and the tools take it."""
+
+
+def read_questions(path: str | Path, *, candidates: Candidates = "required") -> list[Question]:
     """Read a question file: one JSON object a line (`.jsonl`, `.jsonl.gz`), or the same columns as `.parquet`.
 
+    Args:
+        path: the file.
+        candidates: `optional` also takes questions whose `documents` is empty or missing; the `supporting` ids of such
+            a question name documents of the corpus that its candidates will come from.
+
     Returns:
-        The questions in file order.
+        The questions in file order. A document that is a candidate of many questions stands in memory once.
 
     Raises:
         InputError: naming the file, the line (the row, in Parquet), the field, what is wrong and what to do. A file
             with one bad line is refused whole: a training set that silently shrank is worse than none.
     """
+    shared: dict[Document, Document] = {}
+    return [
+        replace(question, documents=tuple(shared.setdefault(document, document) for document in question.documents))
+        for question in iter_questions(path, candidates=candidates)
+    ]
+
+
+def iter_questions(
+    path: str | Path, *, candidates: Candidates = "required", bad: Bad = refuse, watch: Watch | None = None
+) -> Iterator[Question]:
+    """`read_questions` as a stream: one question in memory at a time. `bad` and `watch` are those of `dro_rl.rows`."""
     path = Path(path)
-    if not path.is_file():
-        raise InputError(str(path), Phrase("no such file"), "a question file must exist", "Check the path.")
-    name = path.name.lower()
-    if not name.endswith(SUFFIXES):
+    if path.is_file() and not path.name.lower().endswith(SUFFIXES):
         raise InputError(
             str(path), path.suffix, f"a question file ends in {', '.join(SUFFIXES)}", "Rename or convert the file."
         )
-    rows = _parquet_rows(path) if name.endswith(".parquet") else _json_rows(path)
-    questions: list[Question] = []
-    first_seen: dict[str, str] = {}
+    empty = True
+    for question in parse_questions(rows(path, bad=bad, watch=watch), candidates=candidates, bad=bad):
+        empty = False
+        yield question
+    if empty:
+        raise InputError(str(path), Phrase("no questions"), "a question file has at least one line", "Check the file.")
+
+
+def parse_questions(rows: Rows, *, candidates: Candidates = "required", bad: Bad = refuse) -> Iterator[Question]:
+    """Turn decoded rows into questions, checking every field, and that no id stands twice."""
+    ids = UniqueIds()
     for place, row in rows:
-        question = parse_question(row, place)
-        if question.id in first_seen:
+        try:
+            question = parse_question(row, place, candidates)
+            ids.add(question.id, place)
+        except InputError as error:
+            bad(error)
+        else:
+            yield question
+
+
+class UniqueIds:
+    """The question ids met so far, each with its place."""
+
+    def __init__(self) -> None:
+        self._first: dict[str, str] = {}
+
+    def add(self, identifier: str, place: str) -> None:
+        """Take note of an id; an id that stands twice is an `InputError`."""
+        first = self._first.setdefault(identifier, place)
+        if first is not place:
             raise InputError(
                 f"{place}: id",
-                question.id,
-                f"ids are unique, and {first_seen[question.id]} has it too",
+                Phrase(f"{identifier!r}, and {first.rpartition(': ')[2]} has it too"),
+                "ids are unique",
                 "Remove or rename one of the two.",
             )
-        first_seen[question.id] = place.removeprefix(f"{path}: ")
-        questions.append(question)
-    if not questions:
-        raise InputError(str(path), Phrase("no questions"), "a question file has at least one line", "Check the file.")
-    return questions
 
 
 def write_questions(path: str | Path, questions: Iterable[Question]) -> int:
@@ -167,30 +198,26 @@ def write_questions(path: str | Path, questions: Iterable[Question]) -> int:
     Returns:
         How many were written.
     """
-    path, count = Path(path), 0
-    with written_whole(path) as beside, beside.open("wb") as raw, ExitStack() as stack:
-        lines: Any = raw
-        if path.name.lower().endswith(".gz"):
-            lines = stack.enter_context(gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0))
-        for question in questions:
-            row = {name: value for name, value in asdict(question).items() if value or name in REQUIRED_FIELDS}
-            lines.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-            count += 1
-    return count
+    rows = (
+        {name: value for name, value in asdict(question).items() if value or name in REQUIRED_FIELDS}
+        for question in questions
+    )
+    return write_json_lines(Path(path), rows)
 
 
-def parse_question(row: Any, place: str) -> Question:
+def parse_question(row: Any, place: str, candidates: Candidates = "required") -> Question:
     """Turn one decoded row into a `Question`, checking every field. `place` names the row in errors."""
     if not isinstance(row, dict):
         raise InputError(place, row, "each line is a JSON object", "Write one object a line.")
+    optional = candidates == "optional"
     for field in REQUIRED_FIELDS:
-        if row.get(field) is None:
+        if row.get(field) is None and not (optional and field == "documents"):
             raise InputError(
                 f"{place}: {field}", Phrase("missing"), f"a question has {', '.join(REQUIRED_FIELDS)}", "Add the field."
             )
-    identifier = _text(row["id"], f"{place}: id")
+    identifier = check_text(row["id"], f"{place}: id")
     place = f"{place} (id {identifier})"
-    documents = _documents(row["documents"], place)
+    documents = () if optional and not row.get("documents") else _documents(row["documents"], place)
     answers = _texts(row["answers"], f"{place}: answers")
     if not answers:
         raise InputError(
@@ -203,7 +230,7 @@ def parse_question(row: Any, place: str) -> Question:
     supporting = () if supporting is None else _texts(supporting, f"{place}: supporting")
     known = {document.id for document in documents}
     for support in supporting:
-        if support not in known:
+        if documents and support not in known:
             raise InputError(
                 f"{place}: supporting",
                 support,
@@ -212,7 +239,7 @@ def parse_question(row: Any, place: str) -> Question:
             )
     return Question(
         id=identifier,
-        question=_text(row["question"], f"{place}: question"),
+        question=check_text(row["question"], f"{place}: question"),
         answers=answers,
         documents=documents,
         supporting=supporting,
@@ -243,8 +270,10 @@ def _documents(value: Any, place: str) -> tuple[Document, ...]:
         title = item.get("title")
         if title is not None and not isinstance(title, str):
             raise InputError(f"{where}.title", title, "a title is text, empty when there is none", "Write a string.")
-        _check_unicode(title or "", f"{where}.title")
-        document = Document(_text(item["id"], f"{where}.id"), title or "", _text(item["text"], f"{where}.text"))
+        check_unicode(title or "", f"{where}.title")
+        document = Document(
+            check_text(item["id"], f"{where}.id"), title or "", check_text(item["text"], f"{where}.text")
+        )
         if document.id in seen:
             raise InputError(
                 f"{where}.id", document.id, "a document stands once among the candidates", "Drop the second one."
@@ -254,17 +283,20 @@ def _documents(value: Any, place: str) -> tuple[Document, ...]:
     return tuple(documents)
 
 
-def _text(value: Any, place: str) -> str:
+def check_text(value: Any, place: str) -> str:
+    """The value, if it is text, Unicode, and not blank; else an `InputError` at `place`."""
     if not isinstance(value, str):
         raise InputError(place, value, "this is text", "Write a JSON string.")
     if not value.strip():
         raise InputError(place, value, "this is not empty", "Fill it in, or drop the line.")
-    _check_unicode(value, place)
+    check_unicode(value, place)
     return value
 
 
-def _check_unicode(value: str, place: str) -> None:
+def check_unicode(value: str, place: str) -> None:
     """Half of a surrogate pair, which JSON can spell, can be neither tokenized nor logged."""
+    if value.isascii():
+        return
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -276,58 +308,4 @@ def _check_unicode(value: str, place: str) -> None:
 def _texts(value: Any, place: str) -> tuple[str, ...]:
     if not isinstance(value, list | tuple):
         raise InputError(place, value, "this is a list of strings", "Write a JSON list, also for a single one.")
-    return tuple(_text(item, f"{place}[{n}]") for n, item in enumerate(value, start=1))
-
-
-def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    opener = gzip.open if path.name.lower().endswith(".gz") else open
-    number = 0
-    try:
-        with opener(path, "rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                place = f"{path}: line {number}"
-                try:
-                    text = line.decode("utf-8")
-                except UnicodeDecodeError as error:
-                    raise InputError(
-                        place,
-                        Phrase(f"byte {error.start} is not UTF-8"),
-                        "question files are UTF-8",
-                        "Convert the file.",
-                    ) from None
-                if number == 1:
-                    text = text.removeprefix("\ufeff")
-                if not text.strip():
-                    continue
-                try:
-                    yield place, json.loads(text.rstrip())
-                except (ValueError, RecursionError) as error:
-                    why = str(error)
-                    if isinstance(error, json.JSONDecodeError):
-                        why = f"column {error.colno}: {error.msg}"
-                    raise InputError(
-                        place,
-                        text.strip()[:60],
-                        f"each line is one JSON object, and this is not ({why})",
-                        "Write one object a line, not an array over many lines.",
-                    ) from None
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise InputError(
-            f"{path}: after line {number}", Phrase(str(error)), "the gzip file is whole", "Copy or compress it again."
-        ) from None
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    number = 0
-    try:
-        for batch in pq.ParquetFile(path).iter_batches(batch_size=1024):
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{path}: row {number}", row
-    except (pa.ArrowInvalid, OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"{path}: after row {number}",
-            Phrase(str(error).splitlines()[0]),
-            "this is a whole Parquet file, its text UTF-8",
-            "Write it again.",
-        ) from None
+    return tuple(check_text(item, f"{place}[{n}]") for n, item in enumerate(value, start=1))

@@ -36,7 +36,7 @@ def difference(model: Any, rows: Sequence[Row], scoring: Scoring, *, gradients: 
         gradients: compare gradients too: those of the first decoder layer, which errors in any later layer reach. They
             need the whole parameters here.
     """
-    rows = [Row(row.prompt, row.completions[:2]) for row in rows[:2]]
+    rows = [Row(row.prompt, row.completions[:2], row.allowed and row.allowed[:2]) for row in rows[:2]]
     longest = max(len(row.prompt) + len(completion) for row in rows for completion in row.completions)
     if not scoring.shared_prefix or not takes_packed_rows(model, longest):
         return None

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import hashlib
-import json
 import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +29,7 @@ from dro_rl.models import LoraSettings, Role, add_adapter, export_role, load_mod
 from dro_rl.prompts import Prompter
 from dro_rl.recipe import RunConfig
 from dro_rl.records import Question
+from dro_rl.rows import json_lines
 from dro_rl.selection import format_selection
 
 logger = logging.getLogger(__name__)
@@ -118,20 +118,10 @@ def read_ranking(path: Path) -> Callable[[Question], list[int]]:
     if not path.is_file():
         raise InputError("warmup_selector_ranking", str(path), "the file exists", "Check the path.")
     ranking: dict[str, list[str]] = {}
-    with path.open(encoding="utf-8", errors="surrogateescape") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                row = json.loads(line)
-                if not isinstance(row["ranking"], list):
-                    raise TypeError
-                ranking[row["id"]] = row["ranking"]
-            except (ValueError, KeyError, TypeError):
-                raise InputError(
-                    f"{path}: line {number}",
-                    line.strip()[:60],
-                    "each line is {id, ranking: [document ids]}",
-                    "Correct it.",
-                ) from None
+    for place, row in json_lines(path):
+        if not isinstance(row, dict) or not isinstance(row.get("id"), str) or not isinstance(row.get("ranking"), list):
+            raise InputError(place, row, "each line is {id, ranking: [document ids]}", "Correct it.")
+        ranking[row["id"]] = row["ranking"]
 
     def order(question: Question) -> list[int]:
         if question.id not in ranking:

@@ -101,7 +101,7 @@ def test_scaling_varies_one_size_at_a_time_and_draws_it(tmp_path: Path) -> None:
     varied = [(row["varied"], row["value"]) for row in written["rows"]]
     assert varied == [
         ("documents", 4), ("documents", 8), ("m", 2), ("m", 4), ("k", 3), ("width", 64), ("questions", 1),
-        ("model", "64x1"),
+        ("model", "128x1"),
     ]  # fmt: skip
     needed = {varied: row["operations"] for varied, row in zip(varied, written["rows"], strict=True)}
     assert max(needed["documents", 4]) < min(needed["documents", 8])

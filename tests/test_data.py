@@ -140,7 +140,9 @@ def test_hub_rows_are_checked_like_lines(hub: list[dict[str, Any]]) -> None:
     with pytest.raises(InputError, match=r"someone/questions \(train\): row 3.*answers: empty list"):
         load_questions("someone/questions", "train")
     hub[2] = hub[0]
-    with pytest.raises(InputError, match=r"someone/questions \(train\): row 3: 'q0': ids are unique, and row 1 has it"):
+    with pytest.raises(
+        InputError, match=r"someone/questions \(train\): row 3: id: 'q0', and row 1 has it too: ids are unique"
+    ):
         load_questions("someone/questions", "train")
 
 

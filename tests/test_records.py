@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from dro_rl.errors import InputError
-from dro_rl.records import Document, Question, read_questions, write_questions
+from dro_rl.records import Document, Question, iter_questions, read_questions, write_questions
+from dro_rl.rows import Skips
 
 FIRST = {
     "id": "2hop__1",
@@ -302,3 +303,53 @@ def test_an_interrupted_write_leaves_the_file_before(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write_questions(path, broken())
     assert read_questions(path) == [question]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_questions_without_candidates_are_read_where_they_are_optional(tmp_path: Path) -> None:
+    """Retrieval finds the candidates; their labels then name documents of its corpus. Training refuses them."""
+    rows = [FIRST, changed(documents=[], supporting=["corpus-7"]), changed(id="3", documents=...)]
+    path = write(tmp_path / "q.jsonl", rows)
+    first, second, third = read_questions(path, candidates="optional")
+    assert first == read_questions(write(tmp_path / "first.jsonl", [FIRST]))[0]
+    assert (second.documents, second.supporting, third.documents) == ((), ("corpus-7",), ())
+    assert "line 2 (id 2hop__2): documents: empty list" in refusal(path)
+    write_questions(tmp_path / "again.jsonl", [second])
+    assert read_questions(tmp_path / "again.jsonl", candidates="optional") == [second]
+
+
+def test_optional_candidates_are_checked_where_there_are_any(tmp_path: Path) -> None:
+    path = write(tmp_path / "q.jsonl", [changed(supporting=["d9"])])
+    with pytest.raises(InputError, match="supporting"):
+        read_questions(path, candidates="optional")
+    with pytest.raises(InputError, match="documents is a list"):
+        read_questions(write(path, [changed(documents="Ann did.")]), candidates="optional")
+
+
+def test_a_stream_of_questions_yields_before_the_end(tmp_path: Path) -> None:
+    """Defect: a stream that reads the file first, so that its memory grows with it."""
+    stream = iter_questions(write(tmp_path / "q.jsonl", [FIRST, "broken"]))
+    assert next(stream).id == "2hop__1"
+    with pytest.raises(InputError, match="line 2"):
+        next(stream)
+
+
+def test_bad_lines_are_left_out_and_counted_only_when_asked(tmp_path: Path) -> None:
+    skips = Skips()
+    rows = [FIRST, changed(answers=[]), changed(answers=["", "x"]), changed(id="2hop__1"), changed(answers=["x", ""])]
+    path = write(tmp_path / "q.jsonl", rows)
+    assert [question.id for question in iter_questions(path, bad=skips)] == ["2hop__1"]
+    assert skips.counts == {
+        "answers: a question has at least one answer": 1,
+        "answers[]: this is not empty": 2,
+        "id: ids are unique": 1,
+    }
+    assert "line 2 (id 2hop__2)" in str(skips.first["answers: a question has at least one answer"])
+
+
+def test_a_document_of_many_questions_stands_in_memory_once(tmp_path: Path) -> None:
+    """Candidates of a data set overlap: 167,000 questions name far fewer passages than they have candidates."""
+    other = changed(id="3", documents=[{"id": "d1", "title": "Ann", "text": "Another Ann."}])
+    first, second, third = read_questions(write(tmp_path / "q.jsonl", [SECOND, changed(id="2"), other]))
+    assert first.documents[0] is second.documents[0]
+    assert third.documents[0].text == "Another Ann."

@@ -34,10 +34,12 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # Adam, so that optimizer state matters; a checkpoint in the middle of each iteration of two steps.
     recipe = world(
         folder, optim="adamw_torch", learning_rate=1e-3, save_steps=1, m_step_epochs=2, gradient_accumulation_steps=4,
-        selector_lora_r=0, temperature=1.3, num_iterations=2,
+        selector_lora_r=0, temperature=1.3, temperature_end=1.1, duplicate_threshold=0.01, num_iterations=2,
     )  # fmt: skip
     finished = launch(recipe, folder / "unbroken")
     assert finished.returncode == 0, finished.stderr[-2000:]
+    temperatures = [entry["sampling/temperature"] for entry in history(folder / "unbroken") if "loss" in entry]
+    assert temperatures[-1] > 1.3, "the guard, whose memory is the rollout log, has raised the second iteration's"
     return folder
 
 

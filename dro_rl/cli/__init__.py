@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from dro_rl import __version__
-from dro_rl.cli import ask, recipe, rollouts, serve
+from dro_rl.cli import ask, data, recipe, rollouts, serve
 from dro_rl.cli.errors import InputErrorGroup
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ app = typer.Typer(
 )
 app.add_typer(rollouts.app, name="rollouts")
 app.add_typer(recipe.app, name="recipe")
+app.add_typer(data.app, name="data")
 app.command("ask")(ask.ask)
 app.command("serve-rollouts", context_settings={"allow_extra_args": True})(serve.serve_rollouts)
 
@@ -36,12 +37,13 @@ def main(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
     ] = False,
 ) -> None:
-    """Look into runs, check recipes and ask trained pairs.
+    """Prepare data, check recipes, look into runs and ask trained pairs.
 
     RUN is the output_dir of a training. Every command takes --json.
 
     \b
     Examples:
+      dro-rl data prepare hotpotqa --input hotpot_dev_distractor_v1.json --output dev.jsonl.gz
       dro-rl recipe validate recipes/*.yaml
       dro-rl serve-rollouts recipes/musique.yaml
       dro-rl rollouts ls out/musique

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json as jsonlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -109,32 +108,13 @@ def _with_documents(question: str, path: Path) -> Question:
     """Read a document file. Documents are checked by the rules of the question files they could stand in."""
     from dro_rl.errors import InputError, Phrase
     from dro_rl.records import parse_question
+    from dro_rl.rows import json_lines
 
     if not path.exists() or path.is_dir():
         raise InputError(str(path), Phrase("no such file"), "a document file must exist", "Check the path.")
-    try:
-        lines = path.read_bytes().decode("utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise InputError(
-            str(path),
-            Phrase(f"byte {error.start} is not UTF-8"),
-            "document files are UTF-8",
-            "Convert the file.",
-        ) from None
-    rows: list[Any] = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = jsonlib.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise InputError(
-                f"{path}: line {number}",
-                line.strip()[:60],
-                f"each line is one JSON object ({error})",
-                "Correct the line.",
-            ) from None
+    documents: list[Any] = []
+    for place, row in json_lines(path):
         if isinstance(row, dict) and row.get("id") is None:
-            row["id"] = str(number)
-        rows.append(row)
-    return parse_question({"id": "asked", "question": question, "answers": ["?"], "documents": rows}, str(path))
+            row["id"] = place.rpartition(" ")[2]
+        documents.append(row)
+    return parse_question({"id": "asked", "question": question, "answers": ["?"], "documents": documents}, str(path))

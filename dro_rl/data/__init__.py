@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, cast
 
+from dro_rl.data.hub import hub_rows
 from dro_rl.data.toy import make_world
 from dro_rl.errors import InputError, Phrase
-from dro_rl.records import SUFFIXES, Question, parse_question, read_questions
+from dro_rl.records import SUFFIXES, Question, parse_questions, read_questions
 
 TOY_SIZES = {"train": 2048, "dev": 256, "test": 512}
 """Questions of the toy world's splits, unless the recipe says how many."""
@@ -70,30 +71,4 @@ def _file_of_split(folder: Path, split: str, config: str | None) -> Path:
 
 
 def _from_hub(name: str, split: str, config: str | None, key: str) -> list[Question]:
-    from datasets import load_dataset
-
-    try:
-        rows = load_dataset(name, config, split=split)
-    except Exception as error:
-        # Many libraries stand between us and a hub, each with errors of its own; all mean that there is no such data.
-        message = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise InputError(
-            key,
-            name,
-            f"this is a file, a folder, toy, or a hub dataset with split {split} ({message})",
-            "Check the name, the split and the network.",
-        ) from None
-    seen: dict[str, int] = {}
-    questions = []
-    for number, row in enumerate(rows, start=1):
-        question = parse_question(row, f"{name} ({split}): row {number}")
-        if question.id in seen:
-            raise InputError(
-                f"{name} ({split}): row {number}",
-                question.id,
-                f"ids are unique, and row {seen[question.id]} has it",
-                "Rename.",
-            )
-        seen[question.id] = number
-        questions.append(question)
-    return questions
+    return list(parse_questions(hub_rows(name, config, split, place=key, streaming=False)))

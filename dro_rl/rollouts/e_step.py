@@ -143,7 +143,7 @@ class EStep:
         config, prompter = self.config, self.selector_prompter
         prompts = [prompter.selector_prompt(question, config.num_selected) for question in questions]
         constraints = [self._constraint(question) for question in questions] if config.constrain_selection else None
-        sampling = config.sampling if temperature is None else replace(config.sampling, temperature=temperature)
+        sampling = config.sampling_at(temperature)
         ids = [prompt.ids for prompt in prompts]
         request = SamplingRequest(ids, config.num_generations, sampling, seeds, constraints)
         return request, [prompt.cut for prompt in prompts]

@@ -139,9 +139,8 @@ class MicroBatch:
 
     @property
     def samples_plainly(self) -> bool:
-        """Whether log q is meant to be log p, up to the engine: there are rollouts, at temperature 1, not truncated."""
-        plain = not self.config.sampling.truncates and all(rollout.temperature == 1 for rollout in self.rollouts)
-        return plain and bool(self.rollouts)
+        """Whether log q is meant to be log p, up to the engine; not of no rollouts."""
+        return any(self.config.sampling_at(rollout.temperature).on_policy for rollout in self.rollouts)
 
     @property
     def completion_tokens(self) -> int:

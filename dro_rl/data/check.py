@@ -1,0 +1,148 @@
+"""What a data file holds and everything that is wrong with it: question files, released formats, corpora."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+
+from dro_rl.data.corpus import ID_FIELDS, TEXT_FIELDS, CorpusHash, read_corpus
+from dro_rl.data.manifest import Manifest, questions_hash, read_manifest
+from dro_rl.data.readers import FORMATS, read_answers, read_released, sniff
+from dro_rl.data.readers.fields import Source
+from dro_rl.errors import InputError, Phrase
+from dro_rl.records import Question
+from dro_rl.rows import Watch, kind, rows
+
+CORPUS = "corpus"
+"""The format of `check` that is no format of questions."""
+
+
+@dataclass
+class Report:
+    """What `check` found.
+
+    Args:
+        file: the file.
+        format: a name in `FORMATS`, `corpus`, or nothing where it cannot be told.
+        counts: what the file holds: questions, documents and so on.
+        wrong: how many errors there are, by kind.
+        manifest: the manifest beside the file, where there is one and it fits.
+        hash: `questions_hash`, or `corpus_hash`, of what could be read.
+    """
+
+    file: Path
+    format: str
+    counts: Counter[str] = field(default_factory=Counter)
+    wrong: Counter[str] = field(default_factory=Counter)
+    manifest: Manifest | None = None
+    hash: str = ""
+
+
+def check(
+    path: Path,
+    format: str | None = None,
+    *,
+    answers: Path | None = None,
+    on_error: Callable[[InputError], None] = lambda error: None,
+    watch: Watch | None = None,
+) -> Report:
+    """Read a whole file and count what it holds and what is wrong, going on after each error that allows it.
+
+    Args:
+        path: the file.
+        format: a name in `FORMATS`, `corpus`, or None to tell it by the first row.
+        answers: accepted answers, for requests of rank_llm.
+        on_error: is given each error as it is found.
+        watch: wraps the raw file, to draw a progress bar.
+
+    Raises:
+        InputError: there is no such format.
+    """
+    if format not in (None, CORPUS, *FORMATS):
+        raise InputError("--format", format, f"formats are {', '.join((*FORMATS, CORPUS))}", "Use one of them.")
+    report = Report(path, format or "")
+
+    def bad(error: InputError) -> None:
+        report.wrong[kind(error)] += 1
+        on_error(error)
+
+    try:
+        report.format = format or format_of(path)
+        if report.format == CORPUS:
+            digest = CorpusHash()
+            for document in read_corpus(path, bad=bad, watch=watch):
+                digest.add(document)
+            report.counts["passages"], report.hash = digest.count, digest.hexdigest()
+        else:
+            source = Source("", "", answers=read_answers(answers) if answers else {})
+            found = read_released(rows(path, bad=bad, watch=watch), report.format, source, bad=bad)
+            report.hash = questions_hash(_counted(found, report.counts))
+            report.counts.update({f"left out, {why}": count for why, count in source.left_out.items()})
+            if not report.counts["questions"] and not report.wrong:
+                bad(InputError(str(path), Phrase("no questions"), "a file has at least one question", "Check it."))
+    except InputError as error:
+        bad(error)
+    if report.format == "questions" and not report.wrong:
+        try:
+            report.manifest = read_manifest(path)
+        except InputError as error:
+            bad(error)
+    return report
+
+
+def format_of(path: Path) -> str:
+    """The format of a file by its first readable row: a name in `FORMATS`, or `corpus`."""
+    if path.is_dir():
+        return CORPUS
+    place, row = next(rows(path, bad=lambda error: None), (str(path), None))
+    if isinstance(row, list) and (len(row) != 2 or not row[1].startswith("[")):
+        return CORPUS
+    if isinstance(row, dict) and "question" not in row and {*ID_FIELDS} & {*row} and {*TEXT_FIELDS} & {*row}:
+        return CORPUS
+    return sniff(row, place)
+
+
+def _counted(questions: Iterator[Question], counts: Counter[str]) -> Iterator[Question]:
+    for question in questions:
+        counts["questions"] += 1
+        counts["answers"] += len(question.answers)
+        counts["candidates"] += len(question.documents)
+        counts["questions with candidates"] += bool(question.documents)
+        counts["questions with labels"] += bool(question.supporting)
+        yield question
+
+
+def draw(
+    path: Path,
+    number: int,
+    seed: int,
+    *,
+    identifier: str | None = None,
+    format: str | None = None,
+    answers: Path | None = None,
+    watch: Watch | None = None,
+) -> list[Question]:
+    """Questions of a file, drawn at random in one pass and returned in file order, or the one with an id.
+
+    Raises:
+        InputError: the file cannot be read, or has no such question.
+    """
+    source = Source("", "", answers=read_answers(answers) if answers else {})
+    found = read_released(rows(path, watch=watch), format, source)
+    if identifier is not None:
+        question = next((each for each in found if each.id == identifier), None)
+        if question is None:
+            raise InputError(f"{path}: id", identifier, "the file has such a question", "Check the id.")
+        return [question]
+    random, drawn = Random(seed), []
+    for place, question in enumerate(found):
+        if place < number:
+            drawn.append((place, question))
+        elif (instead := random.randrange(place + 1)) < number:
+            drawn[instead] = (place, question)
+    if not drawn:
+        raise InputError(str(path), Phrase("no questions"), "a file has at least one question", "Check the file.")
+    return [question for _, question in sorted(drawn, key=lambda each: each[0])]

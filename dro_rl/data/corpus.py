@@ -1,0 +1,239 @@
+"""Corpora: the passages to retrieve from, read as a stream. Twenty-one million of them never stand in memory.
+
+A corpus is a file (`.tsv` as DPR published it, `.jsonl`, `.json`, `.parquet`; gzipped or not), a folder of such files
+(shards, read in the order of their names), or a hub dataset. Passages have an id, a title, which may be empty, and a
+text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dro_rl.data.hub import hub_rows
+from dro_rl.errors import InputError, Phrase
+from dro_rl.files import write_json_lines
+from dro_rl.records import Document, check_text, check_unicode
+from dro_rl.rows import Bad, Rows, Watch, refuse, rows
+
+ID_FIELDS = ("id", "_id", "docid", "passage_id")
+TEXT_FIELDS = ("text", "contents")
+SUFFIXES = (".tsv", ".jsonl", ".json", ".parquet", ".tsv.gz", ".jsonl.gz", ".json.gz")
+BATCH = 8192
+"""Passages whose ids are checked together. A passage leaves the stream when its batch is checked."""
+
+
+def read_corpus(
+    source: str | Path,
+    *,
+    config: str | None = None,
+    split: str = "train",
+    bad: Bad = refuse,
+    watch: Watch | None = None,
+) -> Iterator[Document]:
+    """The passages of a corpus, one after the other.
+
+    Args:
+        source: a file, a folder of files, or the name of a hub dataset, which is streamed.
+        config: configuration of a hub dataset.
+        split: split of a hub dataset.
+        bad: what is done with a bad passage: refuse the corpus, or with `dro_rl.rows.Skips()` leave it out and count.
+        watch: wraps each raw file as it is opened, to draw a progress bar.
+
+    Raises:
+        InputError: naming the file, the line, the field, what is wrong and what to do. An id that stands twice is
+            found within `BATCH` passages; the ids themselves are not kept, but eight bytes of a hash of each.
+    """
+    path = Path(source).expanduser()
+    named = path.suffix.lower() in {f".{suffix.rpartition('.')[2]}" for suffix in SUFFIXES}
+    if path.is_dir() or path.is_file() or named or path.is_absolute():
+        found: Rows = itertools.chain.from_iterable(_file_rows(file, bad, watch) for file in corpus_files(path))
+    else:
+        found = hub_rows(str(source), config, split, place="corpus")
+    empty = True
+    for document in _without_twins(_parsed(found, bad), bad):
+        empty = False
+        yield document
+    if empty:
+        raise InputError(str(source), Phrase("no passages"), "a corpus has at least one passage", "Check the file.")
+
+
+def write_corpus(path: Path, documents: Iterable[Document]) -> int:
+    """Write passages (`.jsonl` or `.jsonl.gz`), whole, each id once.
+
+    Returns:
+        How many were written.
+    """
+
+    def unique() -> Iterator[dict[str, str]]:
+        seen: set[str] = set()
+        for document in documents:
+            if document.id not in seen:
+                seen.add(document.id)
+                yield asdict(document)
+
+    return write_json_lines(path, unique())
+
+
+def corpus_files(path: Path) -> list[Path]:
+    """The files of a corpus that is a file or a folder of shards, in the order they are read."""
+    if not path.is_dir():
+        return [path]
+    files = sorted(file for file in path.iterdir() if file.name.lower().endswith(SUFFIXES))
+    if not files:
+        raise InputError(
+            str(path), Phrase("no corpus files"), f"a folder has files in {', '.join(SUFFIXES)}", "Name another."
+        )
+    return files
+
+
+def corpus_hash(documents: Iterable[Document]) -> str:
+    """Hash of ids, titles and texts, in order: the same for the same passages, however their file is written."""
+    digest = CorpusHash()
+    for document in documents:
+        digest.add(document)
+    return digest.hexdigest()
+
+
+class CorpusHash:
+    """`corpus_hash` beside other work on the same stream."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+        self.count = 0
+
+    def add(self, document: Document) -> None:
+        """Take the next passage in."""
+        self.count += 1
+        for value in (document.id, document.title, document.text):
+            data = value.encode()
+            self._digest.update(len(data).to_bytes(8, "little"))
+            self._digest.update(data)
+
+    def hexdigest(self) -> str:
+        """The hash of the passages so far."""
+        return self._digest.hexdigest()
+
+
+def _file_rows(path: Path, bad: Bad, watch: Watch | None) -> Rows:
+    found = rows(path, bad=bad, watch=watch)
+    return _named_columns(found, bad) if ".tsv" in path.name.lower() else found
+
+
+def _named_columns(fields: Rows, bad: Bad) -> Rows:
+    """Fields of a tab-separated file as objects. Without a header the columns are id, text and title, as in DPR's."""
+    columns = ["id", "text", "title"]
+    for number, (place, values) in enumerate(fields):
+        if number == 0 and set(values) & {*ID_FIELDS, *TEXT_FIELDS}:
+            columns = values
+        elif len(values) == len(columns) or (len(values) == 2 and columns == ["id", "text", "title"]):
+            yield place, dict(zip(columns, values, strict=False))
+        else:
+            bad(
+                InputError(
+                    place,
+                    Phrase(f"{len(values)} fields"),
+                    f"each line has the fields {', '.join(columns)}, with tabs between",
+                    "Correct the line; a tab or line break within a text needs quotes.",
+                )
+            )
+
+
+def _parsed(found: Rows, bad: Bad) -> Iterator[tuple[str, Document]]:
+    for place, row in found:
+        try:
+            document = _document(row, place)
+        except InputError as error:
+            bad(error)
+        else:
+            yield place, document
+
+
+def _document(row: Any, place: str) -> Document:
+    if not isinstance(row, dict):
+        raise InputError(place, row, "a passage is an object with id, title and text", "Write an object.")
+    identifier = _first_of(ID_FIELDS, row, place)
+    if isinstance(identifier, int) and not isinstance(identifier, bool):
+        identifier = str(identifier)
+    identifier = check_text(identifier, f"{place}: id")
+    place = f"{place} (id {identifier})"
+    title, text = row.get("title") or "", _first_of(TEXT_FIELDS, row, place)
+    if not isinstance(title, str):
+        raise InputError(f"{place}: title", title, "a title is text, empty when there is none", "Write a string.")
+    if isinstance(text, str) and "contents" in row and "text" not in row and "title" not in row:
+        title, text = split_contents(text)
+    check_unicode(title, f"{place}: title")
+    return Document(identifier, title, check_text(text, f"{place}: text"))
+
+
+def split_contents(contents: str) -> tuple[str, str]:
+    """Title and text of a `contents` field as FlashRAG and Search-R1 write it: the quoted title is the first line."""
+    first, line_break, rest = contents.partition("\n")
+    if line_break and len(first) > 1 and first[0] == first[-1] == '"' and rest.strip():
+        return first[1:-1].replace('""', '"').strip(), rest
+    return "", contents
+
+
+def _first_of(names: tuple[str, ...], row: dict[str, Any], place: str) -> Any:
+    for name in names:
+        if row.get(name) is not None:
+            return row[name]
+    raise InputError(
+        f"{place}: {names[0]}",
+        Phrase("missing"),
+        f"a passage has {names[0]} (or {', '.join(names[1:])})",
+        "Add the field.",
+    )
+
+
+def _without_twins(documents: Iterator[tuple[str, Document]], bad: Bad) -> Iterator[Document]:
+    """The documents without their places, after a check that no id stands twice."""
+    seen = _SeenHashes()
+    while batch := list(itertools.islice(documents, BATCH)):
+        repeated = seen.add([document.id for _, document in batch])
+        for (place, document), again in zip(batch, repeated, strict=True):
+            if again:
+                bad(
+                    InputError(
+                        f"{place}: id",
+                        Phrase(f"{document.id!r}, which an earlier passage has too"),
+                        "ids of a corpus are unique",
+                        "Remove or rename one of the two.",
+                    )
+                )
+            else:
+                yield document
+
+
+class _SeenHashes:
+    """A set of ids that grows by eight bytes for each: hashes of 64 bits, in sorted runs that are merged as they grow.
+
+    Two ids of 21 million share a hash with a probability of one in 80,000.
+    """
+
+    def __init__(self) -> None:
+        self._runs: list[np.ndarray] = []
+
+    def add(self, ids: list[str]) -> np.ndarray:
+        """Take ids in; returns for each whether it was there before, among these or earlier ones."""
+        digests = b"".join(hashlib.blake2b(identifier.encode(), digest_size=8).digest() for identifier in ids)
+        hashes = np.frombuffer(digests, dtype=np.uint64)
+        unique, first = np.unique(hashes, return_index=True)
+        repeated = np.ones(len(ids), dtype=bool)
+        repeated[first] = False
+        for run in self._runs:
+            places = np.minimum(np.searchsorted(run, hashes), len(run) - 1)
+            repeated |= run[places] == hashes
+        self._runs.append(unique)
+        while len(self._runs) > 1 and len(self._runs[-1]) * 2 > len(self._runs[-2]):
+            last = self._runs.pop()
+            merged = np.concatenate([self._runs.pop(), last])
+            merged.sort(kind="stable")
+            self._runs.append(merged)
+        return repeated

@@ -1,0 +1,36 @@
+"""Rows of hub datasets."""
+
+from __future__ import annotations
+
+from dro_rl.errors import InputError
+from dro_rl.rows import Rows
+
+
+def hub_rows(name: str, config: str | None, split: str, *, place: str, streaming: bool = True) -> Rows:
+    """The rows of a hub dataset's split. No code of the dataset's is run.
+
+    Args:
+        name: the dataset.
+        config: its configuration, where it has several.
+        split: the split.
+        place: the recipe key or option that errors name.
+        streaming: read over the network as the rows are asked for, in place of a download before the first.
+
+    Raises:
+        InputError: there is no such data within reach.
+    """
+    from datasets import load_dataset
+
+    options = {"streaming": True} if streaming else {}
+    try:
+        rows = load_dataset(name, config, split=split, **options)
+    except Exception as error:
+        # Many libraries stand between us and a hub, each with errors of its own; all mean that there is no such data.
+        message = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise InputError(
+            place,
+            name,
+            f"this is a file, a folder, or a hub dataset with split {split} ({message})",
+            "Check the name, the split and the network.",
+        ) from None
+    return ((f"{name} ({split}): row {number}", row) for number, row in enumerate(rows, start=1))

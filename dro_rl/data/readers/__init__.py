@@ -1,0 +1,184 @@
+"""Readers of the released formats of the five datasets and of peers' files: rows in, questions out, as a stream.
+
+A format is known by its fields, whatever container they came in: JSON lines, a JSON array, Parquet, a hub dataset.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dro_rl.data.hub import hub_rows
+from dro_rl.data.readers import multihop, natural_questions, peers, wizard
+from dro_rl.data.readers.fields import Fields, Source
+from dro_rl.errors import InputError, Phrase
+from dro_rl.records import Question, UniqueIds, parse_question
+from dro_rl.rows import Bad, Rows, Watch, json_lines, refuse, rows
+
+
+@dataclass(frozen=True)
+class Format:
+    """A released format.
+
+    Args:
+        read: makes the questions of a row.
+        about: what it is, in a line.
+        fields: the fields that every row has.
+        without: fields that tell another format from this one.
+        dataset: the only dataset that comes in it; empty where any may.
+    """
+
+    read: Callable[[Any, Source], Iterator[Question]]
+    about: str
+    fields: frozenset[str]
+    without: frozenset[str] = frozenset()
+    dataset: str = ""
+
+
+def _own(row: Fields, source: Source) -> Iterator[Question]:
+    yield parse_question(row.value, row.place, "optional")
+
+
+def _fields(names: str) -> frozenset[str]:
+    return frozenset(names.split())
+
+
+FORMATS: Mapping[str, Format] = {
+    "questions": Format(_own, "question files of dro_rl", _fields("id question answers"), _fields("ctxs")),
+    "dpr": Format(
+        natural_questions.dpr, "DPR's retriever JSON: nq-train.json, nq-dev.json", _fields("question positive_ctxs")
+    ),
+    "dpr-csv": Format(natural_questions.dpr_csv, "DPR's qa CSV: nq-test.csv", _fields("")),
+    "nq-open": Format(
+        natural_questions.nq_open,
+        "NQ-open.train.jsonl, NQ-open.dev.jsonl",
+        _fields("question answer"),
+        _fields("context paragraphs positive golden_answers"),
+    ),
+    "retrieved": Format(
+        natural_questions.retrieved, "passages as DPR's retriever writes and FiD reads them", _fields("question ctxs")
+    ),
+    "hotpotqa": Format(
+        multihop.hotpotqa,
+        "hotpot_train_v1.1.json, hotpot_dev_distractor_v1.json, hotpot_dev_fullwiki_v1.json",
+        _fields("question context supporting_facts"),
+        _fields("evidences"),
+        "hotpotqa",
+    ),
+    "2wikimultihopqa": Format(
+        multihop.two_wiki, "train.json, dev.json", _fields("question context evidences"), dataset="2wikimultihopqa"
+    ),
+    "musique": Format(
+        multihop.musique,
+        "musique_ans_v1.0_*.jsonl, musique_full_v1.0_*.jsonl",
+        _fields("id question paragraphs"),
+        dataset="musique",
+    ),
+    "wow": Format(wizard.wizard, "train.json, valid_random_split.json", _fields("dialog chosen_topic"), dataset="wow"),
+    "kilt": Format(peers.kilt, "KILT's JSONL of any dataset", _fields("id input")),
+    "flashrag": Format(
+        peers.flashrag, "FlashRAG's JSONL", _fields("id question golden_answers"), _fields("data_source")
+    ),
+    "search-r1": Format(peers.search_r1, "Search-R1's Parquet", _fields("data_source reward_model")),
+    "rank-llm": Format(peers.rank_llm, "rank_llm's requests", _fields("query candidates")),
+    "dro": Format(
+        peers.first_implementation, "the first implementation's JSON", _fields("question positive retrieval")
+    ),
+}
+"""By the name that `--format` takes."""
+
+
+def sniff(row: Any, place: str) -> str:
+    """The format of a row, by its fields.
+
+    Raises:
+        InputError: the fields are those of no format, or of several.
+    """
+    if isinstance(row, list) and len(row) == 2 and all(isinstance(value, str) for value in row):
+        return "dpr-csv"
+    keys = set(row) if isinstance(row, Mapping) else set()
+    found = [
+        name for name, known in FORMATS.items() if known.fields and known.fields <= keys and not known.without & keys
+    ]
+    if len(found) == 1:
+        return found[0]
+    raise InputError(
+        place,
+        Phrase(f"the fields {', '.join(sorted(map(str, keys)))}" if keys else "no fields"),
+        f"a format is known by its fields, and these are of {' and '.join(found) or 'none'}",
+        f"Name one with --format: {', '.join(FORMATS)}.",
+    )
+
+
+def released_rows(
+    name: str | Path,
+    *,
+    config: str | None = None,
+    split: str = "train",
+    bad: Bad = refuse,
+    watch: Watch | None = None,
+) -> Rows:
+    """Rows of a file, or of a hub dataset, which is streamed."""
+    path = Path(name).expanduser()
+    if path.is_file() or path.suffix or path.is_absolute():
+        return rows(path, bad=bad, watch=watch)
+    return hub_rows(str(name), config, split, place="--input")
+
+
+def read_released(found: Rows, format: str | None, source: Source, *, bad: Bad = refuse) -> Iterator[Question]:
+    """The questions of released rows.
+
+    Args:
+        found: the rows with their places.
+        format: a name in `FORMATS`; None takes it from the first row's fields.
+        source: what is known beside the rows.
+        bad: what is done with a bad row, from which no question comes then.
+
+    Raises:
+        InputError: naming file, row and field, the rule and what to do.
+    """
+    first = next(found, None)
+    if first is None:
+        return
+    name = format or sniff(first[1], first[0])
+    own = FORMATS[name].dataset
+    if own and not format and source.dataset not in ("", own):
+        raise InputError(
+            first[0],
+            Phrase(f"a row of {own}"),
+            f"the dataset is {source.dataset}",
+            f"Name it {own}, or give --format {name} if another dataset has its format.",
+        )
+    read, ids = FORMATS[name].read, UniqueIds()
+    for place, row in itertools.chain([first], found):
+        try:
+            questions = list(read((place, row) if name == "dpr-csv" else Fields(row, place), source))
+            for question in questions:
+                ids.add(question.id, place)
+        except InputError as error:
+            bad(error)
+        else:
+            yield from questions
+
+
+def read_aliases(path: Path) -> dict[str, tuple[str, ...]]:
+    """`id_aliases.json` of 2WikiMultihopQA, an object a line: accepted spellings by the id of an answer."""
+    found = {}
+    for place, value in json_lines(path):
+        row = Fields(value, place)
+        found[row.identifier("Q_id")] = tuple(
+            text for name in ("aliases", "demonyms") if name in row for text in row.texts(name)
+        )
+    return found
+
+
+def read_answers(path: Path) -> dict[str, tuple[str, ...]]:
+    """Accepted answers by the id of the question: JSON lines of `{id, answers}`; a question file will do."""
+    found = {}
+    for place, value in rows(path):
+        row = Fields(value, place)
+        found[row.identifier("id")] = row.answers("answers")
+    return found
