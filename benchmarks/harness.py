@@ -256,7 +256,7 @@ def _flags(options: Mapping[str, Any]) -> list[str]:
         flag = f"--{name.replace('_', '-')}"
         if isinstance(value, bool):
             flags.append(flag if value else f"--no-{flag[2:]}")
-        else:
+        elif value is not None:
             flags += [f"{flag} {each}" for each in (value if isinstance(value, list) else [value])]
     return flags
 

@@ -208,8 +208,12 @@ def main(
     trl_batch: Annotated[
         list[int] | None, typer.Option(help="Rollouts in a micro-batch of the baseline; m unless told.")
     ] = None,
-    trl_head: Annotated[list[str], typer.Option(help="completions or as-is: see above.")] = HEADS,
-    continuous_batching: Annotated[bool, typer.Option(help="The baseline's other engine.")] = False,
+    trl_head: Annotated[
+        list[str], typer.Option(help="Logits its head makes: completions, as on a GPU, or as-is.")
+    ] = HEADS,
+    continuous_batching: Annotated[
+        bool, typer.Option(help="Of the baseline's rollouts, in place of generate.")
+    ] = False,
     checkpointing: Annotated[bool, typer.Option(help="Gradient checkpointing, on both sides.")] = False,
     prefix_tree: Annotated[bool, typer.Option(help="Generator prompts share first documents (ours).")] = True,
     steps: Annotated[int, typer.Option(help="Steps timed, after one that is not.")] = 5,
