@@ -52,6 +52,10 @@ class Setting:
     dtype: str
     trainer: dict[str, Any]
 
+    def __str__(self) -> str:
+        sizes = f"N={self.documents} m={self.m} K={self.k} questions={self.questions} sharpness={self.sharpness}"
+        return f"{self.model} {sizes}"
+
     def models(self) -> tuple[LlamaForCausalLM, LlamaForCausalLM]:
         """The selector, with its policy, and the generator."""
         selector = harness.build_model(self.model, self.device, self.dtype, seed=0)
