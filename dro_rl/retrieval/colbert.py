@@ -14,6 +14,7 @@ import math
 import os
 import random
 import sys
+import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -270,7 +271,8 @@ def _encode_side_by_side(
     for worker in workers:
         worker.start()
     try:
-        while any(worker.is_alive() for worker in workers) or not done.empty():
+        while True:
+            working = any(worker.is_alive() for worker in workers)
             while not done.empty():
                 bar.update(done.get())
             dead = [worker for worker in workers if worker.exitcode not in (None, 0)]
@@ -282,7 +284,9 @@ def _encode_side_by_side(
                     "Look above for why; of memory, use fewer --processes or a smaller --batch-size. The same command "
                     "goes on where it stopped.",
                 )
-            workers[0].join(0.2)
+            if not working:
+                return
+            time.sleep(0.2)
     finally:
         for worker in workers:
             worker.terminate()
