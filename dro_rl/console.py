@@ -85,6 +85,7 @@ def print_stages(stages: Sequence[Mapping[str, Any]], run_dir: Path, curves: Pat
     console.print(table)
     console.print(f"curves      {curves}", highlight=False)
     console.print(f"rollouts    dro-rl rollouts show {run_dir}", highlight=False)
+    console.print(f"evaluate    dro-rl evaluate {run_dir} --data FILE", highlight=False)
     console.print(f"ask         dro-rl ask {run_dir} QUESTION --documents FILE", highlight=False)
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,6 +21,9 @@ from dro_rl.records import Document, Question, Selection
 from dro_rl.rollouts.engine import SamplingParams
 from dro_rl.rollouts.transformers_engine import TransformersEngine
 from dro_rl.selection import parse_selection
+
+if TYPE_CHECKING:
+    from dro_rl.config import DROConfig
 
 SETTINGS = "pipeline.json"
 PROMPT = "prompt.jinja"
@@ -59,6 +62,18 @@ class PipelineSettings:
     chat_template_kwargs: dict[str, Any]
     constrain_selection: bool = False
 
+    @classmethod
+    def of(cls, config: DROConfig, chat_template_kwargs: Mapping[str, Any]) -> PipelineSettings:
+        """What a training would leave behind."""
+        return cls(
+            config.num_selected,
+            config.max_prompt_length,
+            config.max_completion_length,
+            config.max_answer_length,
+            dict(chat_template_kwargs),
+            config.constrain_selection,
+        )
+
 
 class RAGPipeline:
     """Selects K of a question's documents and answers from them, both greedily.
@@ -84,7 +99,15 @@ class RAGPipeline:
 
     @classmethod
     def from_pretrained(
-        cls, directory: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+        cls,
+        directory: str | Path,
+        *,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        settings: PipelineSettings | None = None,
+        templates: Mapping[Role, str] | None = None,
+        roles: Sequence[Role] = ROLES,
+        batch_size: int = 8,
     ) -> RAGPipeline:
         """Load what a run left behind.
 
@@ -92,23 +115,19 @@ class RAGPipeline:
             directory: a run's `output_dir`, with `selector/`, `generator/` and `pipeline.json`.
             device: CUDA when there is one, unless told.
             dtype: that of the saved weights, unless told.
+            settings: those of `pipeline.json`, unless told.
+            templates: of the prompts; those that were saved with the models, unless told.
+            roles: the models to load; the generator alone answers from given selections.
+            batch_size: questions answered at once.
 
         Raises:
             InputError: for a folder that does not hold a finished run.
         """
         directory = Path(directory)
-        path = directory / SETTINGS
-        if not path.is_file():
-            raise InputError(
-                str(directory),
-                Phrase(f"no {SETTINGS}"),
-                "this is the output folder of a finished run",
-                "Finish the run first.",
-            )
-        settings = PipelineSettings(**json.loads(path.read_text()))
+        settings = settings or read_settings(directory)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         models, prompters = {}, {}
-        for role in ROLES:
+        for role in roles:
             folder = directory / role
             check_model(str(folder), str(folder))
             models[role] = (
@@ -116,11 +135,11 @@ class RAGPipeline:
             )
             prompters[role] = Prompter(
                 load_tokenizer(str(folder)),
-                str(folder / PROMPT),
+                templates[role] if templates else str(folder / PROMPT),
                 settings.max_prompt_length,
                 settings.chat_template_kwargs,
             )
-        return cls(lambda role: nullcontext(models[role]), prompters, settings)
+        return cls(lambda role: nullcontext(models[role]), prompters, settings, batch_size)
 
     def answer(self, question: str, documents: Sequence[Document]) -> Answer:
         """Answer one question from its documents, of which at least one."""
@@ -129,9 +148,9 @@ class RAGPipeline:
         return self.answer_all([Question("question", question, (), tuple(documents))])[0]
 
     @torch.no_grad()
-    def answer_all(self, questions: Sequence[Question]) -> list[Answer]:
-        """Answer many questions, all selections first."""
-        selections = self.select_all(questions)
+    def answer_all(self, questions: Sequence[Question], selections: Sequence[Selection] | None = None) -> list[Answer]:
+        """Answer many questions, all selections first; the selector is not asked where selections are given."""
+        selections = self.select_all(questions) if selections is None else selections
         prompts = [
             self.prompters["generator"]
             .generator_prompt(question, read(selection, question, self.settings.num_selected))
@@ -175,6 +194,19 @@ class RAGPipeline:
 def read(selection: Selection, question: Question, k: int) -> tuple[int, ...]:
     """The document numbers that the generator reads: those selected, or the first K when none was."""
     return selection.numbers or tuple(range(1, min(k, len(question.documents)) + 1))
+
+
+def read_settings(directory: Path) -> PipelineSettings:
+    """Read `pipeline.json`. Raises `InputError` for a folder without one."""
+    path = directory / SETTINGS
+    if not path.is_file():
+        raise InputError(
+            str(directory),
+            Phrase(f"no {SETTINGS}"),
+            "this is the output folder of a finished run",
+            "Finish the run first.",
+        )
+    return PipelineSettings(**json.loads(path.read_text()))
 
 
 def save_settings(directory: Path, settings: PipelineSettings) -> None:

@@ -21,7 +21,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 
 from dro_rl.config import DROConfig
 from dro_rl.errors import InputError, Phrase
-from dro_rl.evaluation.evaluator import METRICS
+from dro_rl.evaluation.results import METRICS
 from dro_rl.models import ROLES, Role, check_model, whole_parameters
 from dro_rl.prompts import Prompter, load_template
 from dro_rl.recipe import Recipe, RunConfig, read_yaml

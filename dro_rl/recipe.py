@@ -47,6 +47,13 @@ class RunConfig:
     max_train_samples: int | None = _option(None, "Use the first so many training questions.")
     max_eval_samples: int | None = _option(None, "Use the first so many dev questions.")
 
+    # > Candidates
+    num_documents: int | None = _option(None, "Cut each question's candidates to the first so many; unset: all.")
+    keep_gold: bool = _option(
+        False, "When cutting, keep labelled documents of training questions in place of the last others. Never of dev."
+    )
+    shuffle_documents: bool = _option(False, "Shuffle each question's candidates, by the seed and the question's id.")
+
     # > Models
     selector_model_name_or_path: str = _option("", "The selector: a folder or a hub name, or toy for the shipped one.")
     generator_model_name_or_path: str = _option("", "The generator: a folder or a hub name, or toy.")
@@ -99,10 +106,14 @@ class RunConfig:
         for name in ("dataset_name", "selector_model_name_or_path", "generator_model_name_or_path"):
             if not getattr(self, name):
                 raise InputError(name, Phrase("missing"), "a recipe names its data and both models", f"Set {name}.")
-        for name in ("max_train_samples", "max_eval_samples", "warmup_batch_size"):
+        for name in ("max_train_samples", "max_eval_samples", "num_documents", "warmup_batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(name, value, "this is at least 1", "Use a positive number.")
+        if self.keep_gold and self.num_documents is None:
+            raise InputError(
+                "keep_gold", True, "gold is kept where candidates are cut", "Set num_documents, or leave it out."
+            )
         for name in ("selector_lora_r", "generator_lora_r", "lora_dropout", "lora_alpha"):
             if getattr(self, name) < 0:
                 raise InputError(name, getattr(self, name), "this is not negative", "Use 0 or more.")

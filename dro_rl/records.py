@@ -35,6 +35,7 @@ class Question:
         answers: every accepted answer; the first is the one that `answer_aliases: first` trains on.
         documents: the candidates; document number n (1-based) is `documents[n - 1]`.
         supporting: ids of the documents known to hold the evidence, where labels exist.
+        missed: ids of such documents that are not among the candidates: the retriever did not find them.
         dataset: the name of the dataset, free text.
         type: hops or question type, where known; evaluation reports by it.
     """
@@ -46,6 +47,7 @@ class Question:
     supporting: tuple[str, ...] = ()
     dataset: str = ""
     type: str = ""
+    missed: tuple[str, ...] = ()
 
     @property
     def supporting_numbers(self) -> tuple[int, ...]:
@@ -237,6 +239,15 @@ def parse_question(row: Any, place: str, candidates: Candidates = "required") ->
                 "supporting ids are ids of this question's documents",
                 "Add the document to the candidates, or drop the id.",
             )
+    missed = () if row.get("missed") is None else _texts(row["missed"], f"{place}: missed")
+    for gold in missed:
+        if gold in known:
+            raise InputError(
+                f"{place}: missed",
+                gold,
+                "what was missed is not among the documents",
+                "Name it in supporting instead.",
+            )
     return Question(
         id=identifier,
         question=check_text(row["question"], f"{place}: question"),
@@ -245,6 +256,7 @@ def parse_question(row: Any, place: str, candidates: Candidates = "required") ->
         supporting=supporting,
         dataset=str(row.get("dataset") or ""),
         type=str(row.get("type") or ""),
+        missed=missed,
     )
 
 

@@ -22,6 +22,7 @@ from dro_rl import preflight
 from dro_rl.assembly import build_prompters, evaluate_base, load_models, load_reference, warm_up_models
 from dro_rl.console import print_help, print_phases, print_stages
 from dro_rl.data import dev_beside, load_questions
+from dro_rl.data.candidates import shape_candidates
 from dro_rl.errors import InputError, Phrase, is_full_disk
 from dro_rl.evaluation.plots import plot_curves
 from dro_rl.recipe import load_recipe, parse_command_line
@@ -44,6 +45,9 @@ def main(arguments: Sequence[str]) -> None:
         limit=run.max_eval_samples,
         key="eval_dataset_name" if run.eval_dataset_name else "dataset_name",
     )
+    order_seed = training.seed if run.shuffle_documents else None
+    train = shape_candidates(train, run.num_documents, keep_gold=run.keep_gold, shuffle_seed=order_seed)
+    dev = shape_candidates(dev, run.num_documents, shuffle_seed=order_seed)
     preflight.check(recipe, train, dev)
     prompters = build_prompters(recipe)
     preflight.check_prompts([*train, *dev], prompters, training.num_selected)

@@ -29,14 +29,7 @@ from trl.trainer.base_trainer import _BaseTrainer
 
 from dro_rl.config import DROConfig
 from dro_rl.console import LineProgress
-from dro_rl.evaluation.evaluator import (
-    QuestionResult,
-    evaluate,
-    read_stages,
-    summarise,
-    write_results,
-    write_stages,
-)
+from dro_rl.evaluation.evaluator import evaluate_stage, read_stages, with_stage, write_stages
 from dro_rl.likelihood import passes
 from dro_rl.models import (
     ROLES,
@@ -595,19 +588,17 @@ class DROTrainer(_BaseTrainer):
         """
         assert self.eval_questions is not None
         stage = stage or f"iteration-{self.schedule.iteration(self.state.global_step)}"
-        rank, world = self.args.process_index, self.args.world_size
         with self.clock.phase("evaluation"):
-            mine = evaluate(
-                self._pipeline, self.eval_questions[rank::world], self.args.answer_likelihood, self.args.answer_aliases
+            summary = evaluate_stage(
+                self._pipeline,
+                self.eval_questions,
+                stage=stage,
+                split=self.eval_split,
+                output_dir=self.run_dir,
+                likelihood=self.args.answer_likelihood,
+                aliases=self.args.answer_aliases,
             )
-        results: list[QuestionResult] = [
-            result for _, result in sorted(gather_object([(i * world + rank, r) for i, r in enumerate(mine)]))
-        ]
-        summary = summarise(results, stage, self.eval_split)
-        self.stages = [known for known in self.stages if known["stage"] != stage] + [summary]
-        if self.is_world_process_zero():
-            write_results(self.run_dir, stage, results)
-            write_stages(self.run_dir, self.stages)
+        self.stages = with_stage(self.stages, summary)
         return self._report(summary)
 
     def evaluate_initially(self) -> None:
@@ -783,14 +774,7 @@ class DROTrainer(_BaseTrainer):
 
     def pipeline_settings(self) -> PipelineSettings:
         """What serving needs to know."""
-        return PipelineSettings(
-            num_selected=self.args.num_selected,
-            max_prompt_length=self.args.max_prompt_length,
-            max_completion_length=self.args.max_completion_length,
-            max_answer_length=self.args.max_answer_length,
-            chat_template_kwargs=dict(self.prompters["selector"].chat_template_kwargs),
-            constrain_selection=self.args.constrain_selection,
-        )
+        return PipelineSettings.of(self.args, self.prompters["selector"].chat_template_kwargs)
 
 
 def _of_role(role: Role, state: dict[str, Tensor] | None) -> dict[str, Tensor] | None:

@@ -84,7 +84,8 @@ def build_tokenizer(chat: bool = False) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = [path.read_text(encoding="utf-8") for path in sorted(TEMPLATES.glob("*.jinja"))]
+    names = ("generator", "selector", "toy_generator", "toy_selector")
+    texts = [(TEMPLATES / f"{name}.jinja").read_text(encoding="utf-8") for name in names]
     tokenizer.train_from_iterator(texts, trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
     if chat:

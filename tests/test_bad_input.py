@@ -546,7 +546,7 @@ def half_written_then_full(table: Any, path: Any, **kwargs: Any) -> None:
 FULL = {
     "the rollouts of the second iteration": ("dro_rl.rollouts.log.pq.write_table", half_written_then_full),
     "a model of the second checkpoint": ("dro_rl.trainer.save_role", full),
-    "the evaluation": ("dro_rl.trainer.write_results", full),
+    "the evaluation": ("dro_rl.evaluation.evaluator.write_results", full),
 }
 
 

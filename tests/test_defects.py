@@ -293,7 +293,7 @@ def test_evaluation_reads_what_was_selected_and_scores_as_training_does(pipeline
     (result,) = evaluate(pipeline, questions[:1])
     assert asked == [(3, 1)] * 2  # to write, and to score
     assert result.selection == [3, 1]
-    assert result.answer_logp == pytest.approx(lab.answer_logps((3, 1), "heron").sum().item(), abs=1e-4)
+    assert result.scores["answer_logp"] == pytest.approx(lab.answer_logps((3, 1), "heron").sum().item(), abs=1e-4)
 
 
 def test_d4_results_belong_to_their_questions(pipeline, questions) -> None:
@@ -306,7 +306,7 @@ def test_d4_results_belong_to_their_questions(pipeline, questions) -> None:
             by_id[result.id].prediction,
             by_id[result.id].selection,
         )
-        assert result.answer_logp == pytest.approx(by_id[result.id].answer_logp, abs=1e-4)
+        assert result.scores["answer_logp"] == pytest.approx(by_id[result.id].scores["answer_logp"], abs=1e-4)
 
 
 @pytest.mark.parametrize("role", ["selector", "generator"])

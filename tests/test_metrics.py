@@ -6,7 +6,15 @@ import math
 
 import pytest
 
-from dro_rl.evaluation import answer_recall_at_k, exact_match, f1, normalize_answer, recall_at_k
+from dro_rl.evaluation import (
+    answer_recall_at_k,
+    exact_match,
+    f1,
+    normalize_answer,
+    precision_at_k,
+    recall_at_k,
+    rouge_l,
+)
 from dro_rl.records import Document
 
 
@@ -147,3 +155,55 @@ def test_answer_recall_at_its_edges() -> None:
         answer_recall_at_k(DOCUMENTS, ["art"], 0)
     with pytest.raises(ValueError, match="at least one accepted answer"):
         answer_recall_at_k(DOCUMENTS, [], 1)
+
+
+# What SQuAD and KILT themselves expect ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answers", "em", "best_f1"),
+    [
+        ("Denver Broncos", ["Denver Broncos", "The Denver Broncos!"], 1.0, 1.0),
+        ("the Broncos", ["Denver Broncos", "Carolina Panthers"], 0.0, 2 / 3),
+        ("February 7, 2016", ["February 7", "the 7th of February, 2016"], 0.0, 0.8),
+        ("in 1990 and 1991", ["1990"], 0.0, 0.4),  # precision 1/4, recall 1
+        ("14th century", ["the 14th century", "fourteenth"], 1.0, 1.0),
+    ],
+)
+def test_em_and_f1_of_worked_cases(prediction: str, answers: list[str], em: float, best_f1: float) -> None:
+    """By hand from the official definition: normalise, count common tokens, take the best accepted answer."""
+    assert exact_match(prediction, answers) == em
+    assert f1(prediction, answers) == pytest.approx(best_f1)
+
+
+def test_f1_of_a_reply_in_dialogue_is_kilts() -> None:
+    """KILT scores Wizard of Wikipedia with the same F1: here 5 common tokens of 7 predicted and 8 accepted."""
+    reply = "I love jazz! It began in New Orleans."
+    accepted = "Yes, jazz began in New Orleans, a port city."
+    assert f1(reply, [accepted]) == pytest.approx(2 * (5 / 8) * (5 / 8) / (5 / 8 + 5 / 8))
+
+
+def test_rouge_l_is_kilts() -> None:
+    """KILT's own test expects 0.999999995 of a perfect answer: its package adds 1e-8 to a denominator."""
+    assert rouge_l("the cat sat", ["the cat sat"]) == 0.999999995
+    assert rouge_l("a b c d", ["a x c"]) == pytest.approx(4 / 7, abs=1e-6)  # common subsequence a c: 2/4 and 2/3
+    assert rouge_l("c a", ["a c"]) == pytest.approx(0.5, abs=1e-6)  # order counts
+    assert rouge_l("Cat", ["cat"]) == 0.0  # no normalisation
+    assert rouge_l("x y", ["q", "x y z"]) == pytest.approx(0.8, abs=1e-6)
+
+
+@pytest.mark.parametrize("nothing", ["", ".", "  ", "...", " . "])
+def test_rouge_l_of_nothing_is_zero(nothing: str) -> None:
+    """Defect: the package raises for a text without a sentence, which ends an evaluation at its last question."""
+    assert rouge_l(nothing, ["x"]) == 0.0
+    assert rouge_l("x", [nothing, "x"]) == 0.999999995
+
+
+def test_precision_is_over_k_places() -> None:
+    assert precision_at_k([3, 1, 2], [1, 2], 1) == 0.0
+    assert precision_at_k([3, 1, 2], [1, 2], 3) == pytest.approx(2 / 3)
+    assert precision_at_k([1], [1, 2], 5) == 0.2  # four empty places
+    assert precision_at_k([], [1], 3) == 0.0
+    assert math.isnan(precision_at_k([1], [], 3))
+    with pytest.raises(ValueError, match="k is 0"):
+        precision_at_k([1], [1], 0)

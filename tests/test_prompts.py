@@ -225,7 +225,10 @@ def test_a_question_that_cannot_fit_is_an_error_that_names_it(tokenizer) -> None
 
 
 def test_a_missing_template_is_an_error_that_lists_the_shipped_ones() -> None:
-    with pytest.raises(InputError, match=r"'slector': a template is one of generator, selector,.*Check the name"):
+    with pytest.raises(
+        InputError,
+        match=r"'slector': a template is one of dialogue_generator, .* selector,.*Check the name",
+    ):
         load_template("slector")
 
 

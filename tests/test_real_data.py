@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 from dro_rl import train
+from dro_rl.cli import app
 from dro_rl.data.tiny_model import build
 from dro_rl.evaluation.evaluator import read_stages
 from dro_rl.pipeline import RAGPipeline
@@ -43,8 +45,7 @@ def finished(request: pytest.FixtureRequest, run_of: dict[str, Path], tmp_path_f
         for role, seed in (("selector", 1), ("generator", 2)):
             build(questions[:64], folder / role, vocab_size=2048, hidden_size=32, layers=1, seed=seed)
         keys = {
-            "dataset_name": DATA / "train" / f"{name}.jsonl.gz",
-            "eval_dataset_name": DATA / "dev" / f"{name}.jsonl.gz",
+            "dataset_name": DATA,
             "selector_model_name_or_path": folder / "selector",
             "generator_model_name_or_path": folder / "generator",
             "output_dir": folder / "run",
@@ -52,6 +53,7 @@ def finished(request: pytest.FixtureRequest, run_of: dict[str, Path], tmp_path_f
             "max_train_samples": 4,
             "max_eval_samples": 2,
             "num_iterations": 1,
+            "questions_per_iteration": "null",
             "num_generations": 4,
             "per_device_train_batch_size": 4,
             "gradient_accumulation_steps": 2,
@@ -59,8 +61,6 @@ def finished(request: pytest.FixtureRequest, run_of: dict[str, Path], tmp_path_f
             "max_prompt_length": 1024,
             "max_completion_length": 16,
             "max_answer_length": 8,
-            "bf16": "false",
-            "gradient_checkpointing": "false",
             "warmup_selector_steps": 2,
             "warmup_generator_steps": 2,
             "warmup_batch_size": 2,
@@ -68,7 +68,7 @@ def finished(request: pytest.FixtureRequest, run_of: dict[str, Path], tmp_path_f
             "disable_tqdm": "true",
         }
         options = [part for key, value in keys.items() for part in (f"--{key}", str(value))]
-        train.main([str(ROOT / "recipes" / "musique.yaml"), *options])
+        train.main([str(ROOT / "recipes" / f"{name}_smoke.yaml"), *options])
         run_of[name] = folder / "run"
     return run_of[name]
 
@@ -115,3 +115,23 @@ def test_the_trained_pair_answers(finished: Path) -> None:
     question = read_questions(DATA / "dev" / f"{name}.jsonl.gz")[0]
     answer = RAGPipeline.from_pretrained(finished).answer(question.question, question.documents)
     assert set(answer.selection.numbers) <= set(range(1, 21))
+
+
+def test_the_trained_pair_is_evaluated_and_compared_with_its_controls(finished: Path, tmp_path: Path) -> None:
+    name = finished.parent.name.rstrip("0123456789")
+    for control in ("none", "gold"):
+        done = CliRunner().invoke(
+            app,
+            ["evaluate", str(finished), "--data", str(DATA / "dev" / f"{name}.jsonl.gz"), "--limit", "3",
+             "--control", control, "--output", str(tmp_path / control)],
+        )  # fmt: skip
+        assert done.exit_code == 0, done.output
+        report = json.loads((tmp_path / control / "report.json").read_text())
+        assert report["conditions"]["split"] == f"dev/{name}, first 3"
+        assert all(
+            math.isfinite(report["metrics"][metric]["mean"]) for metric in ("em", "f1", "rouge_l", "answer_logp")
+        )
+    assert report["metrics"]["precision@1"]["mean"] == 100
+    done = CliRunner().invoke(app, ["compare", str(tmp_path / "none"), str(tmp_path / "gold")])
+    assert done.exit_code == 0, done.output
+    assert "what selects differs" in done.output

@@ -231,6 +231,12 @@ def test_two_frozen_models_are_refused_and_one_is_not() -> None:
     assert recipe.training.role_learning_rate("generator") == 1e-5
 
 
+def test_uniform_weights_are_accepted_as_a_control_and_have_no_temperature() -> None:
+    assert load_recipe(None, {**LEAST, "weighting": "uniform"}).training.weighting == "uniform"
+    for setting in ({"target_ess": 0.5}, {"weight_temperature": 2.0}):
+        assert refusal(weighting="uniform", **setting).place == "weighting"
+
+
 def test_turns_need_two_models_that_train() -> None:
     assert refusal(interleave="alternate", selector_learning_rate=0).place == "interleave"
 
@@ -380,6 +386,47 @@ def test_there_are_recipes() -> None:
 def test_every_shipped_recipe_parses(path: Path) -> None:
     recipe = load_recipe(path)
     assert recipe.training.num_generations > 1
+
+
+FULL = sorted(path for path in SHIPPED if path.with_name(f"{path.stem}_smoke.yaml").is_file())
+
+
+def test_each_dataset_has_a_full_recipe_and_a_small_one() -> None:
+    assert {path.stem for path in FULL} == {"nq", "hotpotqa", "musique", "2wikimultihopqa", "wow"}
+
+
+@pytest.mark.parametrize("path", FULL, ids=lambda path: path.stem)
+def test_a_small_recipe_does_what_its_full_one_does(path: Path) -> None:
+    """Else it would show that something else runs."""
+    full, small = (load_recipe(file).values for file in (path, path.with_name(f"{path.stem}_smoke.yaml")))
+    for key in (
+        "num_selected", "num_generations", "selector_baseline", "weighting", "target_ess", "answer_likelihood",
+        "selector_prompt_template", "generator_prompt_template", "max_completion_length", "max_answer_length",
+        "warmup", "warmup_selector_order", "warmup_generator_documents", "metric_for_best_model",
+    ):  # fmt: skip
+        assert full[key] == small[key], key
+
+
+@pytest.mark.parametrize("path", FULL, ids=lambda path: path.stem)
+def test_a_full_recipe_has_the_papers_settings(path: Path) -> None:
+    """Section 6.4 and the README of the first implementation: m, K, N, rates, 128 questions a step on 8 GPUs."""
+    training = load_recipe(path).training
+    assert (training.num_generations, training.num_selected, training.num_iterations) == (8, 5, 5)
+    assert (training.learning_rate, training.weight_decay) == (1e-5, 0.01)
+    assert 8 * training.per_device_train_batch_size * training.gradient_accumulation_steps // 8 == 128
+    training.check_batch(processes=8, num_questions=20_000)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_a_recipe_begins_with_its_command_hardware_time_and_what_to_expect(path: Path) -> None:
+    head = path.read_text().split("\n\n")[0]
+    assert all(line.startswith("#") for line in head.splitlines())
+    assert f"dro_rl/train.py recipes/{path.name}" in head
+    for word in ("Hardware: ", "Expected"):
+        assert word in head
+    assert re.search(r"\d+ (min|s\b|hours)", head)
+    if path in FULL:
+        assert "the paper's figures, not measured by this project" in head
 
 
 @pytest.mark.parametrize("path", ACCELERATE, ids=lambda path: path.name)

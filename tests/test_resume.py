@@ -23,7 +23,7 @@ MOMENTS = {
     "before a checkpoint is in place": ("dro_rl.trainer:rollout_log.part_paths", 3),
     "after a checkpoint is in place": ("after:dro_rl.trainer:DROTrainer._save_checkpoint", 2),
     "between evaluation and checkpoint": ("dro_rl.trainer:DROTrainer._save_checkpoint", 3),
-    "while the summary is written": ("dro_rl.trainer:write_stages", 4),
+    "while the summary is written": ("dro_rl.evaluation.evaluator:write_stages", 4),
     "between the two exported models": ("dro_rl.trainer:export_role", 2),
 }
 

@@ -330,6 +330,26 @@ def test_regularisers_keep_the_selector_near_its_start(job: Job) -> None:
     assert all(abs(row["reference_logp"] - row["selection_logp"]) < 1e-3 for row in rows), "it starts at the reference"
 
 
+def test_uniform_weights_look_at_no_answer(job: Job) -> None:
+    """The control of the weighting: valid rollouts tie, whatever their answers' likelihoods; invalid ones have none."""
+    run = job(weighting="uniform", selector_baseline="none")
+    rows = rollout_log.read(rollout_log.part_paths(run)).to_pylist()
+    groups = [rows[i : i + 4] for i in range(0, len(rows), 4)]
+    assert any(len({row["answer_logp"] for row in group if row["valid"]}) > 1 for group in groups)
+    for group in groups:
+        valid = sum(row["valid"] for row in group)
+        assert [row["weight"] for row in group] == pytest.approx([row["valid"] / max(valid, 1) for row in group])
+        assert [row["selector_coefficient"] for row in group] == pytest.approx([row["weight"] for row in group])
+
+
+def test_one_rollout_has_weight_one_and_the_control_variate_leaves_nothing(job: Job) -> None:
+    """The control m = 1: the selector gets no signal."""
+    run = job(num_generations=1, allow_single_generation=True, per_device_train_batch_size=2)
+    rows = rollout_log.read(rollout_log.part_paths(run)).to_pylist()
+    assert {row["weight"] for row in rows if row["valid"]} == {1.0}
+    assert {row["selector_coefficient"] for row in rows if row["valid"]} == {0.0}
+
+
 def test_the_saved_pair_answers_as_it_was_evaluated(job: Job) -> None:
     import pyarrow.parquet as pq
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from dro_rl import __version__
-from dro_rl.cli import ask, data, recipe, rollouts, serve
+from dro_rl.cli import ask, data, evaluate, recipe, retrieval, rollouts, serve
 from dro_rl.cli.errors import InputErrorGroup
 
 app = typer.Typer(
@@ -21,8 +21,13 @@ app = typer.Typer(
 app.add_typer(rollouts.app, name="rollouts")
 app.add_typer(recipe.app, name="recipe")
 app.add_typer(data.app, name="data")
+app.add_typer(retrieval.app, name="retrieval")
 app.command("ask")(ask.ask)
+app.command("evaluate")(evaluate.evaluate)
+app.command("compare")(evaluate.compare)
 app.command("serve-rollouts", context_settings={"allow_extra_args": True})(serve.serve_rollouts)
+app.command("index")(retrieval.index)
+app.command("retrieve")(retrieval.retrieve)
 
 
 def _version(wanted: bool) -> None:
@@ -37,7 +42,7 @@ def main(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
     ] = False,
 ) -> None:
-    """Prepare data, check recipes, look into runs and ask trained pairs.
+    """Prepare data, retrieve candidates, check recipes, look into runs, evaluate, compare and ask trained pairs.
 
     RUN is the output_dir of a training. Every command takes --json.
 
@@ -50,7 +55,12 @@ def main(
       dro-rl rollouts stats out/musique
       dro-rl rollouts show out/musique --sort evidence --limit 3
       dro-rl rollouts show out/musique 2hop__482757_12019
+      dro-rl evaluate out/musique --data data/musique/test.jsonl
+      dro-rl compare out/sft out/musique
       dro-rl ask out/musique "Who wrote it?" --documents documents.jsonl
+      dro-rl index bm25 corpus.jsonl.gz indexes/mine
+      dro-rl retrieve indexes/mine questions.jsonl --k 20 --output data/train.jsonl.gz
+      dro-rl retrieval report data/train.jsonl.gz --plot recall.png
 
     Training itself is: accelerate launch dro_rl/train.py RECIPE
     """

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from dro_rl.data.hub import hub_rows
+from dro_rl.data.manifest import read_manifest
 from dro_rl.data.toy import make_world
 from dro_rl.errors import InputError, Phrase
 from dro_rl.records import SUFFIXES, Question, parse_questions, read_questions
@@ -29,17 +30,17 @@ def load_questions(
         key: the recipe key that errors name.
 
     Raises:
-        InputError: see `dro_rl.records.read_questions`.
+        InputError: see `dro_rl.records.read_questions`; or a file is not the one that its manifest describes.
     """
     if name == "toy":
         if split not in ("train", "dev", "test"):
             raise InputError(f"{key}: toy", split, f"its splits are {', '.join(TOY_SIZES)}", "Use one of them.")
         return make_world(cast(Any, split), limit or TOY_SIZES[split])
     path = Path(name).expanduser()
-    if path.is_file():
-        questions = read_questions(path)
-    elif path.is_dir():
-        questions = read_questions(_file_of_split(path, split, config))
+    if path.is_file() or path.is_dir():
+        file = path if path.is_file() else file_of_split(path, split, config)
+        read_manifest(file)  # a file that is not what its manifest describes is refused
+        questions = read_questions(file)
     elif path.is_absolute() or path.suffix or name.startswith("."):
         raise InputError(key, name, "a question file or folder exists", "Check the path.")
     else:
@@ -56,7 +57,8 @@ def dev_beside(train_file: str, train_split: str, dev_split: str) -> str | None:
     return next((str(candidate) for candidate in beside if candidate != path and candidate.is_file()), None)
 
 
-def _file_of_split(folder: Path, split: str, config: str | None) -> Path:
+def file_of_split(folder: Path, split: str, config: str | None) -> Path:
+    """The question file of a split in a folder. Raises `InputError` unless there is one."""
     stems = [split] if config is None else [f"{split}/{config}", f"{config}/{split}"]
     wanted = [folder / f"{stem}{suffix}" for stem in stems for suffix in SUFFIXES]
     found = [path for path in wanted if path.is_file()]

@@ -194,7 +194,7 @@ def _first_of(names: tuple[str, ...], row: dict[str, Any], place: str) -> Any:
 
 def _without_twins(documents: Iterator[tuple[str, Document]], bad: Bad) -> Iterator[Document]:
     """The documents without their places, after a check that no id stands twice."""
-    seen = _SeenHashes()
+    seen = SeenHashes()
     while batch := list(itertools.islice(documents, BATCH)):
         repeated = seen.add([document.id for _, document in batch])
         for (place, document), again in zip(batch, repeated, strict=True):
@@ -211,7 +211,7 @@ def _without_twins(documents: Iterator[tuple[str, Document]], bad: Bad) -> Itera
                 yield document
 
 
-class _SeenHashes:
+class SeenHashes:
     """A set of ids that grows by eight bytes for each: hashes of 64 bits, in sorted runs that are merged as they grow.
 
     Two ids of 21 million share a hash with a probability of one in 80,000.

@@ -1,6 +1,6 @@
 """One evaluation of the pair on a split: greedy selections, greedy answers, and what they are worth.
 
-Leaves `evaluation/<stage>.parquet`, a row a question, and an entry in `evaluation/summary.json`.
+A stage of training leaves `evaluation/<stage>.parquet`, a row a question, and an entry in `evaluation/summary.json`.
 """
 
 from __future__ import annotations
@@ -8,48 +8,38 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+from accelerate import PartialState
+from accelerate.utils import gather_object
 
-from dro_rl.evaluation.metrics import answer_recall_at_k, exact_match, f1, recall_at_k
+from dro_rl.data.manifest import questions_hash
+from dro_rl.evaluation.metrics import answer_recall_at_k, exact_match, f1, precision_at_k, recall_at_k, rouge_l
+from dro_rl.evaluation.results import KS, METRICS, NATS, Conditions, QuestionResult, candidates_hash, write_results
 from dro_rl.files import written_whole
 from dro_rl.likelihood import answer_logp, score_rows
 from dro_rl.pipeline import RAGPipeline, read
-from dro_rl.records import Question
+from dro_rl.records import Question, Selection
 from dro_rl.rollouts.micro_batch import answer_row
-
-KS = (1, 3, 5)
-METRICS = ("em", "f1", *(f"recall@{k}" for k in KS), *(f"answer_recall@{k}" for k in KS), "answer_logp", "valid")
-
-
-@dataclass(frozen=True, slots=True)
-class QuestionResult:
-    """What became of one question. Shares are 0..1; `recall` is by supporting id, NaN where there are no labels."""
-
-    id: str
-    type: str
-    question: str
-    answers: list[str]
-    prediction: str
-    selection: list[int]
-    valid: bool
-    em: float
-    f1: float
-    recall: list[float]
-    answer_recall: list[float]
-    answer_logp: float
-    prediction_logp: float
 
 
 def evaluate(
-    pipeline: RAGPipeline, questions: Sequence[Question], likelihood: str = "sum", aliases: str = "first"
+    pipeline: RAGPipeline,
+    questions: Sequence[Question],
+    likelihood: str = "sum",
+    aliases: str = "first",
+    selections: Sequence[Selection] | None = None,
 ) -> list[QuestionResult]:
-    """Answer every question greedily and score the answers; `answer_logp` is of the accepted answer, as in training."""
-    answers = pipeline.answer_all(questions)
+    """Answer every question greedily and score the answers.
+
+    Args:
+        pipeline: the pair.
+        questions: with their candidates.
+        likelihood, aliases: what `answer_logp` is, as `answer_likelihood` and `answer_aliases` in training.
+        selections: what the generator reads in place of the selector's own choice: a control.
+    """
+    answers = pipeline.answer_all(questions, selections)
     k = pipeline.settings.num_selected
     rows = [
         answer_row(pipeline.prompters["generator"], question, read(answer.selection, question, k), aliases)
@@ -57,49 +47,97 @@ def evaluate(
     ]
     with pipeline.open_role("generator") as model:
         scored = score_rows(model, rows, shared_prefix=pipeline.shared_prefix)
-    results = []
-    for question, answer, logps in zip(questions, answers, scored, strict=True):
-        numbers = answer.selection.numbers
-        selected = [question.documents[number - 1] for number in numbers]
-        results.append(
-            QuestionResult(
-                id=question.id,
-                type=question.type,
-                question=question.question,
-                answers=list(question.answers),
-                prediction=answer.text,
-                selection=list(numbers),
-                valid=answer.selection.valid,
-                em=exact_match(answer.text, question.answers),
-                f1=f1(answer.text, question.answers),
-                recall=[recall_at_k(numbers, question.supporting_numbers, k) for k in KS],
-                answer_recall=[answer_recall_at_k(selected, question.answers, k) for k in KS],
-                answer_logp=answer_logp(logps, likelihood, aliases).item(),
-                prediction_logp=answer.logp,
-            )
+    return [
+        QuestionResult(
+            id=question.id,
+            type=question.type,
+            question=question.question,
+            answers=list(question.answers),
+            prediction=answer.text,
+            prediction_logp=answer.logp,
+            selection=list(answer.selection.numbers),
+            scores={
+                **_scores(question, answer.text, answer.selection),
+                "answer_logp": answer_logp(logps, likelihood, aliases).item(),
+            },
         )
-    return results
+        for question, answer, logps in zip(questions, answers, scored, strict=True)
+    ]
 
 
-def summarise(results: Sequence[QuestionResult], stage: str, split: str) -> dict[str, Any]:
+def _scores(question: Question, prediction: str, selection: Selection) -> dict[str, float]:
+    numbers, supporting = selection.numbers, question.supporting_numbers
+    selected = [question.documents[number - 1] for number in numbers]
+    return {
+        "em": exact_match(prediction, question.answers),
+        "f1": f1(prediction, question.answers),
+        "rouge_l": rouge_l(prediction, question.answers),
+        **{f"precision@{k}": precision_at_k(numbers, supporting, k) for k in KS},
+        **{f"recall@{k}": recall_at_k(numbers, supporting, k) for k in KS},
+        **{f"answer_recall@{k}": answer_recall_at_k(selected, question.answers, k) for k in KS},
+        "valid": float(selection.valid),
+    }
+
+
+def evaluate_stage(
+    pipeline: RAGPipeline,
+    questions: Sequence[Question],
+    *,
+    stage: str,
+    split: str,
+    output_dir: str | Path,
+    likelihood: str,
+    aliases: str,
+) -> dict[str, Any]:
+    """Evaluate a stage of training, each process its share, and write it. Returns its summary on every process."""
+    state = PartialState()
+    rank, world = state.process_index, state.num_processes
+    mine = evaluate(pipeline, questions[rank::world], likelihood, aliases)
+    gathered = gather_object([(i * world + rank, result) for i, result in enumerate(mine)])
+    results = [result for _, result in sorted(gathered, key=lambda item: item[0])]
+    conditions = Conditions(
+        stage=stage,
+        split=split,
+        num_questions=len(questions),
+        questions_hash=questions_hash(questions),
+        candidates_hash=candidates_hash(questions),
+        num_selected=pipeline.settings.num_selected,
+        answer_likelihood=likelihood,
+        answer_aliases=aliases,
+    )
+    summary = summarise(results, conditions)
+    if state.is_main_process:
+        write_results(summary_path(output_dir).with_name(f"{stage}.parquet"), results, conditions)
+        write_stages(output_dir, with_stage(read_stages(output_dir), summary))
+    return summary
+
+
+def summarise(results: Sequence[QuestionResult], conditions: Conditions) -> dict[str, Any]:
     """Means over a split: percent, and nats for log-probabilities; None where no question defines a metric."""
-    types = sorted({result.type for result in results if result.type})
-    by_type = {kind: _means([r for r in results if r.type == kind]) for kind in types}
-    summary: dict[str, Any] = {"stage": stage, "split": split, **_means(results)}
+    summary: dict[str, Any] = {
+        "stage": conditions.stage,
+        "split": conditions.split,
+        "questions_hash": conditions.questions_hash,
+        **_means(results),
+    }
+    by_type = {kind: _means(of_type) for kind, of_type in results_by_type(results).items()}
     return {**summary, "by_type": by_type} if by_type else summary
 
 
+def results_by_type(results: Sequence[QuestionResult]) -> dict[str, list[QuestionResult]]:
+    """The results of each number of hops or question type; nothing where none is known."""
+    types = sorted({result.type for result in results if result.type})
+    return {kind: [result for result in results if result.type == kind] for kind in types}
+
+
+def metric_values(results: Sequence[QuestionResult], metric: str) -> list[float]:
+    """A metric of each question, in the unit of its mean: percent, or nats. NaN where it is undefined."""
+    scale = 1.0 if metric in NATS else 100.0
+    return [scale * result.scores[metric] for result in results]
+
+
 def _means(results: Sequence[QuestionResult]) -> dict[str, Any]:
-    columns: dict[str, list[float]] = {
-        "em": [100 * r.em for r in results],
-        "f1": [100 * r.f1 for r in results],
-        "answer_logp": [r.answer_logp for r in results],
-        "valid": [100.0 * r.valid for r in results],
-    }
-    for i, k in enumerate(KS):
-        columns[f"recall@{k}"] = [100 * r.recall[i] for r in results]
-        columns[f"answer_recall@{k}"] = [100 * r.answer_recall[i] for r in results]
-    return {"n": len(results), **{name: _mean(columns[name]) for name in METRICS}}
+    return {"n": len(results), **{name: _mean(metric_values(results, name)) for name in METRICS}}
 
 
 def _mean(values: Sequence[float]) -> float | None:
@@ -117,13 +155,12 @@ def read_stages(output_dir: str | Path) -> list[dict[str, Any]]:
     return json.loads(path.read_text())["stages"] if path.is_file() else []
 
 
+def with_stage(stages: Sequence[dict[str, Any]], summary: dict[str, Any]) -> list[dict[str, Any]]:
+    """The stages with one more, in place of an earlier one of the same name."""
+    return [*(known for known in stages if known["stage"] != summary["stage"]), summary]
+
+
 def write_stages(output_dir: str | Path, stages: Sequence[dict[str, Any]]) -> None:
     """Write `summary.json`, whole."""
     with written_whole(summary_path(output_dir)) as beside:
         beside.write_text(json.dumps({"stages": list(stages)}, indent=2) + "\n")
-
-
-def write_results(output_dir: str | Path, stage: str, results: Sequence[QuestionResult]) -> None:
-    """Write the per-question rows of a stage, whole."""
-    with written_whole(summary_path(output_dir).with_name(f"{stage}.parquet")) as beside:
-        pq.write_table(pa.Table.from_pylist([asdict(result) for result in results]), beside, compression="zstd")

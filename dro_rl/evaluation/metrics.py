@@ -1,7 +1,7 @@
 """Answer and selection metrics, one question at a time. Pure: no models, no files.
 
-Normalisation and scores are those of the official SQuAD v1.1 script, which KILT uses too, so that figures
-compare with published ones.
+Normalisation, exact match and F1 are those of the official SQuAD v1.1 script, which KILT uses too, for dialogue as for
+questions; ROUGE-L is KILT's. So figures compare with published ones.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import re
 import string
 from collections import Counter
 from collections.abc import Sequence
+from functools import cache
+from typing import Any
 
 from dro_rl.records import Document
 
@@ -51,6 +53,39 @@ def f1(prediction: str, answers: Sequence[str]) -> float:
     """
     predicted = normalize_answer(prediction).split()
     return max(_token_f1(predicted, normalize_answer(answer).split()) for answer in _accepted(answers))
+
+
+def rouge_l(prediction: str, answers: Sequence[str]) -> float:
+    """ROUGE-L as KILT computes it, 0..1: the best over all accepted answers, by the `rouge` package that KILT calls.
+
+    Texts are not normalised: case and punctuation count. A perfect answer scores 0.999999995, since the package adds
+    1e-8 to a denominator. A prediction without a word scores 0.
+
+    Raises:
+        ValueError: no accepted answer.
+    """
+    return max(_rouge_l(prediction, answer) for answer in _accepted(answers))
+
+
+def precision_at_k(numbers: Sequence[int], supporting_numbers: Sequence[int], k: int) -> float:
+    """Share of the first k places that hold a supporting document: |supporting ∩ first k| / k.
+
+    The standard precision of information retrieval, 0..1: places that a short selection leaves empty count against it.
+
+    Args:
+        numbers: the selection, 1-based document numbers, best first.
+        supporting_numbers: 1-based numbers of the documents labelled as supporting, in any order.
+        k: how many places count, from 1.
+
+    Returns:
+        The share; NaN where nothing is labelled.
+
+    Raises:
+        ValueError: k is below 1.
+    """
+    _check_k(k)
+    supporting = set(supporting_numbers)
+    return len(supporting.intersection(numbers[:k])) / k if supporting else math.nan
 
 
 def recall_at_k(numbers: Sequence[int], supporting_numbers: Sequence[int], k: int) -> float:
@@ -109,6 +144,20 @@ def _token_f1(predicted: list[str], accepted: list[str]) -> float:
         return 0.0
     precision, recall = common / len(predicted), common / len(accepted)
     return 2 * precision * recall / (precision + recall)
+
+
+@cache
+def _rouge() -> Any:
+    from rouge import Rouge
+
+    return Rouge(metrics=["rouge-l"])
+
+
+def _rouge_l(prediction: str, answer: str) -> float:
+    try:
+        return _rouge().get_scores(prediction, answer)[0]["rouge-l"]["f"]
+    except ValueError:  # one of the two has no sentence
+        return 0.0
 
 
 def _accepted(answers: Sequence[str]) -> Sequence[str]:

@@ -42,7 +42,8 @@ def weigh(
         temperature = torch.full(policy.shape[:1], config.weight_temperature, dtype=torch.float64)
     else:
         temperature = temperature_for_ess(answers, config.target_ess, **options)
-    weights = importance_weights(answers, temperature=temperature, **options)
+    weighed = torch.zeros_like(answers) if config.weighting == "uniform" else answers
+    weights = importance_weights(weighed, temperature=temperature, **options)
     coefficients = selector_coefficients(
         weights,
         baseline=config.selector_baseline,

@@ -1,0 +1,255 @@
+"""`dro-rl evaluate`: a trained pair on a question file, in parts, so that a killed evaluation goes on where it was.
+
+<output>/settings.json       what the rows depend on: another setting is refused, not mixed in
+<output>/parts/part-N.parquet   rows of finished parts, until all are there
+<output>/questions.parquet   a row a question (`results.SCHEMA`)
+<output>/report.json, report.md
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from dro_rl.data import file_of_split, load_questions
+from dro_rl.data.manifest import Manifest, questions_hash, read_manifest
+from dro_rl.errors import InputError, Phrase
+from dro_rl.evaluation.controls import applies, control_selection
+from dro_rl.evaluation.evaluator import evaluate
+from dro_rl.evaluation.report import Report, make_report, write_report
+from dro_rl.evaluation.results import Conditions, QuestionResult, candidates_hash, read_results, write_results
+from dro_rl.files import written_whole
+from dro_rl.models import ROLES
+from dro_rl.pipeline import PROMPT, SETTINGS, PipelineSettings, RAGPipeline, read_settings
+from dro_rl.records import SUFFIXES, Question
+
+QUESTIONS_PER_PART = 64
+"""Questions whose rows are computed and written together: what a kill can cost."""
+
+
+@dataclass(frozen=True)
+class EvaluationJob:
+    """What to evaluate.
+
+    Args:
+        run: a run's folder, or one with `selector/` and `generator/`.
+        data: a question file, a folder with a file for each split, `toy`, or a hub name.
+        split: which split of a folder, of `toy` or of a hub dataset; for a single file, its name in the report.
+        control: what stands in for the selector.
+        seed: of `control: random`.
+        output: where the results go; `RUN/evaluation/<split>`, unless told.
+        recipe: where K, lengths and templates come from, for a folder without `pipeline.json`.
+        limit: the first so many questions.
+        batch_size: questions answered at once.
+        device, dtype: as in `RAGPipeline.from_pretrained`.
+        overwrite: begin anew where other results stand.
+    """
+
+    run: Path
+    data: str
+    split: str | None = None
+    control: str = "none"
+    seed: int = 0
+    output: Path | None = None
+    recipe: Path | None = None
+    limit: int | None = None
+    batch_size: int = 8
+    device: str | None = None
+    dtype: str | None = None
+    overwrite: bool = False
+
+
+def run_evaluation(job: EvaluationJob) -> tuple[Report, Path]:
+    """Evaluate, or go on with an evaluation that was killed, or report one that is done.
+
+    Returns:
+        The report and the folder it stands in.
+
+    Raises:
+        InputError: for data, a run or an output folder that do not fit.
+    """
+    _check_device(job.device)
+    settings, templates = _settings(job)
+    questions, split, manifest = _questions(job)
+    conditions = Conditions(
+        stage=split if job.control == "none" else f"{split}, {job.control}",
+        split=split,
+        num_questions=len(questions),
+        questions_hash=questions_hash(questions),
+        candidates_hash=candidates_hash(questions),
+        num_selected=settings.num_selected,
+        control=job.control,
+        seed=job.seed,
+    )
+    asked = [question for question in questions if applies(job.control, question)]
+    if not asked:
+        raise InputError(
+            f"--control {job.control}",
+            Phrase("no question has labels"),
+            "gold documents are those that `supporting` names",
+            "Use a file with labels, or another control.",
+        )
+    folder = job.output or job.run / "evaluation" / _folder_name(split, job)
+    _claim(folder, job, {**asdict(conditions), "settings": asdict(settings), **_pair(job, templates)})
+
+    def load() -> RAGPipeline:
+        return RAGPipeline.from_pretrained(
+            job.run,
+            device=job.device,
+            dtype=getattr(torch, job.dtype) if job.dtype else None,
+            settings=settings,
+            templates=templates,
+            roles=ROLES if job.control == "none" else ("generator",),
+            batch_size=job.batch_size,
+        )
+
+    results = _results(folder, asked, conditions, load)
+    left_out = len(questions) - len(asked)
+    skipped = {"no labels, so no gold documents": left_out} if left_out else {}
+    report = make_report(str(job.run), job.data, conditions, results, skipped, manifest)
+    write_report(folder, report)
+    return report, folder
+
+
+def _check_device(device: str | None) -> None:
+    if device is None:
+        return
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA raises the second
+        raise InputError(
+            "--device", device, f"this machine has it ({str(error).splitlines()[0]})", "Use cpu, or leave it unset."
+        ) from None
+
+
+def _results(
+    folder: Path, questions: Sequence[Question], conditions: Conditions, load: Callable[[], RAGPipeline]
+) -> list[QuestionResult]:
+    """Rows of all questions: from the finished file, else part by part, of which the missing are computed."""
+    whole, parts = folder / "questions.parquet", folder / "parts"
+    if whole.is_file():
+        shutil.rmtree(parts, ignore_errors=True)  # a kill may have come between the two
+        return read_results(whole)[0]
+    pipeline: RAGPipeline | None = None
+    results: list[QuestionResult] = []
+    with tqdm(total=len(questions), desc=conditions.stage, unit="q") as bar:
+        for number, first in enumerate(range(0, len(questions), QUESTIONS_PER_PART)):
+            path = parts / f"part-{number:05d}.parquet"
+            if path.is_file():
+                rows = read_results(path)[0]
+                bar.initial += len(rows)  # they took no time of this run's
+            else:
+                pipeline = pipeline or load()
+                rows = _part(pipeline, questions[first : first + QUESTIONS_PER_PART], conditions)
+                write_results(path, rows, conditions)
+            results += rows
+            bar.update(len(rows))
+            bar.set_postfix_str(" ".join(f"{name} {_running(results, name):.1f}" for name in ("em", "f1")))
+    write_results(whole, results, conditions)
+    shutil.rmtree(parts)
+    return results
+
+
+def _part(pipeline: RAGPipeline, questions: Sequence[Question], conditions: Conditions) -> list[QuestionResult]:
+    selections = None
+    if conditions.control != "none":
+        k, seed = conditions.num_selected, conditions.seed
+        selections = [control_selection(conditions.control, question, k, seed) for question in questions]
+    return evaluate(pipeline, questions, conditions.answer_likelihood, conditions.answer_aliases, selections)
+
+
+def _running(results: Sequence[QuestionResult], metric: str) -> float:
+    return 100 * sum(result.scores[metric] for result in results) / len(results)
+
+
+def _settings(job: EvaluationJob) -> tuple[PipelineSettings, dict[Any, str] | None]:
+    """K, lengths and templates: those saved with the run, or a recipe's."""
+    if job.recipe is None:
+        if not (job.run / SETTINGS).is_file() and (job.run / "generator").is_dir():
+            raise InputError(
+                str(job.run),
+                Phrase(f"no {SETTINGS}"),
+                "K, lengths and prompts are saved with a finished run",
+                "For a checkpoint or a pair of your own, name a recipe that says them: --recipe FILE.",
+            )
+        return read_settings(job.run), None
+    from dro_rl.recipe import load_recipe
+
+    recipe = load_recipe(job.recipe)
+    templates = {role: getattr(recipe.run, f"{role}_prompt_template") for role in ROLES}
+    return PipelineSettings.of(recipe.training, recipe.run.chat_template_kwargs), templates
+
+
+def _questions(job: EvaluationJob) -> tuple[list[Question], str, Manifest | None]:
+    """The questions, the split's name, and the manifest beside the file, where there is one."""
+    split = job.split or "test"
+    questions = load_questions(job.data, split, limit=job.limit, key="--data")
+    path = Path(job.data).expanduser()
+    if path.is_dir():
+        name, path = f"{path.absolute().name}/{split}", file_of_split(path, split, None)
+    elif path.is_file():
+        suffix = next(suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix))
+        name = job.split or f"{path.absolute().parent.name}/{path.name[: -len(suffix)]}"
+    else:
+        name = f"{job.data}/{split}"
+    manifest = read_manifest(path) if path.is_file() else None
+    if manifest is not None:
+        name = f"{manifest.dataset}/{manifest.split}"
+    return questions, f"{name}, first {job.limit}" if job.limit else name, manifest
+
+
+def _folder_name(split: str, job: EvaluationJob) -> str:
+    parts = [split.replace("/", "-").replace(", first ", "-first-")]
+    if job.control != "none":
+        parts.append(job.control)
+    if job.control == "random":
+        parts.append(str(job.seed))
+    return "-".join(parts)
+
+
+def _pair(job: EvaluationJob, templates: dict[Any, str] | None) -> dict[str, Any]:
+    """The models by name, size and time of their files: hashing the weights would take as long as loading them."""
+    digest = hashlib.sha256()
+    for role in ROLES:
+        for path in sorted((job.run / role).glob("*")):
+            if path.is_file() and path.suffix in (".safetensors", ".bin", ".json", ".jinja"):
+                status = path.stat()
+                digest.update(f"{role}/{path.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return {"models": digest.hexdigest(), "templates": templates or PROMPT, "dtype": job.dtype}
+
+
+def _claim(folder: Path, job: EvaluationJob, settings: dict[str, Any]) -> None:
+    """Take an output folder: a fresh one, or one whose rows were computed under the same settings."""
+    path = folder / "settings.json"
+    if job.overwrite and path.is_file():
+        for name in ("questions.parquet", "report.json", "report.md", "settings.json"):
+            (folder / name).unlink(missing_ok=True)
+        shutil.rmtree(folder / "parts", ignore_errors=True)
+    if path.is_file():
+        known = json.loads(path.read_text(encoding="utf-8"))
+        other = [key for key in settings if known.get(key) != settings[key] and key != "dro_rl"]
+        if other:
+            raise InputError(
+                str(folder),
+                Phrase(f"results under another {', '.join(other)}"),
+                "rows of one evaluation come from one pair, the same questions and the same settings",
+                "Give another --output, or --overwrite to begin anew.",
+            )
+        return
+    if folder.is_dir() and any(folder.iterdir()):
+        raise InputError(
+            str(folder),
+            Phrase("holds something else"),
+            "results go to a folder of their own",
+            "Give another --output.",
+        )
+    with written_whole(path) as beside:
+        beside.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

