@@ -257,7 +257,7 @@ def _flags(options: Mapping[str, Any]) -> list[str]:
         if isinstance(value, bool):
             flags.append(flag if value else f"--no-{flag[2:]}")
         elif value is not None:
-            flags += [f"{flag} {each}" for each in (value if isinstance(value, list) else [value])]
+            flags += [f"{flag} {each}" for each in (value if isinstance(value, list | tuple) else [value])]
     return flags
 
 
