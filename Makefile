@@ -4,7 +4,8 @@
 # make quickstart  train the toy world into runs/quickstart, before/after table and curves
 # make test        all tests
 # make lint        formatter, linter, type checker
-# make bench       the selector's update, fast path against plain path
+# make bench       benchmarks into runs/bench, about 25 minutes on two quiet cores
+# make bench-large the same on larger models and with more baselines, hours on a CPU
 # make bench-rollouts  vLLM against the transformers engine and plain generate
 # make bench-retrieval  reading, indexing and search: a corpus of a million passages is made, and takes minutes
 
@@ -18,7 +19,7 @@ TEST_PROCESSES ?= 2
 DATASET ?= musique
 DATA ?= $(or $(DRO_RL_DATA),data)
 
-.PHONY: setup setup-vllm quickstart smoke test lint bench bench-rollouts bench-retrieval clean
+.PHONY: setup setup-vllm quickstart smoke test lint bench bench-large bench-rollouts bench-retrieval clean
 
 setup: .venv/.complete
 
@@ -50,8 +51,20 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+bench bench-large: export OMP_NUM_THREADS = $(shell getconf _NPROCESSORS_ONLN)
+
 bench: setup
 	$(BIN)/python -m benchmarks.selector_update
+	$(BIN)/python -m benchmarks.generator_update
+	$(BIN)/python -m benchmarks.trl_step
+	$(BIN)/python -m benchmarks.scaling
+
+bench-large: setup
+	$(BIN)/python -m benchmarks.selector_update --model 512x6 --output runs/bench-large
+	$(BIN)/python -m benchmarks.generator_update --model 512x6 --output runs/bench-large
+	$(BIN)/python -m benchmarks.trl_step --model 512x4 --trl-batch 8 --trl-batch 1 --trl-head completions --trl-head as-is \
+		--output runs/bench-large
+	$(BIN)/python -m benchmarks.scaling --width 512 --width 256 --width 1024 --output runs/bench-large
 
 bench-rollouts: setup-vllm
 	$(BIN)/python -m benchmarks.rollouts

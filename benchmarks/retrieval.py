@@ -5,11 +5,11 @@
     python -m benchmarks.retrieval --passages 100000     # a smaller generated corpus
 
 Cases: BM25 on HotpotQA's passages (`corpus/hotpotqa.jsonl.gz` under DRO_RL_DATA or ../shared/data) and on a generated
-corpus of a million; ColBERT on the first passages of HotpotQA, on this machine's CPU. Building and searching have a
-process of their own each. Peak memory is the largest sum over a process and its children, sampled every tenth of a
-second; pages of the memory-mapped index that it touched are counted, though the system takes them back when it needs
-room. CPU seconds are of the process and its children: they say what the wall clock would on a machine that does nothing
-else.
+corpus of a million; ColBERT on the first passages of HotpotQA, with an encoder that is untrained as ColBERT
+(`untrained_colbert.py`). Building and searching have a process of their own each. Peak memory is the largest sum over a
+process and its children, sampled every tenth of a second; pages of the memory-mapped index that it touched are counted,
+though the system takes them back when it needs room. CPU seconds are of the process and its children: they say what the
+wall clock would on a machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from typing import Annotated, Any
 import psutil
 import typer
 
-from benchmarks import generated_corpus
+from benchmarks import generated_corpus, untrained_colbert
 
 DATA = Path(os.environ.get("DRO_RL_DATA") or Path(__file__).parents[2] / "shared" / "data")
 CASES = ("bm25-hotpotqa", "bm25-million", "colbert-hotpotqa")
@@ -160,7 +160,9 @@ def main(
     passages: Annotated[int, typer.Option(help="Passages of the generated corpus.")] = 1_000_000,
     colbert_passages: Annotated[int, typer.Option(help="Passages for ColBERT.")] = 1_000,
     processes: Annotated[int, typer.Option(help="Processes that index.")] = 2,
-    checkpoint: Annotated[str, typer.Option(help="A ColBERT checkpoint. Without it ColBERT is left out.")] = "",
+    checkpoint: Annotated[
+        str, typer.Option(help="A ColBERT checkpoint; without one, an untrained encoder of that form.")
+    ] = "",
     folder: Annotated[Path | None, typer.Option(help="Where corpora and indexes go meanwhile.")] = None,
     output: Annotated[Path | None, typer.Option(help="Also write the JSON here.")] = None,
     build_one: Annotated[bool, typer.Option("--build", hidden=True)] = False,
@@ -177,7 +179,7 @@ def main(
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         for name in case or CASES:
             if name == "colbert-hotpotqa" and not checkpoint:
-                continue
+                checkpoint = str(untrained_colbert.write_checkpoint(Path(scratch) / "checkpoint"))
             size = colbert_passages if name == "colbert-hotpotqa" else passages
             rows.append(run_case(name, Path(scratch), size, 1 if name.startswith("colbert") else processes, checkpoint))
     machine = f"{platform.machine()}, {os.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB"

@@ -1,110 +1,102 @@
-"""One selector update (forward and backward over m selections of one long prompt): packed rows against the plain path.
+"""One selector update, forward and backward over m selections of one long prompt: packed rows against the plain path.
 
-    python -m benchmarks.selector_update                    # both paths, a table and JSON
-    python -m benchmarks.selector_update --case plain --m 8 # one measurement, as JSON, in this process
+    python -m benchmarks.selector_update
+    python -m benchmarks.selector_update --device cuda --dtype bfloat16 --model llama-1b --plain-m 1 --plain-m 8
 
-Both paths make completion-only logits; the plain one runs the prompt once for each selection. Each case has a process
-of its own, so that its peak memory is its own. Ratios are of medians within one run of this script.
+Both paths make completion-only logits; the plain one runs the prompt once for each selection, all in one padded batch.
+"Fewer tokens" is m(P+R)/(P+mR): what sharing the prompt can save at best in the layers' matrices. Memory is that of
+activations, above the model and its gradients.
 """
 
 from __future__ import annotations
 
-import json
-import platform
-import resource
-import statistics
-import subprocess
-import sys
-import time
-from pathlib import Path
-from typing import Annotated
+import math
+from typing import Annotated, Any
 
 import torch
-import transformers
 import typer
-from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks import harness
+from benchmarks.harness import OUTPUT, DeviceOption, DtypeOption, ModelOption, OutputOption, RepeatsOption, cell, median
 from dro_rl.likelihood import completion_logps
 
-CASES = ("packed", "plain")
+SIZES, PLAIN_SIZES = [1, 2, 4, 8, 16], [1, 8]
 
 
-def measure(case: str, m: int, prompt: int, completion: int, width: int, layers: int, repeats: int) -> dict[str, float]:
-    """Median seconds of an update, and the process's peak memory in MiB above what it held before the first one."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=8192,
-        hidden_size=width,
-        intermediate_size=4 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=width // 64,
-        num_key_value_heads=width // 64,
-        max_position_embeddings=2 * prompt,
-    )
-    model = LlamaForCausalLM(config)
-    ids = torch.randint(0, 8192, (prompt,)).tolist()
-    selections = [torch.randint(0, 8192, (completion,)).tolist() for _ in range(m)]
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    seconds = []
-    for _ in range(repeats + 1):
-        started = time.perf_counter()
-        logps = completion_logps(model, ids, selections, shared_prefix=case == "packed")
+def update(
+    packed: bool, m: int, prompt: int, completion: int, model: str, device: str, dtype: str, repeats: int
+) -> dict[str, Any]:
+    """Measure one path."""
+    selector = harness.build_model(model, device, dtype)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(2, harness.VOCABULARY, (prompt,), generator=generator).tolist()
+    selections = torch.randint(2, harness.VOCABULARY, (m, completion), generator=generator).tolist()
+
+    def forward_and_backward() -> None:
+        logps = completion_logps(selector, ids, selections, shared_prefix=packed)
         (-torch.stack([each.sum() for each in logps]).mean()).backward()
-        seconds.append(time.perf_counter() - started)
-        model.zero_grad(set_to_none=True)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"seconds": statistics.median(seconds[1:]), "mib": (peak - before) / 1024}
+
+    return harness.time_update(forward_and_backward, selector, repeats, device)
 
 
 def main(
-    case: Annotated[str | None, typer.Option(help="packed or plain: one measurement in this process.")] = None,
-    m: Annotated[list[int] | None, typer.Option(help="Selections of the prompt.")] = None,
-    prompt: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 3000,
-    completion: Annotated[int, typer.Option(help="Tokens of a selection.")] = 30,
-    width: Annotated[int, typer.Option(help="Width of the Llama.")] = 512,
-    layers: Annotated[int, typer.Option(help="Its layers.")] = 6,
-    repeats: Annotated[int, typer.Option(help="Updates timed, after one that is not.")] = 5,
-    output: Annotated[Path | None, typer.Option(help="Also write the JSON here.")] = None,
+    context: typer.Context,
+    m: Annotated[list[int], typer.Option(help="Selections of the prompt.")] = SIZES,
+    plain_m: Annotated[list[int], typer.Option(help="Where the plain path is measured too.")] = PLAIN_SIZES,
+    prompt: Annotated[int, typer.Option(help="Tokens of the prompt (P).")] = 3000,
+    completion: Annotated[int, typer.Option(help="Tokens of a selection (R).")] = 30,
+    model: ModelOption = "512x4",
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = "float32",
+    repeats: RepeatsOption = 5,
+    output: OutputOption = OUTPUT,
 ) -> None:
     """Time the selector's update on both paths."""
-    sizes = m or [1, 4, 8]
-    if case is not None:
-        print(json.dumps(measure(case, sizes[0], prompt, completion, width, layers, repeats)))
-        return
-    rows = []
-    for size in sizes:
-        figures = {}
-        for name in CASES:
-            options = {"case": name, "m": size, "prompt": prompt, "completion": completion, "width": width}
-            options |= {"layers": layers, "repeats": repeats}
-            arguments = [str(part) for key, value in options.items() for part in (f"--{key}", value)]
-            command = [sys.executable, "-m", "benchmarks.selector_update", *arguments]
-            figures[name] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-        rows.append({"m": size, **figures, "tokens": size * (prompt + completion) / (prompt + size * completion)})
-    result = {
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "prompt": prompt,
-        "completion": completion,
-        "model": f"Llama, {layers} layers, {width} wide, float32",
-        "rows": rows,
-    }
-    print(
-        f"Selector update, {result['model']}, P={prompt}, R={completion}; "
-        f"{result['machine']}, torch {torch.__version__}\n"
-    )
-    print("| m | plain s | packed s | faster | fewer tokens | plain MiB | packed MiB | memory |")
-    print("|---:|---:|---:|---:|---:|---:|---:|---:|")
+    harness.check(model, device)
+    options: dict[str, Any] = {"prompt": prompt, "completion": completion, "model": model}
+    options |= {"device": device, "dtype": dtype, "repeats": repeats}
+    rows: list[dict[str, Any]] = []
+    for size in sorted({*m, *plain_m}):
+        plain = harness.apart(update, packed=False, m=size, **options) if size in plain_m else None
+        packed = harness.apart(update, packed=True, m=size, **options)
+        tokens = size * (prompt + completion) / (prompt + size * completion)
+        rows.append({"m": size, "plain": plain, "packed": packed, "fewer_tokens": tokens})
+    nothing: dict[str, Any] = {"seconds": [math.nan], "mib": math.nan}
+    lines = []
     for row in rows:
-        plain, packed = row["plain"], row["packed"]
-        faster = plain["seconds"] / packed["seconds"]
-        print(
-            f"| {row['m']} | {plain['seconds']:.2f} | {packed['seconds']:.2f} | {faster:.1f}x "
-            f"| {row['tokens']:.1f}x | {plain['mib']:.0f} | {packed['mib']:.0f} | {packed['mib'] / plain['mib']:.2f} |"
+        plain, packed = row["plain"] or nothing, row["packed"]
+        lines.append(
+            [
+                str(row["m"]),
+                cell(median(plain)),
+                cell(median(packed)),
+                cell(median(plain) / median(packed), 1, "x"),
+                cell(row["fewer_tokens"], 1, "x"),
+                cell(median(packed) / median(rows[0]["packed"]), 2, "x"),
+                cell(plain["mib"], 0),
+                cell(packed["mib"], 0),
+                cell(packed["mib"] / plain["mib"], 2),
+            ]
         )
-    if output is not None:
-        output.write_text(json.dumps(result, indent=2) + "\n")
+    harness.report(
+        "selector_update",
+        context,
+        f"Selector update, P = {prompt}, R = {completion}, {model}, {dtype}",
+        [
+            "m",
+            "plain s",
+            "packed s",
+            "faster",
+            "fewer tokens",
+            f"packed over m={rows[0]['m']}",
+            "plain MiB",
+            "packed MiB",
+            "memory",
+        ],
+        lines,
+        rows,
+        [f"Medians of {repeats}."],
+    )
 
 
 if __name__ == "__main__":

@@ -30,6 +30,11 @@ class Phrase(str):
     """A value that describes what was found ("nothing", "2 of 5 lines") and is printed without quotes."""
 
 
+def first_line(error: BaseException) -> str:
+    """What a library's error says, in one line."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+
+
 def is_full_disk(error: BaseException) -> bool:
     """Whether a write found no room: as the system says it, as safetensors repeats it, as torch's archive writer fails.
 

@@ -23,7 +23,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
-from dro_rl.errors import InputError, Phrase
+from dro_rl.errors import InputError, Phrase, first_line
 from dro_rl.likelihood import Scoring, answer_logp, row_logps
 from dro_rl.objective import generator_loss, selector_loss
 from dro_rl.packing import Row
@@ -238,7 +238,7 @@ def check_model(name: str, place: str, *, revision: str | None = None, trust_rem
         raise InputError(
             place,
             name,
-            f"this is a model folder or a hub name ({_first_line(error)})",
+            f"this is a model folder or a hub name ({first_line(error)})",
             "Check the name and the network.",
         ) from None
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not (
@@ -392,8 +392,7 @@ def export_role(
 
         assert isinstance(model, PeftModel)
         model.save_pretrained(beside / "adapter", state_dict=state_dict)
-        merged = merged_copy(model, beside / "adapter")
-        merged.save_pretrained(beside)
+        merged_copy(model, state_dict).save_pretrained(beside)
     else:
         model.save_pretrained(beside, state_dict=state_dict)
     tokenizer.save_pretrained(beside)
@@ -403,14 +402,19 @@ def export_role(
     beside.rename(folder)
 
 
-def merged_copy(model: Any, adapter: Path) -> PreTrainedModel:
-    """The base read again from where it came, with the saved adapters merged: the trained model is never touched."""
-    from peft import PeftModel
+def merged_copy(model: Any, state_dict: Mapping[str, Tensor] | None = None) -> PreTrainedModel:
+    """The model with its adapters merged, made of the weights at hand; the trained model is never touched.
+
+    Args:
+        model: a PEFT model.
+        state_dict: its whole state, where it is sharded.
+    """
+    from peft import get_peft_model
 
     base = model.get_base_model()
-    fresh = load_model(base.config._name_or_path, dtype=base.dtype)
-    return PeftModel.from_pretrained(fresh, adapter).merge_and_unload()
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+    with whole_parameters():
+        copy = get_peft_model(type(base)(base.config), model.peft_config[model.active_adapter])
+    copy.load_state_dict(model.state_dict() if state_dict is None else state_dict)
+    merged = copy.merge_and_unload().to(base.dtype)
+    merged.generation_config = base.generation_config
+    return merged

@@ -20,7 +20,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from dro_rl.config import DROConfig
-from dro_rl.errors import InputError, Phrase
+from dro_rl.errors import InputError, Phrase, first_line
 from dro_rl.evaluation.results import METRICS
 from dro_rl.models import ROLES, Role, check_model, whole_parameters
 from dro_rl.prompts import Prompter, load_template
@@ -180,7 +180,7 @@ def without_weights(run: RunConfig, role: Role) -> PreTrainedModel:
         raise InputError(
             f"{role}_model_name_or_path",
             name,
-            f"its config.json describes a model ({_first_line(error)})",
+            f"its config.json describes a model ({first_line(error)})",
             "Copy the folder again.",
         ) from None
     if run.attn_implementation is not None:
@@ -193,7 +193,7 @@ def without_weights(run: RunConfig, role: Role) -> PreTrainedModel:
             raise InputError(
                 "attn_implementation",
                 run.attn_implementation,
-                f"the {role} has it here ({_first_line(error)})",
+                f"the {role} has it here ({first_line(error)})",
                 "Use sdpa, or leave it unset.",
             ) from None
     return model
@@ -269,7 +269,7 @@ def check_prompts(questions: Sequence[Question], prompters: Mapping[Role, Prompt
                 f"{role}_prompt_template",
                 prompter.template,
                 "a template renders from question and documents (id, title, text), the selector's from k and example "
-                f"too ({_first_line(error)})",
+                f"too ({first_line(error)})",
                 "Correct the template, or the tokenizer's chat template.",
             ) from None
 
@@ -392,7 +392,3 @@ def _same_recipe(recipe: Recipe, path: Path) -> None:
                 f"the run in {path.parent}{os.sep} has {before.get(key)!r}, and a resumed run computes what it began",
                 "Give it the same value, or use another output_dir.",
             )
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]

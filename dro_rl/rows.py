@@ -124,7 +124,10 @@ def json_lines(path: Path, *, bad: Bad = refuse, watch: Watch | None = None) -> 
 
 
 def json_array(path: Path, *, watch: Watch | None = None) -> Rows:
-    """The items of a file that is one JSON array, read as a stream."""
+    """The items of a file that is one JSON array, read as a stream.
+
+    The parser puts a question mark for half of a surrogate pair, which lines keep, so that they are refused later.
+    """
     import ijson
 
     number = 0

@@ -7,13 +7,10 @@ stands in `objective`, `likelihood` and `rollouts`; what stands here is when, an
 from __future__ import annotations
 
 import logging
-import math
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +18,6 @@ from typing import Any, cast
 import torch
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
@@ -46,10 +42,10 @@ from dro_rl.prompts import Prompter
 from dro_rl.records import Question, Rollout
 from dro_rl.rollouts import log as rollout_log
 from dro_rl.rollouts.e_step import EStep
-from dro_rl.rollouts.engine import Completion, RolloutEngine, rollout_seed
+from dro_rl.rollouts.engine import RolloutEngine
+from dro_rl.rollouts.iteration import IterationRollouts
 from dro_rl.rollouts.metrics import rollout_metrics
 from dro_rl.rollouts.micro_batch import Group, MicroBatch
-from dro_rl.rollouts.temperature import duplicate_share, groups_of, guarded_temperature
 from dro_rl.rollouts.transformers_engine import TransformersEngine
 from dro_rl.rollouts.vllm_colocate import ColocatedEngine
 from dro_rl.rollouts.vllm_server import ServerEngine, check_servers
@@ -60,22 +56,8 @@ from dro_rl.verify import check, difference
 
 logger = logging.getLogger(__name__)
 
-QUESTIONS_PER_PART = 128
-"""Questions a process whose rollouts are computed and written together: what a kill in an E-step can cost."""
-
-
 MAX_DIFFERENCE = 0.1
 """Nats a token, on average: two implementations of a model in bfloat16 stay below it."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Ahead:
-    """An iteration that is being sampled while the one before it trains: by weights of `step` updates, in parts."""
-
-    iteration: int
-    step: int
-    temperature: float
-    parts: Sequence[Future[list[list[Completion]]]]
 
 
 class DROTrainer(_BaseTrainer):
@@ -134,13 +116,7 @@ class DROTrainer(_BaseTrainer):
         for role in ROLES:
             if args.role_learning_rate(role) == 0:
                 model.freeze(role)
-        self._iteration: int | None = None  # the iteration whose rollouts are in use
-        self._rollouts: list[Rollout] = []
-        self._on_policy = True  # whether those that are not weighed yet were drawn from the policy
         self._done: dict[int, Rollout] = {}  # by slot, those of the step that have been through the models here
-        self._ahead: _Ahead | None = None
-        self._staleness = 0  # updates between the weights that sampled the rollouts in use and those they train first
-        self._pool = ThreadPoolExecutor(1, "rollouts")
         self._group_roles: list[Role] = []  # whose each group of the optimizer is
         self._losses: dict[str, float] = defaultdict(float)
         self._step_metrics: dict[str, list[float]] = defaultdict(list)
@@ -173,7 +149,7 @@ class DROTrainer(_BaseTrainer):
         self.reference = reference.to(self.accelerator.device).eval() if reference is not None else None
         self.stages: list[dict[str, Any]] = read_stages(self.run_dir)
         self._vllm = self._start_vllm() if args.engine == "vllm" else None
-        self._e_step = EStep(
+        e_step = EStep(
             self._open_engine,
             partial(self._open, "selector"),
             partial(self._open, "generator"),
@@ -183,6 +159,9 @@ class DROTrainer(_BaseTrainer):
             args,
             self.clock,
             {role: flops.forward for role, flops in self._flops.items()},
+        )
+        self.rollouts = IterationRollouts(
+            self.schedule, train_questions, e_step, self._open_engine, self.run_dir, args, self.clock, fused=self.fused
         )
         self._pipeline = RAGPipeline(
             self._open,
@@ -201,114 +180,6 @@ class DROTrainer(_BaseTrainer):
         """Nothing is reported to anyone."""
 
     # The E-step
-
-    def _rollouts_of(self, iteration: int) -> list[Rollout]:
-        """The iteration's rollouts, by slot: from memory, from the log, or sampled now."""
-        if self._iteration != iteration:
-            indices = self.schedule.questions(iteration)
-            ahead = self._ahead if self._ahead is not None and self._ahead.iteration == iteration else None
-            temperature = self._temperature(iteration) if ahead is None else ahead.temperature
-            self._staleness = 0 if ahead is None else self.state.global_step - ahead.step
-            size = self._part_size(len(indices))
-            quiet = self.args.disable_tqdm or len(indices) <= size or not self.is_world_process_zero()
-            self._rollouts = []
-            with tqdm(total=len(indices), desc=f"iteration {iteration + 1}: rollouts", unit="q", disable=quiet) as bar:
-                for part, first in enumerate(range(0, len(indices), size)):
-                    sampled = None if ahead is None else ahead.parts[part].result
-                    some = indices[first : first + size]
-                    self._rollouts += self._part(iteration, part, first, some, temperature, sampled)
-                    bar.update(min(size, len(indices) - first))
-            self._iteration = iteration
-            if self.args.overlap_rollouts and iteration + 1 < self.args.num_iterations:
-                self._ahead = self._sample_ahead(iteration + 1)
-        return self._rollouts
-
-    def _part_size(self, questions: int) -> int:
-        """Questions whose rollouts are shared and written together: all, where the step's passes weigh them."""
-        return questions if self.fused else QUESTIONS_PER_PART * self.args.world_size
-
-    def _sample_ahead(self, iteration: int) -> _Ahead:
-        """Ask the servers for an iteration's rollouts with the weights of now, while the one before it trains."""
-        indices, temperature = self.schedule.questions(iteration), self._temperature(iteration)
-        size = self._part_size(len(indices))
-        parts = []
-        with self._open_engine() as engine:
-            for first in range(0, len(indices), size):
-                mine = range(self.args.process_index, min(size, len(indices) - first), self.args.world_size)
-                request, _ = self._e_step.request(
-                    [self.train_questions[indices[first + i]] for i in mine],
-                    [rollout_seed(self.args.seed, iteration, first + i) for i in mine],
-                    temperature,
-                )
-                parts.append(self._pool.submit(engine.generate, *request))
-        return _Ahead(iteration, self.state.global_step, temperature, parts)
-
-    def _temperature(self, iteration: int) -> float:
-        """What an iteration is sampled at. The guard goes by the iteration before: from memory, or from the log."""
-        found = [0.0]
-        if self.is_world_process_zero():
-            before: Sequence[Rollout] = ()
-            if self.args.duplicate_threshold is not None:
-                known = self._iteration == iteration - 1
-                logged = rollout_log.part_paths(self.run_dir, iteration)  # 1-based there
-                before = self._rollouts if known else rollout_log.to_rollouts(rollout_log.read(logged))
-            found[0] = guarded_temperature(self.args, iteration, before)
-            if before and found[0] != before[0].temperature:
-                repeated = duplicate_share(groups_of(before, self.args.num_generations))
-                logger.info(
-                    f"iteration {iteration + 1}: temperature {before[0].temperature:.3g} -> {found[0]:.3g}, after "
-                    f"{repeated:.0%} of the rollouts repeated another "
-                    f"(duplicate_threshold: {self.args.duplicate_threshold})"
-                )
-        return broadcast_object_list(found)[0]
-
-    def _part(
-        self,
-        iteration: int,
-        part: int,
-        first: int,
-        indices: list[int],
-        temperature: float,
-        sampled: Callable[[], list[list[Completion]]] | None,
-    ) -> list[Rollout]:
-        """One part of an E-step: read where a killed run left it whole, else sampled, shared and written.
-
-        Where the E-step is fused with the M-step, rollouts are shared as they were sampled, and written when the
-        step's forward passes have weighed them.
-        """
-        kept: list[Any] = [None]
-        path = rollout_log.part_path(self.run_dir, iteration + 1, part)
-        if self.is_world_process_zero() and path.is_file():
-            found = rollout_log.to_rollouts(rollout_log.read([path]))
-            if [rollout.question for rollout in found[:: self.args.num_generations]] == indices:
-                kept[0] = found
-        if broadcast_object_list(kept)[0] is not None:
-            return kept[0]
-        rank, world = self.args.process_index, self.args.world_size
-        mine = range(rank, len(indices), world)
-        numbers, m = [indices[i] for i in mine], self.args.num_generations
-        questions = [self.train_questions[number] for number in numbers]
-        seeds = [rollout_seed(self.args.seed, iteration, first + i) for i in mine]
-        with self.clock.phase("rollout"):
-            given = None if sampled is None else sampled()
-        if self.fused:
-            rollouts, self._on_policy = self._e_step.sample(numbers, questions, seeds, temperature, given)
-        else:
-            rollouts = self._e_step(numbers, questions, seeds, temperature, given)
-        with self.clock.phase("rollout"):  # until the slowest process is there
-            groups = gather_object([(i, rollouts[n * m : (n + 1) * m]) for n, i in enumerate(mine)])
-        everything = [rollout for _, group in sorted(groups, key=lambda item: item[0]) for rollout in group]
-        if not self.fused:
-            self._write_part(iteration, part, first, everything)
-        return everything
-
-    def _write_part(self, iteration: int, part: int, first: int, rollouts: Sequence[Rollout]) -> None:
-        if self.is_world_process_zero():
-            step, m = self.schedule.steps_per_iteration * iteration, self.args.num_generations
-            rollout_log.write(
-                rollout_log.to_table(rollouts, self.train_questions, iteration + 1, step, first, m),
-                rollout_log.part_path(self.run_dir, iteration + 1, part),
-            )
 
     @property
     def fused(self) -> bool:
@@ -398,7 +269,7 @@ class DROTrainer(_BaseTrainer):
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """The stock step, once for each part of the Trainer's micro-batch that `tokens_per_microbatch` has room for."""
         step = self.state.global_step
-        micro_batches = self._micro_batches(self._rollouts_of(self.schedule.iteration(step)), inputs)
+        micro_batches = self._micro_batches(self.rollouts.of(self.schedule.iteration(step), step), inputs)
         loss = torch.zeros((), device=self.args.device)
         for micro_batch in micro_batches[:-1]:
             with self._accumulating(model):
@@ -448,7 +319,7 @@ class DROTrainer(_BaseTrainer):
             most = int(self.accelerator.gather(torch.tensor([len(batches)], device=self.args.device)).max())
             batches += [[] for _ in range(most - len(batches))]
             eos = self.prompters["generator"].eos_token_id
-            return [MicroBatch(batch, self.args, self._on_policy, eos) for batch in batches]
+            return [MicroBatch(batch, self.args, self.rollouts.on_policy, eos) for batch in batches]
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -486,7 +357,7 @@ class DROTrainer(_BaseTrainer):
         self._step_metrics["sampling/logp_difference_mean"].append(difference.abs().mean().item())
         self._step_metrics["sampling/logp_difference_max"].append(difference.abs().max().item())
         a_token = difference.abs().sum().item() / micro_batch.completion_tokens
-        if a_token > MAX_DIFFERENCE and not self._staleness and not self._warned:
+        if a_token > MAX_DIFFERENCE and not self.rollouts.staleness and not self._warned:
             self._warned = True
             logger.warning(
                 f"the engine's log-probabilities differ from the trainer's by {a_token:.2g} nats a token on average; "
@@ -517,16 +388,13 @@ class DROTrainer(_BaseTrainer):
         self._losses.clear()
         iteration = self.schedule.iteration(step)
         positions, m = self.schedule.positions(step), self.args.num_generations
-        if any(math.isnan(self._rollouts[position * m].weight) for position in positions):
-            done = {slot: rollout for part in gather_object([self._done]) for slot, rollout in part.items()}
-            self._rollouts = [done[slot] for slot in range(len(self._rollouts))]
-            self._write_part(iteration, 0, 0, self._rollouts)
+        rollouts = self.rollouts.weighed(iteration, step, self._done)
         self._done.clear()
-        groups = [self._rollouts[position * m : (position + 1) * m] for position in positions]
+        groups = [rollouts[position * m : (position + 1) * m] for position in positions]
         for name, value in rollout_metrics(groups, self.train_questions, self.args).items():
             self._step_metrics[name].append(value)
         if self.args.overlap_rollouts:
-            self._step_metrics["sampling/staleness"].append(self._staleness)
+            self._step_metrics["sampling/staleness"].append(self.rollouts.staleness)
 
     # The optimizer: a learning rate and a clip for each model
 
@@ -665,7 +533,7 @@ class DROTrainer(_BaseTrainer):
         self.accelerator.wait_for_everyone()
         self.stages = broadcast_object_list([read_stages(self.run_dir)])[0]
         result = super().train(resume_from_checkpoint, *args, **kwargs)
-        self._pool.shutdown()  # early stopping leaves rollouts in flight, that read the weights' folder
+        self.rollouts.close()
         if isinstance(self._vllm, ServerEngine):
             self._vllm.remove_weights()
         return result

@@ -1,7 +1,10 @@
+from dataclasses import replace
+
 import pytest
 
 from dro_rl.data.candidates import cut_candidates, insert_gold, shape_candidates, shuffle_candidates, with_candidates
-from dro_rl.records import Document, Question
+from dro_rl.errors import InputError
+from dro_rl.records import Document, Question, write_questions
 
 DOCUMENTS = tuple(Document(f"d{n}", "", f"text {n}") for n in range(1, 7))
 QUESTION = Question("q", "?", ("x",), DOCUMENTS, ("d2", "d5"))
@@ -56,3 +59,52 @@ def test_nothing_happens_unasked(keys):
 def test_a_cut_comes_before_a_shuffle():
     (shaped,) = shape_candidates([QUESTION], 3, shuffle_seed=1)
     assert sorted(ids(shaped)) == ["d1", "d2", "d3"]
+
+
+# In the recipe ----------------------------------------------------------------------------------------------
+
+
+def recipe(**keys):
+    from dro_rl.recipe import load_recipe
+
+    models = {"selector_model_name_or_path": "toy", "generator_model_name_or_path": "toy"}
+    return load_recipe(None, {"dataset_name": "toy", "output_dir": "runs/x", **models, **keys})
+
+
+@pytest.mark.parametrize(
+    ("keys", "place"), [({"num_documents": 0}, "num_documents"), ({"keep_gold": True}, "keep_gold")]
+)
+def test_a_wrong_key_is_named(keys, place):
+    with pytest.raises(InputError, match=place):
+        recipe(**keys)
+
+
+def test_the_resolved_recipe_records_what_is_done_to_candidates():
+    values = recipe(num_documents=5, keep_gold=True, shuffle_documents=True).values
+    assert (values["num_documents"], values["keep_gold"], values["shuffle_documents"]) == (5, True, True)
+    assert (recipe().values["num_documents"], recipe().values["shuffle_documents"]) == (None, False)
+
+
+def test_training_cuts_and_shuffles_both_splits_and_keeps_gold_in_one(tmp_path, monkeypatch):
+    from dro_rl import preflight, train
+
+    for split in ("train", "dev"):
+        write_questions(tmp_path / f"{split}.jsonl", [replace(QUESTION, id=split)])
+    seen = {}
+
+    class Reached(Exception):
+        pass
+
+    def check(recipe, train, dev):
+        seen.update(train=train[0], dev=dev[0])
+        raise Reached
+
+    monkeypatch.setattr(preflight, "check", check)
+    keys = {"dataset_name": tmp_path, "output_dir": tmp_path / "run", "num_documents": 3, "keep_gold": "true",
+            "shuffle_documents": "true", "seed": 1, "bf16": "false"}  # fmt: skip
+    keys |= {"selector_model_name_or_path": "toy", "generator_model_name_or_path": "toy"}
+    with pytest.raises(Reached):
+        train.main([part for key, value in keys.items() for part in (f"--{key}", str(value))])
+    assert sorted(ids(seen["train"])) == ["d1", "d2", "d5"]
+    assert sorted(ids(seen["dev"])) == ["d1", "d2", "d3"]
+    assert ids(seen["dev"]) == ids(shuffle_candidates(cut_candidates(replace(QUESTION, id="dev"), 3), 1))

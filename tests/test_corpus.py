@@ -232,7 +232,7 @@ def test_a_hub_corpus_is_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_ids_are_told_apart_as_a_set_would() -> None:
     """The sorted runs against a Python set, on ids of which a third come again, within a batch and far apart."""
     rng = np.random.default_rng(0)
-    hashes, plain = corpus._SeenHashes(), set()
+    hashes, plain = corpus.SeenHashes(), set()
     for _ in range(40):
         batch = [str(n) for n in rng.integers(0, 6000, size=rng.integers(1, 200))]
         expected = []

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
+import typer
+
+from dro_rl.cli import app
 from dro_rl.rollouts.log import SCHEMA, VERSION
 
 ROOT = Path(__file__).parent.parent
@@ -34,3 +38,24 @@ def test_trees_agree_on_make_targets() -> None:
     mentioned = set(re.findall(r"`make ([a-z]+)`", (ROOT / "README.md").read_text()))
     assert mentioned <= targets
     assert {"setup", "quickstart", "test", "lint", "bench"} <= targets
+
+
+def test_commands_that_documents_give_exist_with_their_options() -> None:
+    """A command that is renamed, or loses an option, would leave its reader alone."""
+    found = 0
+    for document in [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "recipes").glob("*.md")]:
+        for block in re.findall(r"^```bash\n(.*?)^```", document.read_text(), flags=re.MULTILINE | re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = shlex.split(line, comments=True)
+                if "dro-rl" not in words:
+                    continue
+                found += 1
+                command, rest = typer.main.get_command(app), words[words.index("dro-rl") + 1 :]
+                while hasattr(command, "commands"):
+                    assert rest, f"{document.name}: {line}"
+                    assert rest[0] in command.commands, f"{document.name}: {line}"
+                    command, rest = command.commands[rest[0]], rest[1:]
+                known = {option for parameter in command.params for option in parameter.opts + parameter.secondary_opts}
+                given = {word.partition("=")[0] for word in rest if word.startswith("--")}
+                assert given <= known or command.allow_extra_args, f"{document.name}: {line}: {given - known}"
+    assert found > 20

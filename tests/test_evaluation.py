@@ -229,12 +229,21 @@ def test_random_documents_follow_from_seed_and_question_alone() -> None:
 
 def test_gold_documents_are_the_labelled_ones_and_questions_without_labels_are_counted(evaluate, tmp_path) -> None:
     shown = evaluate("--control", "gold").output
-    assert "10 questions: no labels" in shown
+    assert "10 questions: no labelled document" in shown
     found = report(tmp_path / "out")
-    assert found["skipped"] == {"no labels, so no gold documents": 10}
+    assert found["skipped"] == {"no labelled document among the candidates": 10}
     assert found["metrics"]["recall@1"]["mean"] == 100
     assert found["metrics"]["em"]["n"] == COUNT - 10
     assert found["conditions"]["num_questions"] == COUNT
+
+
+def test_candidates_may_be_cut_as_in_training(pair, evaluate, tmp_path) -> None:
+    evaluate("--limit", 20, "--num-documents", 3)
+    rows, conditions = read_results(tmp_path / "out" / "questions.parquet")
+    assert conditions.num_documents == 3
+    assert {number for row in rows for number in row.selection} <= {1, 2, 3}
+    assert "K=2 of N=3" in (tmp_path / "out" / "report.md").read_text()
+    assert "results under another candidates_hash, num_documents" in evaluate("--limit", 20, code=2).output
 
 
 def test_gold_needs_some_label(evaluate, tmp_path) -> None:

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import ARCHITECTURES
+from conftest import ARCHITECTURES, VOCABULARY
 from torch import Tensor
 from training_world import largest_difference, questions, weights, world
 
-from dro_rl import train
+from dro_rl import likelihood, train
 from dro_rl.config import DROConfig
 from dro_rl.constraint import SelectionConstraint, allowed_for
 from dro_rl.errors import InputError
@@ -107,12 +107,15 @@ def test_probabilities_of_all_selections_sum_to_one(make_model, tokenizer, share
         assert sum(logps.sum().exp().item() for logps in scored) == pytest.approx(1, abs=1e-5)
 
 
-@pytest.mark.parametrize("shared", [True, False], ids=["shared", "plain"])
-def test_scores_and_gradients_are_those_of_a_masked_softmax(make_model, tokenizer, shared: bool) -> None:
+@pytest.mark.parametrize("path", ["shared", "shared, head in chunks", "plain"])
+def test_scores_and_gradients_are_those_of_a_masked_softmax(make_model, tokenizer, path: str, monkeypatch) -> None:
+    if path == "shared, head in chunks":
+        monkeypatch.setattr(likelihood, "LOGITS_PER_CHUNK", 3 * VOCABULARY)
     model = make_model().double()
     constraint, completions = SelectionConstraint(tokenizer, 4, K), written(tokenizer)
     expected = torch.stack([reference_logps(model, completion, constraint).sum() for completion in completions])
-    (scored,) = row_logps(model, [Row(PROMPT, completions, allowed_for(constraint, completions))], shared_prefix=shared)
+    row = Row(PROMPT, completions, allowed_for(constraint, completions))
+    (scored,) = row_logps(model, [row], shared_prefix=path != "plain")
     found = torch.stack([logps.sum() for logps in scored])
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-4)
     mix = torch.linspace(-1, 2, len(completions))
@@ -348,9 +351,10 @@ def steps(run: Path) -> list[dict[str, float]]:
     return [e for e in json.loads((run / "trainer_state.json").read_text())["log_history"] if "loss" in e]
 
 
-def test_a_constrained_run_is_valid_from_the_first_rollout_to_serving(job) -> None:
-    run = job(constrain_selection=True, beta=0.1, entropy_coef=0.01)
-    assert [step["rollouts/clean"] for step in steps(run)] == [1.0] * 4
+@pytest.mark.parametrize("fused", [False, True], ids=["scored first", "fused"])
+def test_a_constrained_run_is_valid_from_the_first_rollout_to_serving(job, fused: bool) -> None:
+    run = job(constrain_selection=True, beta=0.1, entropy_coef=0.01, questions_per_iteration=4 if fused else 8)
+    assert [step["rollouts/clean"] for step in steps(run)] == [1.0] * (2 if fused else 4)
     fresh = [step["sampling/logp_difference_max"] for step in steps(run) if "sampling/logp_difference_max" in step]
     assert len(fresh) == 2
     assert max(fresh) < 1e-4, "what the trainer scores is what the engine sampled from"
@@ -373,14 +377,17 @@ def test_packed_and_plain_train_the_same_weights_under_the_constraint(job) -> No
     assert largest_difference(weights(one), weights(job("free"))) > 1e-5
 
 
-def test_the_guard_raises_the_temperature_and_says_so(job, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("fused", [False, True], ids=["scored first", "fused"])
+def test_the_guard_raises_the_temperature_and_says_so(job, fused: bool, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="dro_rl")
-    run = job(duplicate_threshold=0.01, temperature_max=1.2, temperature=1.1, temperature_end=1.0)
-    assert [step["sampling/temperature"] for step in steps(run)] == pytest.approx([1.1, 1.1, 1.2, 1.2])
+    questions_of = {"questions_per_iteration": 4, "num_selected": 1} if fused else {}
+    run = job(duplicate_threshold=0.01, temperature_max=1.2, temperature=1.1, temperature_end=1.0, **questions_of)
+    temperatures = [step["sampling/temperature"] for step in steps(run)]
+    assert temperatures == pytest.approx([1.1, 1.2] if fused else [1.1, 1.1, 1.2, 1.2])
     assert any("temperature 1.1 -> 1.2" in record.message for record in caplog.records)
     for iteration, temperature in ((1, 1.1), (2, 1.2)):
         logged = rollout_log.read(rollout_log.part_paths(run, iteration), ["temperature"])["temperature"].to_pylist()
-        assert logged == pytest.approx([temperature] * 32)
+        assert logged == pytest.approx([temperature] * (16 if fused else 32))
 
 
 def test_the_guards_memory_travels_with_a_checkpoint(job) -> None:

@@ -102,7 +102,7 @@ def test_bad_input_is_one_line(tmp_path):
     for arguments, said in (
         (("index", "bm25", tmp_path / "none.jsonl", tmp_path / "index"), "no such file"),
         (("index", "bm25", corpus, tmp_path / "index", "--b", 2), "b: 2.0"),
-        (("index", "colbert", corpus, tmp_path / "index"), "checkpoint"),
+        (("index", "colbert", corpus, tmp_path / "index", "--checkpoint", "bert"), "checkpoint"),
         (("retrieve", tmp_path, corpus, "--output", tmp_path / "out.jsonl"), "no index"),
     ):
         done = run(*arguments, status=2)

@@ -21,12 +21,12 @@ app = typer.Typer(
 app.add_typer(rollouts.app, name="rollouts")
 app.add_typer(recipe.app, name="recipe")
 app.add_typer(data.app, name="data")
+app.add_typer(retrieval.index, name="index")
 app.add_typer(retrieval.app, name="retrieval")
 app.command("ask")(ask.ask)
 app.command("evaluate")(evaluate.evaluate)
 app.command("compare")(evaluate.compare)
 app.command("serve-rollouts", context_settings={"allow_extra_args": True})(serve.serve_rollouts)
-app.command("index")(retrieval.index)
 app.command("retrieve")(retrieval.retrieve)
 
 
@@ -49,6 +49,9 @@ def main(
     \b
     Examples:
       dro-rl data prepare hotpotqa --input hotpot_dev_distractor_v1.json --output dev.jsonl.gz
+      dro-rl index bm25 corpus.jsonl.gz indexes/mine
+      dro-rl retrieve indexes/mine questions.jsonl --k 20 --output data/train.jsonl.gz
+      dro-rl retrieval report data/train.jsonl.gz --plot recall.png
       dro-rl recipe validate recipes/*.yaml
       dro-rl serve-rollouts recipes/musique.yaml
       dro-rl rollouts ls out/musique
@@ -58,9 +61,6 @@ def main(
       dro-rl evaluate out/musique --data data/musique/test.jsonl
       dro-rl compare out/sft out/musique
       dro-rl ask out/musique "Who wrote it?" --documents documents.jsonl
-      dro-rl index bm25 corpus.jsonl.gz indexes/mine
-      dro-rl retrieve indexes/mine questions.jsonl --k 20 --output data/train.jsonl.gz
-      dro-rl retrieval report data/train.jsonl.gz --plot recall.png
 
     Training itself is: accelerate launch dro_rl/train.py RECIPE
     """

@@ -45,6 +45,9 @@ def evaluate(
         Path | None, typer.Option("--recipe", help="Says K, lengths and prompts of a RUN without pipeline.json.")
     ] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="The first so many questions.")] = None,
+    num_documents: Annotated[
+        int | None, typer.Option("--num-documents", min=1, help="The first so many candidates of each question.")
+    ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Questions answered at once.")] = 8,
     device: Annotated[
         str | None, typer.Option("--device", help="cpu, cuda, cuda:1, … Without it, CUDA or CPU.")
@@ -73,9 +76,22 @@ def evaluate(
     from dro_rl.evaluation.job import EvaluationJob, run_evaluation
 
     disable_progress_bar()
-    report, folder = run_evaluation(
-        EvaluationJob(run, data, split, control, seed, output, recipe, limit, batch_size, device, dtype, overwrite)
+    job = EvaluationJob(
+        run=run,
+        data=data,
+        split=split,
+        control=control,
+        seed=seed,
+        output=output,
+        recipe=recipe,
+        limit=limit,
+        num_documents=num_documents,
+        batch_size=batch_size,
+        device=device,
+        dtype=dtype,
+        overwrite=overwrite,
     )
+    report, folder = run_evaluation(job)
     if json:
         print_json(report)
         return

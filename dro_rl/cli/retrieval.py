@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
+    from dro_rl.retrieval.protocol import Retriever
     from dro_rl.retrieval.report import Report
 
 app = typer.Typer(help="Look into candidates.", no_args_is_help=True, rich_markup_mode=None)
+index = typer.Typer(help="Index a corpus.", no_args_is_help=True, rich_markup_mode=None)
+
+Corpus = Annotated[
+    str, typer.Argument(metavar="CORPUS", help="A file, a folder of files, or a hub dataset.", show_default=False)
+]
+Folder = Annotated[Path, typer.Argument(metavar="INDEX", help="The folder to fill.", show_default=False)]
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Processes = Annotated[int, typer.Option("--processes", min=1, help="Processes that work side by side.")]
-SkipBad = Annotated[
-    bool, typer.Option("--skip-bad", help="Leave bad rows out and count them; else the first one ends it.")
-]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave bad rows out and count them; else the first ends it.")]
 
 
 @app.callback()
@@ -24,55 +29,79 @@ def group() -> None:
     """Look into candidates."""
 
 
-def index(
-    retriever: Annotated[Literal["bm25", "colbert"], typer.Argument(metavar="RETRIEVER", help="bm25 or colbert.")],
-    corpus: Annotated[str, typer.Argument(metavar="CORPUS", help="A file, a folder of files, or a hub dataset.")],
-    output: Annotated[Path, typer.Argument(metavar="INDEX", help="The folder to fill.")],
-    k1: Annotated[float, typer.Option("--k1", help="bm25: how fast a word's count saturates.")] = 0.9,
-    b: Annotated[float, typer.Option("--b", help="bm25: how much a passage's length counts.")] = 0.4,
-    language: Annotated[
-        str, typer.Option("--language", help="bm25: of stemmer and stop words; none: neither.")
-    ] = "english",
-    checkpoint: Annotated[str, typer.Option("--checkpoint", help="colbert: a folder or a hub name.")] = "",
-    nbits: Annotated[int, typer.Option("--nbits", help="colbert: bits of each dimension, 1, 2, 4 or 8.")] = 2,
-    doc_maxlen: Annotated[int, typer.Option("--doc-maxlen", help="colbert: tokens of a passage.")] = 180,
-    query_maxlen: Annotated[int, typer.Option("--query-maxlen", help="colbert: tokens of a question.")] = 32,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="colbert: passages encoded at once.")] = 64,
+@index.callback()
+def index_group() -> None:
+    """Index a corpus. A command that was killed goes on when it is given again."""
+
+
+@index.command("bm25")
+def index_bm25(
+    corpus: Corpus,
+    folder: Folder,
+    k1: Annotated[float, typer.Option("--k1", help="How fast a word's count saturates.")] = 0.9,
+    b: Annotated[float, typer.Option("--b", help="How much a passage's length counts, 0 to 1.")] = 0.4,
+    language: Annotated[str, typer.Option("--language", help="Of stemmer and stop words; none: neither.")] = "english",
     processes: Processes = 1,
     skip_bad: SkipBad = False,
     json: Json = False,
 ) -> None:
-    """Index a corpus. A command that was killed goes on when it is given again.
+    """Index a corpus by its words.
 
     \b
     Examples:
       dro-rl index bm25 psgs_w100.tsv.gz indexes/wiki-bm25 --processes 8
       dro-rl index bm25 corpus.jsonl indexes/mine --k1 1.2 --b 0.75 --skip-bad
+    """
+    from dro_rl.retrieval.bm25 import BM25
+
+    _build(BM25(k1, b, language), corpus, folder, processes, skip_bad, json)
+
+
+@index.command("colbert")
+def index_colbert(
+    corpus: Corpus,
+    folder: Folder,
+    checkpoint: Annotated[str, typer.Option("--checkpoint", help="A folder or a hub name.", show_default=False)],
+    nbits: Annotated[int, typer.Option("--nbits", help="Bits of each dimension, 1, 2, 4 or 8.")] = 2,
+    doc_maxlen: Annotated[int, typer.Option("--doc-maxlen", help="Tokens of a passage.")] = 180,
+    query_maxlen: Annotated[int, typer.Option("--query-maxlen", help="Tokens of a question.")] = 32,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Passages encoded at once.")] = 64,
+    processes: Processes = 1,
+    skip_bad: SkipBad = False,
+    json: Json = False,
+) -> None:
+    """Index a corpus by the vectors of its tokens. Needs pip install 'dro_rl[colbert]'.
+
+    \b
+    Example:
       dro-rl index colbert corpus.jsonl indexes/mine-colbert --checkpoint colbert-ir/colbertv2.0
     """
-    from dro_rl.cli.output import console, print_json
-    from dro_rl.retrieval.bm25 import BM25
     from dro_rl.retrieval.colbert import ColBERT
-    from dro_rl.retrieval.index import build_index
-    from dro_rl.retrieval.protocol import Retriever
 
-    made: Retriever
-    if retriever == "bm25":
-        made = BM25(k1, b, language)
-    else:
-        made = ColBERT(checkpoint, nbits, doc_maxlen, query_maxlen, batch_size)
-    manifest = build_index(made, corpus, output, processes=processes, skip_bad=skip_bad)
+    made = ColBERT(checkpoint, nbits, doc_maxlen, query_maxlen, batch_size)
+    _build(made, corpus, folder, processes, skip_bad, json)
+
+
+def _build(retriever: Retriever, corpus: str, folder: Path, processes: int, skip_bad: bool, json: bool) -> None:
+    import logging
+
+    from dro_rl.cli.output import console, print_json
+    from dro_rl.retrieval.index import build_index
+
+    ours = logging.getLogger("dro_rl")
+    ours.addHandler(logging.StreamHandler())  # on the root logger, bm25s would print too
+    ours.setLevel(logging.INFO)
+    manifest = build_index(retriever, corpus, folder, processes=processes, skip_bad=skip_bad)
     if json:
         print_json(manifest)
         return
-    out = console()
-    out.print(f"{output}: {manifest.passages:,} passages, {_size(output)}")
+    console().print(f"{folder}: {manifest.passages:,} passages, {_size(folder)}", soft_wrap=True)
     _print_skipped(manifest.skipped)
-    out.print(f"search it: dro-rl retrieve {output} QUESTIONS --k 20 --output FILE", soft_wrap=True)
+    console().print(f"search it: dro-rl retrieve {folder} QUESTIONS --k 20 --output FILE", soft_wrap=True)
 
 
 def retrieve(
-    index: Annotated[Path, typer.Argument(metavar="INDEX", help="What dro-rl index filled.")],
+    folder: Annotated[Path, typer.Argument(metavar="INDEX", help="What dro-rl index filled.", show_default=False)],
     questions: Annotated[
         Path, typer.Argument(metavar="QUESTIONS", help="A question file, with candidates or without.")
     ],
@@ -107,7 +136,7 @@ def retrieve(
 
     search = Search(k=k, gold=insert_gold, seed=seed, labels=not drop_labels)
     manifest = write_cache(
-        Index(index), questions, output, search, processes=processes, skip_bad=skip_bad, overwrite=overwrite
+        Index(folder), questions, output, search, processes=processes, skip_bad=skip_bad, overwrite=overwrite
     )
     if json:
         print_json(manifest)

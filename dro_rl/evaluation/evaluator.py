@@ -101,6 +101,7 @@ def evaluate_stage(
         num_questions=len(questions),
         questions_hash=questions_hash(questions),
         candidates_hash=candidates_hash(questions),
+        num_documents=max(len(question.documents) for question in questions),
         num_selected=pipeline.settings.num_selected,
         answer_likelihood=likelihood,
         answer_aliases=aliases,

@@ -20,6 +20,7 @@ import torch
 from tqdm import tqdm
 
 from dro_rl.data import file_of_split, load_questions
+from dro_rl.data.candidates import shape_candidates
 from dro_rl.data.manifest import Manifest, questions_hash, read_manifest
 from dro_rl.errors import InputError, Phrase
 from dro_rl.evaluation.controls import applies, control_selection
@@ -48,6 +49,7 @@ class EvaluationJob:
         output: where the results go; `RUN/evaluation/<split>`, unless told.
         recipe: where K, lengths and templates come from, for a folder without `pipeline.json`.
         limit: the first so many questions.
+        num_documents: the first so many candidates of each.
         batch_size: questions answered at once.
         device, dtype: as in `RAGPipeline.from_pretrained`.
         overwrite: begin anew where other results stand.
@@ -61,6 +63,7 @@ class EvaluationJob:
     output: Path | None = None
     recipe: Path | None = None
     limit: int | None = None
+    num_documents: int | None = None
     batch_size: int = 8
     device: str | None = None
     dtype: str | None = None
@@ -85,6 +88,7 @@ def run_evaluation(job: EvaluationJob) -> tuple[Report, Path]:
         num_questions=len(questions),
         questions_hash=questions_hash(questions),
         candidates_hash=candidates_hash(questions),
+        num_documents=max(len(question.documents) for question in questions),
         num_selected=settings.num_selected,
         control=job.control,
         seed=job.seed,
@@ -113,7 +117,7 @@ def run_evaluation(job: EvaluationJob) -> tuple[Report, Path]:
 
     results = _results(folder, asked, conditions, load)
     left_out = len(questions) - len(asked)
-    skipped = {"no labels, so no gold documents": left_out} if left_out else {}
+    skipped = {"no labelled document among the candidates": left_out} if left_out else {}
     report = make_report(str(job.run), job.data, conditions, results, skipped, manifest)
     write_report(folder, report)
     return report, folder
@@ -191,7 +195,7 @@ def _settings(job: EvaluationJob) -> tuple[PipelineSettings, dict[Any, str] | No
 def _questions(job: EvaluationJob) -> tuple[list[Question], str, Manifest | None]:
     """The questions, the split's name, and the manifest beside the file, where there is one."""
     split = job.split or "test"
-    questions = load_questions(job.data, split, limit=job.limit, key="--data")
+    questions = shape_candidates(load_questions(job.data, split, limit=job.limit, key="--data"), job.num_documents)
     path = Path(job.data).expanduser()
     if path.is_dir():
         name, path = f"{path.absolute().name}/{split}", file_of_split(path, split, None)
@@ -208,6 +212,8 @@ def _questions(job: EvaluationJob) -> tuple[list[Question], str, Manifest | None
 
 def _folder_name(split: str, job: EvaluationJob) -> str:
     parts = [split.replace("/", "-").replace(", first ", "-first-")]
+    if job.num_documents is not None:
+        parts.append(f"n{job.num_documents}")
     if job.control != "none":
         parts.append(job.control)
     if job.control == "random":

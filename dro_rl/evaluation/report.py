@@ -91,7 +91,7 @@ def headline(report: Report) -> list[tuple[str, str]]:
         ("split", f"{conditions.split}: {conditions.num_questions} questions"),
         ("questions hash", conditions.questions_hash),
         ("selector", "the run's own" if conditions.control == "none" else f"control: {_control(conditions)}"),
-        ("decoding", f"{conditions.decoding}, K={conditions.num_selected}"),
+        ("decoding", f"{conditions.decoding}, K={conditions.num_selected} of N={conditions.num_documents}"),
     ]
     if manifest is not None and manifest.retrieval:
         known = [

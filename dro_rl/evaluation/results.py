@@ -39,7 +39,9 @@ SCORES = [
     _column("f1", pa.float64(), "F1 of normalised tokens, the best over the accepted answers (SQuAD, KILT)"),
     _column("rouge_l", pa.float64(), "ROUGE-L, the best over the accepted answers (KILT)"),
     *_at("precision", "supporting documents among the first {k} selected, over {k}; NaN without labels"),
-    *_at("recall", "supporting documents among the first {k} selected, over all supporting; NaN without labels"),
+    *_at(
+        "recall", "supporting documents among the first {k} selected, over all among the candidates; NaN without labels"
+    ),
     *_at("answer_recall", "an accepted answer stands in the first {k} selected documents (the paper's Recall@{k})"),
     _column("answer_logp", pa.float64(), "log p(accepted answer | question, selected documents), nats"),
     _column("valid", pa.float64(), "the selector named at least one document"),
@@ -83,6 +85,7 @@ class Conditions:
         num_questions: questions of the split.
         questions_hash: `dro_rl.data.manifest.questions_hash` of them: results are comparable when it is the same.
         candidates_hash: hash of their candidates, in order.
+        num_documents: N, the most that a question has.
         num_selected: K.
         answer_likelihood, answer_aliases: what `answer_logp` is, as in the recipe.
         control: what stands in for the selector; `none` for the selector itself.
@@ -96,6 +99,7 @@ class Conditions:
     num_questions: int
     questions_hash: str
     candidates_hash: str
+    num_documents: int
     num_selected: int
     answer_likelihood: str = "sum"
     answer_aliases: str = "first"

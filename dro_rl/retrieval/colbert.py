@@ -14,6 +14,8 @@ import math
 import os
 import random
 import sys
+import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
@@ -269,7 +271,8 @@ def _encode_side_by_side(
     for worker in workers:
         worker.start()
     try:
-        while any(worker.is_alive() for worker in workers) or not done.empty():
+        while True:
+            working = any(worker.is_alive() for worker in workers)
             while not done.empty():
                 bar.update(done.get())
             dead = [worker for worker in workers if worker.exitcode not in (None, 0)]
@@ -281,7 +284,9 @@ def _encode_side_by_side(
                     "Look above for why; of memory, use fewer --processes or a smaller --batch-size. The same command "
                     "goes on where it stopped.",
                 )
-            workers[0].join(0.2)
+            if not working:
+                return
+            time.sleep(0.2)
     finally:
         for worker in workers:
             worker.terminate()
@@ -316,12 +321,17 @@ def _drop_torn(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what colbert-ai prints. Errors go their way."""
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(_Warnings(sys.stderr)):
+    """Without what colbert-ai prints, and without torch's warnings that a CPU is no GPU. Errors go their way."""
+    with (
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(_WithoutBars(sys.stderr)),
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", module="torch.cuda.amp|colbert")
         yield
 
 
-class _Warnings(io.TextIOBase):
+class _WithoutBars(io.TextIOBase):
     """Standard error without progress bars, which redraw their line."""
 
     def __init__(self, stream: Any) -> None:

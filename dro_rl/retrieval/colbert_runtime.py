@@ -39,7 +39,7 @@ LOCK_PATIENCE = 900.0
 
 def check_runtime() -> None:
     """Raise `InputError` where the package, faiss or a compiler is missing, or the version is another one."""
-    for module in ("colbert", "faiss"):
+    for module in ("colbert", "faiss", "ninja"):
         if importlib.util.find_spec(module) is None:
             raise InputError(
                 "colbert",
@@ -52,6 +52,10 @@ def check_runtime() -> None:
         raise InputError(
             "colbert", version, f"dro_rl knows colbert-ai {REPAIRED}", f"pip install colbert-ai=={REPAIRED}"
         )
+    if shutil.which("ninja") is None:  # torch looks on the path, where an environment that is not activated is not
+        import ninja
+
+        os.environ["PATH"] = f"{ninja.BIN_DIR}{os.pathsep}{os.environ.get('PATH', '')}"
     import torch
 
     compilers = [os.environ.get("CXX", "c++")] + (["nvcc"] if torch.cuda.is_available() else [])

@@ -77,7 +77,7 @@ class PassageStore:
         """The row of a passage by its id; None where the corpus has none of that id."""
         hashes, rows = self._by_hash
         wanted = _hash_ids([identifier])[0]
-        for place in range(*np.searchsorted(hashes, [wanted, wanted + np.uint64(1)])):
+        for place in range(np.searchsorted(hashes, wanted), np.searchsorted(hashes, wanted, side="right")):
             if self[int(rows[place])].id == identifier:
                 return int(rows[place])
         return None

@@ -139,6 +139,7 @@ def write_reports(reports: Sequence[Report], path: Path) -> None:
 def plot_reports(reports: Sequence[Report], path: Path) -> None:
     """Draw the curves over k: a panel a measure, a line a file, dashed by answer string."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     if path.suffix.lower() != ".png":
         raise InputError("--plot", Phrase(str(path)), "a plot is a .png", "Name it so.")
@@ -151,6 +152,7 @@ def plot_reports(reports: Sequence[Report], path: Path) -> None:
                 axes.plot(report.ks, [100 * v for v in judged.measures[name]], style, color=f"C{number}", label=label)
         axes.set_title(f"{name}@k")
         axes.set_xlabel("k")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.set_ylim(0, 101)
     figure.axes[0].set_ylabel("percent")

@@ -31,7 +31,7 @@ def weigh(
         config: the weighting.
         on_policy: the proposal is the policy, and the ratio one by definition.
     """
-    mask = torch.tensor([rollout.selection.valid for rollout in rollouts]).reshape(policy.shape)
+    mask = torch.tensor([rollout.selection.valid for rollout in rollouts], dtype=torch.bool).reshape(policy.shape)
     proposal, reference = (
         torch.tensor(column, dtype=torch.float64).reshape(policy.shape)
         for column in ([r.proposal_logp for r in rollouts], [r.reference_logp for r in rollouts])

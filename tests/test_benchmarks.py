@@ -1,0 +1,193 @@
+"""Claims about the benchmarks: each runs from its command line and leaves a table and JSON of a known shape; what they
+share does what it says. Figures are not tested: they belong to a machine."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+from benchmarks import harness, operations, world
+from dro_rl.prompts import Prompter
+from dro_rl.rollouts.engine import SamplingParams
+from dro_rl.rollouts.transformers_engine import TransformersEngine
+from dro_rl.selection import parse_selection
+
+TINY = ["--model", "64x1"]
+STEP = ["--documents", "8", "--m", "4", "--k", "3", "--tokens", "8", "--steps", "2"]
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cases run here: a process of its own takes seconds to import what it needs."""
+    monkeypatch.setattr(harness, "apart", lambda function, **arguments: function(**arguments))
+    monkeypatch.setattr(harness, "PeakMemory", _NoMemory)
+
+
+class _NoMemory:
+    """The peak of a test session says nothing."""
+
+    def __init__(self, device: str) -> None: ...
+
+    def mib(self) -> float:
+        return 1.0
+
+    total_mib = mib
+
+
+def run(name: str, folder: Path, *options: str) -> dict[str, Any]:
+    """The benchmark's JSON, after a look at its Markdown."""
+    app = typer.Typer()
+    app.command()(importlib.import_module(f"benchmarks.{name}").main)
+    result = CliRunner().invoke(app, [*options, "--output", str(folder)], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    written = json.loads((folder / f"{name}.json").read_text())
+    table = (folder / f"{name}.md").read_text()
+    assert table in result.output
+    assert f"`{written['command']}`" in table
+    assert written["command"].startswith(f"python -m benchmarks.{name} ")
+    assert not {"None", "()", "[]"} & set(written["command"].split())
+    assert {"machine", "gpu", "threads", "python", "torch", "transformers", "trl", "options", "notes"} <= written.keys()
+    lines = [line for line in table.splitlines() if line.startswith("|")]
+    assert len({line.count("|") for line in lines}) == 1
+    return written
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_selector_update_measures_both_paths(tmp_path: Path) -> None:
+    sizes = ["--m", "1", "--m", "3", "--plain-m", "3", "--prompt", "20", "--completion", "3", "--repeats", "2"]
+    rows = run("selector_update", tmp_path, *TINY, *sizes)["rows"]
+    assert [row["m"] for row in rows] == [1, 3]
+    assert rows[0]["plain"] is None
+    assert all(len(rows[1][path]["seconds"]) == 2 for path in ("plain", "packed"))
+    assert rows[1]["fewer_tokens"] == 3 * 23 / (20 + 9)
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_generator_update_measures_each_way_on_both_policies(tmp_path: Path) -> None:
+    sizes = ["--m", "8", "--distinct", "4", "--documents", "20", "--k", "5", "--tokens", "40", "--repeats", "2"]
+    rows = run("generator_update", tmp_path, *TINY, *sizes)["rows"]
+    assert [(row["policy"], row["distinct"]) for row in rows] == [("fresh", 8)] * 4 + [("sharpened", 4)] * 4
+    plain, fused, once, tree = (row["tokens"] for row in rows[4:])
+    assert plain == 2 * fused  # of equal lengths, so nothing is padded: scored, then trained
+    assert once * 2 == fused
+    assert tree < once
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("in_this_process")
+def test_a_whole_step_is_measured_on_both_sides(tmp_path: Path) -> None:
+    rows = run("trl_step", tmp_path, *TINY, *STEP, "--trl-batch", "4", "--trl-batch", "2")["rows"]
+    sides = ["dro_rl", "TRL, batch 4", "TRL, batch 2"]
+    assert [(row["policy"], row["side"]) for row in rows] == [(p, s) for p in ("fresh", "sharpened") for s in sides]
+    for row in rows:
+        assert len(row["seconds"]) == 2
+        assert all(seconds > 0 for seconds in row["seconds"])
+        assert all(len(numbers) == 3 for step in row["selections"] for _, numbers in step)
+    assert {"rollout", "reward", "generator_step"} == rows[1]["phases"].keys()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("in_this_process")
+def test_scaling_varies_one_size_at_a_time_and_draws_it(tmp_path: Path) -> None:
+    sizes = ["--documents", "8", "--documents", "4", "--m", "4", "--m", "2", "--k", "3", "--width", "64"]
+    written = run("scaling", tmp_path, *sizes, "--questions", "1", "--layers", "1", "--tokens", "8", "--steps", "2")
+    varied = [(row["varied"], row["value"]) for row in written["rows"]]
+    assert varied == [
+        ("documents", 4), ("documents", 8), ("m", 2), ("m", 4), ("k", 3), ("width", 64), ("questions", 1),
+        ("model", "128x1"),
+    ]  # fmt: skip
+    needed = {varied: row["operations"] for varied, row in zip(varied, written["rows"], strict=True)}
+    assert max(needed["documents", 4]) < min(needed["documents", 8])
+    assert all(0 <= row["own_share"] < 1 for row in written["rows"])
+    assert (tmp_path / "scaling.png").stat().st_size > 1000
+
+
+def test_a_case_runs_in_a_process_of_its_own(capfd: pytest.CaptureFixture[str]) -> None:
+    assert harness.apart(held, mib=64) >= 64
+    assert "held(mib=64)" in capfd.readouterr().err
+
+
+def held(mib: int) -> float:
+    """The peak after taking and giving back so much memory."""
+    memory = harness.PeakMemory("cpu")
+    torch.ones(mib * harness.MIB // 4).sum()
+    return memory.mib()
+
+
+def test_an_unknown_model_is_refused() -> None:
+    for name in ("512", "500x4", "0x1", "x", "llama-70b"):
+        with pytest.raises(typer.BadParameter, match="WIDTHxLAYERS"):
+            harness.model_size(name)
+
+
+@pytest.mark.parametrize(("sharpness", "least", "most"), [(0.0, 7.5, 8.0), (1.85, 3.5, 6.5)])
+def test_a_written_policy_samples_whole_selections_as_sharp_as_asked(
+    sharpness: float, least: float, most: float
+) -> None:
+    model = harness.build_model("128x2", "cpu", "float32").eval()
+    world.write_policy(model, documents=20, k=5, sharpness=sharpness)
+    [question] = world.questions(1, documents=20, tokens=4)
+    tokenizer = world.tokenizer()
+    prompt = Prompter(tokenizer, "selector").selector_prompt(question, 5).ids
+    engine = TransformersEngine(model, tokenizer.eos_token_id)
+    groups = engine.generate([prompt] * 16, 8, SamplingParams(5 * world.TOKENS_PER_NUMBER), list(range(16)))
+    distinct = []
+    for group in groups:
+        selections = [parse_selection(tokenizer.decode(sample.ids), 20, 5).numbers for sample in group]
+        assert all(len(numbers) == 5 for numbers in selections)
+        assert [world.selection_tokens(numbers) for numbers in selections] == [sample.ids for sample in group]
+        distinct.append(len(set(selections)))
+    assert least <= sum(distinct) / len(distinct) <= most
+
+
+def test_drawn_selections_have_the_number_of_distinct_ones_asked_for() -> None:
+    for distinct in (8, 5, 1):
+        drawn = world.selections_with(distinct, documents=20, k=5, m=8)
+        assert len(drawn) == 8
+        assert len(set(drawn)) == distinct
+        assert all(len(set(numbers)) == 5 and min(numbers) >= 1 and max(numbers) <= 20 for numbers in drawn)
+
+
+SIZE = harness.ModelSize(width=8, layers=3, heads=2, key_value_heads=1, intermediate=16, vocabulary=100)
+
+
+def plain_count(sequences: list[tuple[int, ...]], predicting: int) -> float:
+    """The formula over the set of all beginnings."""
+    beginnings = {sequence[:length] for sequence in sequences for length in range(1, len(sequence) + 1)}
+    weights = 8 * 8 * 2 + 8 * 4 * 2 + 3 * 8 * 16
+    return 3 * sum(2 * weights + 4 * 8 * len(each) for each in beginnings) + 2 * 8 * 100 * predicting
+
+
+@pytest.mark.parametrize(
+    "sequences",
+    [[(1, 2, 3)], [(1, 2, 3), (1, 2, 3)], [(1, 2, 3), (1, 2, 4, 5), (1, 2), (7, 2, 3), (1, 9)]],
+)
+def test_operations_count_each_beginning_once(sequences: list[tuple[int, ...]]) -> None:
+    assert operations.forward(sequences, 4, SIZE) == plain_count(sequences, 4)
+
+
+def test_a_step_needs_its_rollouts_and_three_passes_of_each_distinct_one() -> None:
+    prompt, answer = (1, 2, 3, 4), (5,)
+    selections = [(10, 11), (10, 12), (10, 11)]
+    drawn = [(*prompt, 20 + i, 30 + i) for i in range(3)]
+    expected = plain_count(drawn, 6) + 3 * plain_count([(*prompt, 10, 11), (*prompt, 10, 12)], 4)
+    expected += 3 * plain_count([(6, 7, 5), (6, 8, 5)], 2)
+    assert operations.step(prompt, selections, [(6, 7), (6, 8), (6, 7)], answer, SIZE) == expected
+
+
+def test_make_bench_runs_every_benchmark(makefile: Callable[[], str]) -> None:
+    for name in ("selector_update", "generator_update", "trl_step", "scaling"):
+        assert f"benchmarks.{name}" in makefile()
+
+
+@pytest.fixture
+def makefile() -> Callable[[], str]:
+    return (Path(__file__).parent.parent / "Makefile").read_text
