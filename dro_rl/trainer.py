@@ -10,7 +10,7 @@ import logging
 import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -207,7 +207,9 @@ class DROTrainer(_BaseTrainer):
     def _open_engine(self) -> Iterator[RolloutEngine]:
         if self._vllm is not None:
             updates = self.state.global_step if self.args.role_learning_rate("selector") else 0
-            with self._vllm.at(updates) as engine:
+            with ExitStack() as stack:
+                with self.clock.phase("sync"):
+                    engine = stack.enter_context(self._vllm.at(updates))
                 yield engine
             return
         with self._open("selector") as model:
