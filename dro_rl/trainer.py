@@ -209,7 +209,7 @@ class DROTrainer(_BaseTrainer):
             updates = self.state.global_step if self.args.role_learning_rate("selector") else 0
             with ExitStack() as stack:
                 with self.clock.phase("sync"):
-                    engine = stack.enter_context(self._vllm.at(updates))
+                    engine: RolloutEngine = stack.enter_context(cast(Any, self._vllm.at(updates)))
                 yield engine
             return
         with self._open("selector") as model:
