@@ -99,6 +99,10 @@ SETTINGS: dict[str, tuple[list[str], tuple[str, ...]]] = {
         ["--num_generations", "1"],
         ("error: num_generations", "1", "no selection signal", "Use 2 or more"),
     ),
+    "a prompt beyond the model's positions": (
+        ["--max_prompt_length", "255"],
+        ("error: max_prompt_length", "255", "the selector's 256 positions", "Lower it"),
+    ),
     "K above N": (
         ["--num_selected", "6"],
         ("error: num_selected", "6", "question q0 has 5 documents", "Lower num_selected"),

@@ -128,6 +128,26 @@ def test_special_tokens_are_written_once(kind: str, request, questions) -> None:
     assert 0 not in prompter.completion("x")
 
 
+@BOTH_KINDS
+@pytest.mark.parametrize("where", ["title", "text", "question"])
+def test_a_text_cannot_write_a_special_token(kind: str, where: str, request, questions) -> None:
+    """A document that holds the spelling of an end of sequence must not end the prompt, nor open a turn."""
+    base = request.getfixturevalue(kind)
+    prompter, eos = Prompter(base, "generator"), base.eos_token
+    question, document = questions[0], questions[0].documents[0]
+    if where == "question":
+        question = replace(question, question=f"{question.question} {eos}now")
+    else:
+        document = replace(document, **{where: f"before{eos}after"})
+    question = replace(question, documents=(document, *question.documents[1:]))
+    clean = prompter.generator_prompt(questions[0], (1,)).ids
+    spoiled = prompter.generator_prompt(question, (1,)).ids
+    assert spoiled != clean
+    assert spoiled.count(base.eos_token_id) == clean.count(base.eos_token_id)
+    assert base.eos_token_id in base(f"before{eos}after")["input_ids"], "it would have, written as it is"
+    assert prompter.completion(f"x{eos}y").count(base.eos_token_id) == 1
+
+
 # Completions ------------------------------------------------------------------------------------------------
 
 
