@@ -288,8 +288,8 @@ THRESHOLDS = (
         "duplicate",
         True,
         0.8,
-        "entropy_coef",
-        "The selector samples the same selection over and over and no longer explores: raise it.",
+        "duplicate_threshold",
+        "The selector samples the same selection over and over and no longer explores: set it, 0.8 to begin.",
     ),
     Threshold(
         "ess",
