@@ -93,6 +93,10 @@ class IterationRollouts:
                     some = indices[first : first + size]
                     self._rollouts += self._part(iteration, part, first, some, temperature, sampled)
                     bar.update(min(size, len(indices) - first))
+            if self._main:  # cut otherwise, by a run with another number of processes
+                count = -(-len(indices) // size)
+                for leftover in rollout_log.part_paths(self.run_dir, iteration + 1)[count:]:
+                    leftover.unlink()
             self._iteration = iteration
             if self.args.overlap_rollouts and iteration + 1 < self.args.num_iterations:
                 self._ahead = self._sample_ahead(iteration + 1, step)
