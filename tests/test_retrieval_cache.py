@@ -179,3 +179,48 @@ def test_a_question_that_misses_what_it_has_is_refused(tmp_path):
     (tmp_path / "q.jsonl").write_text(json.dumps(row))
     with pytest.raises(InputError, match="missed"):
         read_questions(tmp_path / "q.jsonl")
+
+
+@pytest.mark.parametrize(("name", "what"), [("none.jsonl", "no such file"), (".", "a folder")])
+def test_questions_that_are_no_file_are_named(index, output, tmp_path, name, what):
+    with pytest.raises(InputError, match=what):
+        retrieve(index, tmp_path / name, output, Search(k=3))
+
+
+def test_what_was_searched_is_kept_when_questions_without_finds_are_then_left_out(index, output, tmp_path, monkeypatch):
+    asked = write_asked(tmp_path / "asked.jsonl", question="zebra?")
+    with pytest.raises(InputError, match=r"nothing was found.*--skip-bad"):
+        retrieve(index, asked, output, Search(k=3))
+    monkeypatch.setattr(cache, "_write_part", lambda *_: pytest.fail("searched again"))
+    made = retrieve(index, asked, output, Search(k=3), skip_bad=True)
+    assert (made.num_questions, sum(made.skipped.values())) == (2, 1)
+
+
+def test_parts_of_the_same_questions_with_other_gold_are_not_used(index, asked, output, monkeypatch):
+    monkeypatch.setattr(cache, "write_questions", _part_then_killed(cache.write_questions))
+    with pytest.raises(KeyboardInterrupt):
+        retrieve(index, asked, output, Search(k=3))
+    monkeypatch.undo()
+    write_asked(asked, supporting=["p1", "p2"])
+    retrieve(index, asked, output, Search(k=3))
+    first = next(iter_questions(output))
+    assert {*first.supporting, *first.missed} == {"p1", "p2"}
+
+
+def _part_then_killed(write):
+    def killed(path, questions):
+        if path.parent.name.endswith(".parts"):
+            return write(path, questions)
+        raise KeyboardInterrupt
+
+    return killed
+
+
+def test_a_good_cache_outlives_a_job_that_leaves_no_question(index, asked, output, tmp_path):
+    made = retrieve(index, asked, output, Search(k=3))
+    nowhere = write_asked(tmp_path / "nowhere.jsonl", gold=False, question="zebra?")
+    nowhere.write_text(nowhere.read_text().splitlines()[0])
+    with pytest.raises(InputError, match="no question is left"):
+        retrieve(index, nowhere, output, Search(k=3), skip_bad=True, overwrite=True)
+    assert read_manifest(output) == made
+    assert len(read_questions(output)) == 3
