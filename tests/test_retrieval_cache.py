@@ -47,6 +47,7 @@ def test_its_manifest_says_how_it_was_made(index, asked, output):
         "retriever": "bm25",
         "settings": index.manifest.settings,
         "versions": index.manifest.versions,
+        "search_versions": index.versions,
         "corpus_hash": index.manifest.corpus_hash,
         "passages": 8,
         "k": 3,
@@ -57,6 +58,15 @@ def test_its_manifest_says_how_it_was_made(index, asked, output):
     }
     assert made.changes == []
     assert made.questions_hash == questions_hash(iter_questions(asked, candidates="optional"))
+
+
+def test_its_manifest_tells_the_packages_that_searched_from_those_that_built(index, asked, output, monkeypatch):
+    monkeypatch.setattr(index, "versions", index.versions | {"bm25s": "9.9"})
+    made = retrieve(index, asked, output, Search(k=3))
+    assert made.retrieval["search_versions"]["bm25s"] == "9.9"
+    assert made.retrieval["versions"] == index.manifest.versions
+    monkeypatch.setattr(cache, "_write_part", lambda *_: pytest.fail("searched again"))
+    assert retrieve(Index(index.folder), asked, output, Search(k=3)) == made
 
 
 def test_training_reads_it_without_an_index_and_refuses_one_that_changed(index, asked, output):

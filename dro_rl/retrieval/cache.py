@@ -92,7 +92,7 @@ def retrieve(
     read = list(_questions(index, questions, search, bad))
     parts = output.with_name(f".{output.name}.parts")
     # With the bytes of `source`, which questions were left out says everything: --skip-bad by itself changes no part.
-    _claim(parts, {**asked, "read": questions_hash(read)})
+    _claim(parts, {**asked, "read": questions_hash(read), "search_versions": index.versions})
     _fill(index, read, parts, search, processes)
     tally = Tally()
     write_questions(output, tally.watch(_gathered(parts, questions, bad)))
@@ -105,7 +105,7 @@ def retrieve(
         licence=source.licence if source else "",
         sources=[asked["source"]],
         skipped={**(source.skipped if source else {}), **skips.counts},
-        retrieval={**asked["retrieval"], "fewer_than_k": tally.fewer_than(search.k)},
+        retrieval={**asked["retrieval"], "search_versions": index.versions, "fewer_than_k": tally.fewer_than(search.k)},
         changes=_changes(search),
     )
     write_manifest(output, manifest)

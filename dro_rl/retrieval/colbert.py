@@ -61,8 +61,8 @@ class ColBERT:
     name: str = field(default="colbert", init=False)
 
     def settings(self) -> dict[str, Any]:
-        """What its scores depend on."""
-        return {key: value for key, value in asdict(self).items() if key != "name"}
+        """What its scores depend on. A build can go on with another batch size."""
+        return {key: value for key, value in asdict(self).items() if key not in ("name", "batch_size")}
 
     def versions(self) -> Mapping[str, str]:
         """The packages, and the weights by their hash."""
@@ -104,9 +104,7 @@ class ColBERT:
 
     def open(self, folder: Path) -> None:
         """Load the index and the checkpoint, onto the GPU where there is one."""
-        check_runtime()
         checkpoint = checkpoint_folder(self.checkpoint)
-        check_checkpoint(checkpoint)
         with _quiet():
             load_colbert()
             from colbert import Searcher
@@ -124,6 +122,8 @@ class ColBERT:
     def search(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
         """At most k passages for each query, best first. Those are fewer where the query's centroids hold fewer."""
         with _quiet():
+            # What an earlier search set for its k would stay.
+            self._searcher.configure(ncells=None, centroid_score_threshold=None, ndocs=None)
             encoded = self._searcher.encode(list(queries))
             found = [self._searcher.dense_search(encoded[n : n + 1], k=k) for n in range(len(queries))]
         hits = [[Hit(int(row), float(score)) for row, _, score in zip(*each, strict=False)] for each in found]

@@ -75,7 +75,10 @@ class Index:
         folder: what `build_index` filled.
 
     Raises:
-        InputError: there is no index, or not a whole one, or its corpus has changed since.
+        InputError: there is no index, or not a whole one, or its corpus or the model's weights have changed since.
+
+    Attributes:
+        versions: the packages that search. Those that built are in the manifest.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -91,6 +94,9 @@ class Index:
             )
         check_corpus(self.manifest, self.folder)
         self.retriever: Retriever = RETRIEVERS[self.manifest.retriever](**self.manifest.settings)
+        self.retriever.check()
+        self.versions = dict(self.retriever.versions())
+        check_weights(self.manifest, self.versions, self.folder)
         self.retriever.open(self.folder / self.manifest.retriever)
 
     def search(self, queries: Sequence[str], k: int) -> list[list[Candidate]]:
@@ -181,6 +187,18 @@ def check_k(k: int, manifest: IndexManifest, folder: Path) -> None:
         )
 
 
+def check_weights(manifest: IndexManifest, versions: Mapping[str, str], folder: Path) -> None:
+    """Refuse an index that other weights encoded: their vectors do not compare. Other packages may search."""
+    there, now = (each.get("weights") for each in (manifest.versions, versions))
+    if there != now:
+        raise InputError(
+            f"{folder}: checkpoint",
+            Phrase(f"weights of sha256 {now}"),
+            f"the index was built with {there}",
+            "Put the checkpoint back, or build an index of its own with this one.",
+        )
+
+
 def check_corpus(manifest: IndexManifest, folder: Path) -> None:
     """Refuse an index whose corpus files are there and are others by now. Files that are gone are no matter."""
     for fact in manifest.files:
@@ -222,6 +240,7 @@ def _same_index(folder: Path, asked: Mapping[str, Any]) -> IndexManifest:
                 f"this is asked for with {wanted!r}",
                 "Delete the folder, or name another.",
             )
+    check_weights(manifest, asked["versions"], folder)
     return manifest
 
 

@@ -34,11 +34,11 @@ class Retriever(Protocol):
         ...
 
     def versions(self) -> Mapping[str, str]:
-        """The packages that compute the scores, with their versions."""
+        """The packages that compute the scores, with their versions; `weights`, the hash of a model's, if it has one."""
         ...
 
     def check(self) -> None:
-        """Raise `InputError` for whatever would end a build: a setting, a missing package, a missing compiler."""
+        """Raise `InputError` for what would end a build or a search: a setting, a missing package or compiler."""
         ...
 
     def build(self, passages: PassageStore, folder: Path, processes: int) -> None:
@@ -46,7 +46,7 @@ class Retriever(Protocol):
         ...
 
     def open(self, folder: Path) -> None:
-        """Make an index that was built ready for `search`."""
+        """Make an index that was built ready for `search`. Call `check` before."""
         ...
 
     def search(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
