@@ -108,6 +108,16 @@ def test_a_lock_of_a_compile_that_ends_is_waited_for(tmp_path, monkeypatch):
     colbert_runtime.wait_for_lock("filter_pids_cpp")
 
 
+def test_ranks_share_out_the_gpus_that_there_are(monkeypatch):
+    taken = []
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for there in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert [colbert_runtime.take_gpu(rank) for rank in range(3)] == [there] * 3
+    assert taken == [0, 1, 0]
+
+
 @pytest.mark.parametrize("settings", [{"nbits": 3}, {"doc_maxlen": 0}, {"batch_size": -1}])
 def test_a_wrong_setting_is_named(settings):
     with pytest.raises(InputError, match=next(iter(settings))):

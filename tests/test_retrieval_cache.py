@@ -1,4 +1,5 @@
 import json
+from multiprocessing import get_context
 
 import pytest
 
@@ -108,6 +109,16 @@ def test_two_processes_write_what_one_writes(index, asked, tmp_path, monkeypatch
     for processes in (1, 2):
         retrieve(index, asked, tmp_path / str(processes) / "dev.jsonl", Search(k=3), processes=processes)
     assert (tmp_path / "1" / "dev.jsonl").read_bytes() == (tmp_path / "2" / "dev.jsonl").read_bytes()
+
+
+def test_processes_that_search_have_a_rank_each(monkeypatch):
+    ranks = []
+    monkeypatch.setattr(cache, "Index", lambda _, rank: ranks.append(rank))
+    monkeypatch.setattr(cache, "_index_there", None, raising=False)
+    opened = get_context("spawn").Value("i", 0)
+    for _ in range(3):
+        cache._open_index(None, opened)
+    assert ranks == [0, 1, 2]
 
 
 def test_a_job_that_was_killed_before_the_manifest_goes_on(index, asked, output, monkeypatch):

@@ -116,7 +116,8 @@ def retrieve(
 def retrieval_facts(manifest: IndexManifest) -> dict[str, Any]:
     """What of an index a question file's manifest says: what the candidates depend on, and no place of this machine."""
     names = ("retriever", "settings", "versions", "corpus_hash", "passages")
-    return {"corpus": Path(manifest.corpus).name, **{name: getattr(manifest, name) for name in names}}
+    corpus = Path(manifest.corpus).name if manifest.files else manifest.corpus
+    return {"corpus": corpus, **{name: getattr(manifest, name) for name in names}}
 
 
 class Tally:
@@ -172,7 +173,8 @@ def _fill(index: Index, questions: list[Question], parts: Path, search: Search, 
             return
         work = [(batches[number], _part(parts, number), search) for number in missing]
         count = min(processes, len(work))
-        with ProcessPoolExecutor(count, get_context("spawn"), _open_index, (index.folder,)) as pool:
+        context = get_context("spawn")
+        with ProcessPoolExecutor(count, context, _open_index, (index.folder, context.Value("i", 0))) as pool:
             try:
                 for size in pool.map(_write_part_there, work):
                     progress.update(size)
@@ -189,9 +191,12 @@ _index_there: Index
 """The index of a process that searches beside the main one."""
 
 
-def _open_index(folder: Path) -> None:
+def _open_index(folder: Path, opened: Any) -> None:
     global _index_there
-    _index_there = Index(folder)
+    with opened.get_lock():
+        rank = opened.value
+        opened.value += 1
+    _index_there = Index(folder, rank)
 
 
 def _write_part_there(work: tuple[list[Question], Path, Search]) -> int:

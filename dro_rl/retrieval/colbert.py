@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from dro_rl.data.manifest import file_sha256
 from dro_rl.errors import InputError, Phrase
 from dro_rl.records import Document
-from dro_rl.retrieval.colbert_runtime import check_runtime, load_colbert
+from dro_rl.retrieval.colbert_runtime import check_runtime, load_colbert, take_gpu
 from dro_rl.retrieval.passages import PassageStore
 from dro_rl.retrieval.protocol import Hit
 
@@ -102,8 +102,9 @@ class ColBERT:
         with _quiet():
             indexer.finalize()
 
-    def open(self, folder: Path) -> None:
-        """Load the index and the checkpoint, onto the GPU where there is one."""
+    def open(self, folder: Path, rank: int) -> None:
+        """Load the index, and the checkpoint onto the GPU of this rank where there is one."""
+        take_gpu(rank)
         checkpoint = checkpoint_folder(self.checkpoint)
         with _quiet():
             load_colbert()
@@ -299,9 +300,7 @@ def _encode_chunks(
     """A process's share of the chunks, on a GPU of its own where there are several."""
     import torch
 
-    if torch.cuda.is_available():
-        torch.cuda.set_device(rank % torch.cuda.device_count())
-    else:
+    if not take_gpu(rank):
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
     passages = PassageStore(store)
     indexer = _indexer(retriever, passages, folder)

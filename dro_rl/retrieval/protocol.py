@@ -34,7 +34,7 @@ class Retriever(Protocol):
         ...
 
     def versions(self) -> Mapping[str, str]:
-        """The packages that compute the scores, with their versions; `weights`, the hash of a model's, if it has one."""
+        """The packages that compute the scores, with their versions; under `weights` the hash of a model's."""
         ...
 
     def check(self) -> None:
@@ -45,8 +45,8 @@ class Retriever(Protocol):
         """Index the passages into a folder of its own. Killed and called again, it goes on."""
         ...
 
-    def open(self, folder: Path) -> None:
-        """Make an index that was built ready for `search`. Call `check` before."""
+    def open(self, folder: Path, rank: int) -> None:
+        """Make an index that was built ready for `search`, on the GPU of this rank. Call `check` before."""
         ...
 
     def search(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
