@@ -229,7 +229,7 @@ def _gathered(parts: Path, source: Path, bad: Bad) -> Iterator[Question]:
                     InputError(
                         f"question {question.id}: question",
                         Phrase(f"{question.question[:60]!r}, for which nothing was found"),
-                        "something is found for every question",
+                        "a question has at least one candidate",
                         "Correct the question, or leave such ones out with --skip-bad: what is done is kept.",
                     )
                 )
