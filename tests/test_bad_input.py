@@ -218,7 +218,7 @@ ROWS: dict[str, tuple[Callable[[dict[str, Any]], Any], tuple[str, ...]]] = {
         lambda row: {**row, "documents": []},
         ("documents: empty list", "candidates to select from", "Retrieve some"),
     ),
-    "a duplicate id": (lambda row: {**row, "id": "q0"}, ("id: 'q0'", "unique, and line 1", "Remove or rename")),
+    "a duplicate id": (lambda row: {**row, "id": "q0"}, ("id: 'q0': ids are unique", "or that of line 1.")),
     "a supporting id that does not exist": (
         lambda row: {**row, "supporting": ["d9"]},
         ("supporting: 'd9'", "ids of this question's documents", "Add the document"),
