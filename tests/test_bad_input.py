@@ -466,8 +466,9 @@ def test_labels_are_not_imitated_where_there_are_none(refuse: Refuse, tmp_path: 
     data = {"dataset_name": path, "eval_dataset_name": dev}
     error = refuse(**data, warmup="both")
     assert says(error, "error: warmup_selector_order", "'labels'", "no training question has any", "Use retriever")
-    error = refuse(**data, warmup="generator", warmup_generator_documents="gold")
-    assert says(error, "error: warmup_generator_documents", "'gold'", "no training question has any", "Use retrieved")
+    for documents in ("gold", "mixed"):
+        error = refuse(**data, warmup="generator", warmup_generator_documents=documents)
+        assert says(error, "error: warmup_generator_documents", f"'{documents}'", "no training question", "Use retrieved")
 
 
 def test_recall_by_labels_does_not_decide_where_there_are_none(refuse: Refuse, tmp_path: Path) -> None:
