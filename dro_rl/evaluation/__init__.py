@@ -1,4 +1,4 @@
-"""Evaluation: a pair on a question file, reports, comparisons. What stands here are the metrics of one question, 0..1."""
+"""Evaluation: a pair on a question file, reports, comparisons. Here stand the metrics of one question, each 0..1."""
 
 from dro_rl.evaluation.metrics import (
     answer_recall_at_k,
