@@ -468,7 +468,9 @@ def test_labels_are_not_imitated_where_there_are_none(refuse: Refuse, tmp_path: 
     assert says(error, "error: warmup_selector_order", "'labels'", "no training question has any", "Use retriever")
     for documents in ("gold", "mixed"):
         error = refuse(**data, warmup="generator", warmup_generator_documents=documents)
-        assert says(error, "error: warmup_generator_documents", f"'{documents}'", "no training question", "Use retrieved")
+        assert says(
+            error, "error: warmup_generator_documents", f"'{documents}'", "no training question", "Use retrieved"
+        )
 
 
 def test_recall_by_labels_does_not_decide_where_there_are_none(refuse: Refuse, tmp_path: Path) -> None:

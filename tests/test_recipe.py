@@ -414,7 +414,9 @@ def test_a_small_recipe_does_what_its_full_one_does(path: Path) -> None:
 
 def test_a_recipe_for_data_without_labels_asks_for_none() -> None:
     """Defect: `mixed` among documents without labels is K by chance. docs/reproduce.md says which data have none."""
-    prepared = re.findall(r"dro-rl data prepare (\w+) (.*?)--output", (ROOT.parent / "docs" / "reproduce.md").read_text(), re.DOTALL)
+    prepared = re.findall(
+        r"dro-rl data prepare (\w+) (.*?)--output", (ROOT.parent / "docs" / "reproduce.md").read_text(), re.DOTALL
+    )
     without = {name for name, options in prepared if "--no-documents" in options}
     labelled = {name: name not in without for name, _ in prepared if name != "$1"}
     assert labelled == {path.stem: path.stem == "nq" for path in FULL}
