@@ -129,10 +129,10 @@ def check_warm_up(recipe: Recipe, train: Sequence[Question]) -> None:
             "labels are read from `supporting`, and no training question has any",
             "Use retriever or a ranking, or leave the selector's warm-up out.",
         )
-    if run.warms("generator") and run.warmup_generator_documents == "gold" and not labelled:
+    if run.warms("generator") and run.warmup_generator_documents in ("gold", "mixed") and not labelled:
         raise InputError(
             "warmup_generator_documents",
-            "gold",
+            run.warmup_generator_documents,
             "labels are read from `supporting`, and no training question has any",
             "Use retrieved or random, or leave the generator's warm-up out.",
         )

@@ -188,9 +188,9 @@ class UniqueIds:
         if first is not place:
             raise InputError(
                 f"{place}: id",
-                Phrase(f"{identifier!r}, and {first.rpartition(': ')[2]} has it too"),
+                identifier,
                 "ids are unique",
-                "Remove or rename one of the two.",
+                f"Remove or rename it, or that of {first.rpartition(': ')[2]}.",
             )
 
 

@@ -223,24 +223,36 @@ def tab_separated(path: Path, *, bad: Bad = refuse, watch: Watch | None = None) 
             yield place, fields
 
 
+BY_LINE: dict[str, Callable[..., Rows]] = {"jsonl": json_lines, "tsv": tab_separated, "csv": tab_separated}
+WHOLE: dict[str, Callable[..., Rows]] = {"json": json_array, "parquet": parquet_rows}
+"""Readers by the end of a file's name."""
+
+
+def _suffix(path: Path) -> str:
+    return path.name.lower().removesuffix(".gz").rpartition(".")[2]
+
+
+def is_readable(path: Path) -> bool:
+    """Whether a file of this name is one that `rows` reads."""
+    return "." in path.name and _suffix(path) in (*BY_LINE, *WHOLE)
+
+
 def rows(path: Path, *, bad: Bad = refuse, watch: Watch | None = None) -> Rows:
     """Rows of a file by what its name says: `.jsonl`, `.json` (an array), `.parquet`, `.tsv` or `.csv` (by tabs).
 
     Raises:
         InputError: the file is missing, has another ending, breaks off, or has a row that cannot be read.
     """
-    readable = {"jsonl": json_lines, "tsv": tab_separated, "csv": tab_separated}
-    whole = {"json": json_array, "parquet": parquet_rows}
-    suffix = path.name.lower().removesuffix(".gz").rpartition(".")[2]
+    suffix = _suffix(path)
     if not path.is_file():
         raise InputError(str(path), Phrase("no such file"), "a file to read exists", "Check the path.")
-    if suffix in whole:
-        return whole[suffix](path, watch=watch)
-    if suffix in readable:
-        return readable[suffix](path, bad=bad, watch=watch)
+    if suffix in WHOLE:
+        return WHOLE[suffix](path, watch=watch)
+    if suffix in BY_LINE:
+        return BY_LINE[suffix](path, bad=bad, watch=watch)
     raise InputError(
         str(path),
         path.suffix,
-        f"files end in {', '.join(f'.{name}' for name in (*readable, *whole))}, or one of these and .gz",
+        f"files end in {', '.join(f'.{name}' for name in (*BY_LINE, *WHOLE))}, or one of these and .gz",
         "Rename or convert the file.",
     )

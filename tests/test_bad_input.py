@@ -218,7 +218,7 @@ ROWS: dict[str, tuple[Callable[[dict[str, Any]], Any], tuple[str, ...]]] = {
         lambda row: {**row, "documents": []},
         ("documents: empty list", "candidates to select from", "Retrieve some"),
     ),
-    "a duplicate id": (lambda row: {**row, "id": "q0"}, ("id: 'q0'", "unique, and line 1", "Remove or rename")),
+    "a duplicate id": (lambda row: {**row, "id": "q0"}, ("id: 'q0': ids are unique", "or that of line 1.")),
     "a supporting id that does not exist": (
         lambda row: {**row, "supporting": ["d9"]},
         ("supporting: 'd9'", "ids of this question's documents", "Add the document"),
@@ -466,8 +466,11 @@ def test_labels_are_not_imitated_where_there_are_none(refuse: Refuse, tmp_path: 
     data = {"dataset_name": path, "eval_dataset_name": dev}
     error = refuse(**data, warmup="both")
     assert says(error, "error: warmup_selector_order", "'labels'", "no training question has any", "Use retriever")
-    error = refuse(**data, warmup="generator", warmup_generator_documents="gold")
-    assert says(error, "error: warmup_generator_documents", "'gold'", "no training question has any", "Use retrieved")
+    for documents in ("gold", "mixed"):
+        error = refuse(**data, warmup="generator", warmup_generator_documents=documents)
+        assert says(
+            error, "error: warmup_generator_documents", f"'{documents}'", "no training question", "Use retrieved"
+        )
 
 
 def test_recall_by_labels_does_not_decide_where_there_are_none(refuse: Refuse, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import pytest
 from training_world import questions, write_questions
 
 from dro_rl.data import TOY_SIZES, dev_beside, load_questions
+from dro_rl.data.hub import is_local
 from dro_rl.errors import InputError
 from dro_rl.records import Question
 
@@ -141,7 +142,7 @@ def test_hub_rows_are_checked_like_lines(hub: list[dict[str, Any]]) -> None:
         load_questions("someone/questions", "train")
     hub[2] = hub[0]
     with pytest.raises(
-        InputError, match=r"someone/questions \(train\): row 3: id: 'q0', and row 1 has it too: ids are unique"
+        InputError, match=r"someone/questions \(train\): row 3: id: 'q0': ids are unique\. .* or that of row 1\."
     ):
         load_questions("someone/questions", "train")
 
@@ -164,3 +165,29 @@ def test_a_folder_of_several_datasets_is_read_by_config(tmp_path: Path, layout: 
     (tmp_path / layout).parent.mkdir()
     write_questions(tmp_path / layout, questions(3))
     assert load_questions(str(tmp_path), "train", config="nq") == questions(3)
+
+
+@pytest.mark.parametrize(
+    ("name", "local"),
+    [
+        ("someone/questions", True),
+        ("someone/other", False),
+        ("someone/questions-v1.1", False),
+        ("hotpot_qa", False),
+        ("train.jsonl", True),
+        ("dev.json.gz", True),
+        ("psgs_w100.tsv.gz", True),
+        ("json", False),
+        ("data/nq/train", True),
+        ("./data", True),
+        ("~/data", True),
+        ("/data", True),
+    ],
+)
+def test_a_name_means_a_file_or_a_hub_dataset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, local: bool
+) -> None:
+    """One rule for questions, corpora and released files. A folder of the name that is there comes before the hub."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "someone" / "questions").mkdir(parents=True)
+    assert is_local(name) == local

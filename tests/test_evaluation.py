@@ -124,6 +124,30 @@ def test_a_manifest_names_the_split_and_stands_in_the_report(evaluate, tmp_path)
     assert report(tmp_path / "out")["manifest"]["retrieval"] == retrieval
 
 
+@pytest.mark.parametrize(
+    ("file", "named", "options", "said"),
+    [
+        ("nq/dev.jsonl", None, (), "nq/dev"),
+        ("dev/nq.jsonl", None, (), "nq/dev"),
+        ("x/hotpot_dev_v1.jsonl", None, (), "hotpot_dev_v1/dev"),
+        ("mine/hard.jsonl", None, (), "mine/hard"),
+        ("mine/hard.jsonl", None, ("--split", "test"), "mine/test"),
+        ("x/q.jsonl", ("nq", "dev"), (), "nq/dev"),
+        ("x/q.jsonl", ("nq", "dev"), ("--split", "test"), "nq/test"),
+        ("x/q.jsonl", ("", "dev"), (), "dev"),
+    ],
+)
+def test_dataset_and_split_are_told_by_manifest_or_names(tmp_path, file, named, options, said) -> None:
+    """Defects: `/dev` and a folder `-dev` where no dataset is known; a `--split` that a manifest silently overruled."""
+    path, made = tmp_path / file, questions(2)
+    path.parent.mkdir()
+    write_questions(path, made)
+    if named:
+        write_manifest(path, Manifest(*named, 2, questions_hash(made), file_sha256(path)))
+    split = options[1] if options else None
+    assert job._questions(job.EvaluationJob(tmp_path, str(path), split=split))[1] == said
+
+
 def test_every_column_of_the_results_is_documented() -> None:
     text = (ROOT / "docs" / "evaluation.md").read_text()
     assert f"Version {VERSION}:" in text

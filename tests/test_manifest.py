@@ -3,7 +3,15 @@ from dataclasses import replace
 
 import pytest
 
-from dro_rl.data.manifest import Manifest, file_sha256, manifest_path, questions_hash, read_manifest, write_manifest
+from dro_rl.data.manifest import (
+    Manifest,
+    file_sha256,
+    manifest_path,
+    questions_hash,
+    read_manifest,
+    split_of_path,
+    write_manifest,
+)
 from dro_rl.errors import InputError
 from dro_rl.records import Document, Question, write_questions
 
@@ -63,3 +71,24 @@ def test_the_hash_is_of_questions_and_answers_not_of_candidates():
     assert questions_hash(QUESTIONS) != questions_hash(QUESTIONS[::-1])
     for change in ({"id": "z"}, {"question": "z"}, {"answers": ("x",)}, {"answers": ("y", "x")}):
         assert questions_hash([replace(QUESTIONS[0], **change)]) != questions_hash(QUESTIONS[:1])
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("hotpot_train_v1.1.json", "train"),
+        ("valid_random_split.json", "dev"),
+        ("nq-dev-kilt.jsonl", "dev"),
+        ("NQ-open.dev.jsonl", "dev"),
+        ("nq-test.csv", "test"),
+        ("some/train/test.jsonl", "test"),
+        ("data/validation/nq.jsonl", "dev"),
+        ("data.json", None),
+        ("train_dev.json", None),
+        ("train/dev_test.json", None),
+        ("contest.json", None),
+        ("some/test_0/data.json", None),
+    ],
+)
+def test_the_split_is_told_by_the_name_of_the_file_else_of_its_folder(name, split):
+    assert split_of_path(name) == split

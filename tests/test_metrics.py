@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 
@@ -190,6 +191,17 @@ def test_rouge_l_is_kilts() -> None:
     assert rouge_l("c a", ["a c"]) == pytest.approx(0.5, abs=1e-6)  # order counts
     assert rouge_l("Cat", ["cat"]) == 0.0  # no normalisation
     assert rouge_l("x y", ["q", "x y z"]) == pytest.approx(0.8, abs=1e-6)
+
+
+def test_rouge_l_takes_long_answers_without_a_full_stop() -> None:
+    """Defect: the package calls itself once a word, and Python's limit ended an evaluation at 1,000 of them."""
+    words = [f"w{i}" for i in range(1200)]
+    limit = sys.getrecursionlimit()
+    assert rouge_l(" ".join(words), [" ".join(words)]) == pytest.approx(1, abs=1e-6)
+    half = " ".join(words[::2])
+    assert rouge_l(half, [" ".join(words)]) == pytest.approx(2 / 3, abs=1e-6)
+    assert rouge_l(" ".join(f"v{i}" for i in range(1200)), [" ".join(words)]) == 0.0  # n + m calls deep
+    assert sys.getrecursionlimit() == limit
 
 
 @pytest.mark.parametrize("nothing", ["", ".", "  ", "...", " . "])

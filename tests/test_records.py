@@ -178,7 +178,7 @@ def test_parquet_errors_name_the_row_and_the_field(tmp_path: Path) -> None:
     assert "row 2 (id 2hop__2): answers[2]" in message
     message = refusal(write(tmp_path / "q.parquet", [FIRST, changed(id="2hop__1")]))
     assert "row 2: id" in message
-    assert "row 1 has it too" in message
+    assert "or that of row 1." in message
 
 
 def test_a_parquet_column_that_is_missing_is_named(tmp_path: Path) -> None:

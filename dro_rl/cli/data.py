@@ -47,7 +47,8 @@ def prepare(
         str | None, typer.Option("--format", help=f"The input's format, told by its fields if not given: {FORMAT}.")
     ] = None,
     split: Annotated[
-        str | None, typer.Option("--split", help="Name of the split. Told by the file's name if not given.")
+        str | None,
+        typer.Option("--split", help="Name of the split. Told by the name of the file or its folder if not given."),
     ] = None,
     config: Annotated[str | None, typer.Option("--config", help="Configuration of a hub dataset.")] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first so many questions.")] = None,
@@ -81,6 +82,7 @@ def prepare(
       dro-rl data prepare wow --input valid_random_split.json --split dev --output data/dev/wow.jsonl.gz --skip-bad
     """
     from dro_rl.cli.output import console, plain, print_json
+    from dro_rl.data.hub import is_local
     from dro_rl.data.manifest import manifest_path
     from dro_rl.data.prepare import Preparation
     from dro_rl.data.prepare import prepare as run
@@ -88,7 +90,7 @@ def prepare(
     job = Preparation(
         name, source, output, format, split, config, limit, skip_bad, licence, aliases, answers, corpus, documents
     )
-    with _bars(hub="" if Path(source).expanduser().is_file() else source) as watch:
+    with _bars(hub="" if is_local(source) else source) as watch:
         manifest, skips = run(job, watch=watch)
     if json:
         print_json({"output": output, "manifest": manifest, "skipped": skips.counts})

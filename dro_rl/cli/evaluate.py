@@ -32,7 +32,10 @@ def evaluate(
     ],
     split: Annotated[
         str | None,
-        typer.Option("--split", help="Split of a folder, a hub name or toy (without it, test); name of a single file."),
+        typer.Option(
+            "--split",
+            help="Split of a folder, a hub name or toy (without it, test); of a single file, the report's name for it.",
+        ),
     ] = None,
     control: Annotated[
         Control, typer.Option("--control", help="Let this choose the documents in place of the selector.")

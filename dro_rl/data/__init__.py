@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, cast
 
-from dro_rl.data.hub import hub_rows
+from dro_rl.data.hub import hub_rows, is_local
 from dro_rl.data.manifest import read_manifest
 from dro_rl.data.toy import make_world
 from dro_rl.errors import InputError, Phrase
@@ -41,7 +41,7 @@ def load_questions(
         file = path if path.is_file() else file_of_split(path, split, config)
         read_manifest(file)  # a file that is not what its manifest describes is refused
         questions = read_questions(file)
-    elif path.is_absolute() or path.suffix or name.startswith("."):
+    elif is_local(name):
         raise InputError(key, name, "a question file or folder exists", "Check the path.")
     else:
         questions = _from_hub(name, split, config, key)

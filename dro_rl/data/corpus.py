@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from dro_rl.data.hub import hub_rows
+from dro_rl.data.hub import hub_rows, is_local
 from dro_rl.errors import InputError, Phrase
 from dro_rl.files import write_json_lines
 from dro_rl.records import Document, check_text, check_unicode
@@ -50,10 +50,9 @@ def read_corpus(
         InputError: naming the file, the line, the field, what is wrong and what to do. An id that stands twice is
             found within `BATCH` passages; the ids themselves are not kept, but eight bytes of a hash of each.
     """
-    path = Path(source).expanduser()
-    named = path.suffix.lower() in {f".{suffix.rpartition('.')[2]}" for suffix in SUFFIXES}
-    if path.is_dir() or path.is_file() or named or path.is_absolute():
-        found: Rows = itertools.chain.from_iterable(_file_rows(file, bad, watch) for file in corpus_files(path))
+    if is_local(source):
+        files = corpus_files(Path(source).expanduser())
+        found: Rows = itertools.chain.from_iterable(_file_rows(file, bad, watch) for file in files)
     else:
         found = hub_rows(str(source), config, split, place="corpus")
     empty = True

@@ -1,9 +1,18 @@
-"""Rows of hub datasets."""
+"""Rows of hub datasets, and which names mean one."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from dro_rl.errors import InputError
-from dro_rl.rows import Rows
+from dro_rl.rows import Rows, is_readable
+
+
+def is_local(name: str | Path) -> bool:
+    """Whether a name means a file or a folder, which need not be there, and not a hub dataset (`owner/name`)."""
+    path = Path(name).expanduser()
+    spelled = path.is_absolute() or str(name).startswith(".") or len(path.parts) > 2
+    return spelled or path.exists() or is_readable(path)
 
 
 def hub_rows(name: str, config: str | None, split: str, *, place: str, streaming: bool = True) -> Rows:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -19,6 +20,8 @@ from dro_rl.files import written_whole
 from dro_rl.records import Question
 
 FORMAT = 1
+SPLITS = {"train": "train", "dev": "dev", "valid": "dev", "validation": "dev", "test": "test"}
+"""Names of splits, by the words that files and folders are named with."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,19 @@ def read_manifest(questions: Path) -> Manifest | None:
             f"Write it again with the command that made it, or delete {path.name} if you changed it on purpose.",
         )
     return manifest
+
+
+def split_of_path(path: str | Path) -> str | None:
+    """The split that a file's name tells, `nq-dev.json`, else the name of its folder, `dev/nq.json`.
+
+    Returns:
+        train, dev (also for valid and validation) or test; None where neither tells one, or the file's name several.
+    """
+    path = Path(path).absolute()
+    found = {SPLITS[word] for word in re.split(r"[^a-z]+", path.name.lower()) if word in SPLITS}
+    if not found:
+        return SPLITS.get(path.parent.name.lower())
+    return found.pop() if len(found) == 1 else None
 
 
 def _manifest(values: Any, path: Path) -> Manifest:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from dro_rl.data.corpus import write_corpus
-from dro_rl.data.manifest import Manifest, file_sha256, questions_hash, write_manifest
+from dro_rl.data.manifest import Manifest, file_sha256, questions_hash, split_of_path, write_manifest
 from dro_rl.data.readers import FORMATS, read_aliases, read_answers, read_released, released_rows
 from dro_rl.data.readers.fields import Source
 from dro_rl.errors import InputError, Phrase
@@ -38,7 +37,7 @@ class Preparation:
         source: a file or a hub dataset.
         output: the question file to write, `.jsonl` or `.jsonl.gz`.
         format: a name in `FORMATS`; None tells it by the first row.
-        split: name of the split; None takes it from the file's name.
+        split: name of the split; None takes it from the name of the file, or of its folder.
         config: configuration of a hub dataset.
         limit: the first so many questions.
         skip_bad: leave bad rows out and count them, in place of refusing the file.
@@ -74,7 +73,7 @@ def prepare(job: Preparation, *, watch: Watch | None = None) -> tuple[Manifest, 
         InputError: an option is wrong, found before anything is read; or a row is, without `skip_bad`.
     """
     _check_options(job)
-    split = job.split or split_of_name(job.source)
+    split = _split(job)
     skips = Skips()
     bad: Bad = skips if job.skip_bad else refuse
     source = Source(
@@ -87,6 +86,8 @@ def prepare(job: Preparation, *, watch: Watch | None = None) -> tuple[Manifest, 
     questions: Iterator[Question] = itertools.islice(read_released(rows, job.format, source, bad=bad), job.limit)
     if not job.with_documents:
         questions = (dataclasses.replace(each, documents=(), supporting=()) for each in questions)
+    if job.aliases:
+        questions = _with_answer_ids(questions, source, job.aliases)
     count = write_questions(job.output, _some(questions, job.source))
     manifest = Manifest(
         dataset=job.dataset,
@@ -103,25 +104,6 @@ def prepare(job: Preparation, *, watch: Watch | None = None) -> tuple[Manifest, 
         found = iter_questions(job.output, candidates="optional", watch=watch)
         write_corpus(job.corpus, (document for question in found for document in question.documents))
     return manifest, skips
-
-
-def split_of_name(name: str) -> str:
-    """The split that a file's name tells: train, dev (also valid, validation) or test.
-
-    Raises:
-        InputError: it tells none, or several.
-    """
-    words = re.split(r"[^a-z]+", Path(name).name.lower())
-    spelled = {"train": "train", "dev": "dev", "valid": "dev", "validation": "dev", "test": "test"}
-    found = {spelled[word] for word in words if word in spelled}
-    if len(found) != 1:
-        raise InputError(
-            "--split",
-            Phrase("not given"),
-            f"the name {Path(name).name!r} tells {'no split' if not found else 'several'}",
-            "Name it: --split train.",
-        )
-    return found.pop()
 
 
 def _check_options(job: Preparation) -> None:
@@ -141,6 +123,19 @@ def _check_options(job: Preparation) -> None:
             raise InputError(option, str(file), "the file exists", "Check the path.")
 
 
+def _split(job: Preparation) -> str:
+    split = job.split or split_of_path(job.source)
+    if split is None:
+        name = Path(job.source).name
+        raise InputError(
+            "--split",
+            Phrase("not given"),
+            f"the name {name!r} tells one split, or its folder's",
+            "Name it: --split train.",
+        )
+    return split
+
+
 def _some(questions: Iterator[Question], name: str) -> Iterator[Question]:
     """The questions; an `InputError`, so that no file is written, where there are none."""
     first = next(questions, None)
@@ -148,6 +143,18 @@ def _some(questions: Iterator[Question], name: str) -> Iterator[Question]:
         raise InputError(name, Phrase("no questions"), "a file has at least one usable question", "Check the file.")
     yield first
     yield from questions
+
+
+def _with_answer_ids(questions: Iterator[Question], source: Source, aliases: Path) -> Iterator[Question]:
+    """The questions; an `InputError`, so that no file is written, where no row says whose aliases are its answer's."""
+    yield from questions
+    if not source.answer_ids:
+        raise InputError(
+            "--aliases",
+            str(aliases),
+            "rows have an answer_id, by which aliases are found, and none has",
+            "Use the release of 2WikiMultihopQA with ids (data_ids.zip), or leave --aliases out.",
+        )
 
 
 def _sources(job: Preparation, split: str) -> list[dict[str, str]]:

@@ -1,4 +1,4 @@
-"""Evaluation: metrics of one question. Everything here is pure and is 0..1."""
+"""Evaluation: a pair on a question file, reports, comparisons. Here stand the metrics of one question, each 0..1."""
 
 from dro_rl.evaluation.metrics import (
     answer_recall_at_k,

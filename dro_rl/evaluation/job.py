@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from dro_rl.data import file_of_split, load_questions
 from dro_rl.data.candidates import shape_candidates
-from dro_rl.data.manifest import Manifest, questions_hash, read_manifest
+from dro_rl.data.manifest import SPLITS, Manifest, questions_hash, read_manifest, split_of_path
 from dro_rl.errors import InputError, Phrase
 from dro_rl.evaluation.controls import applies, control_selection
 from dro_rl.evaluation.evaluator import evaluate
@@ -43,7 +43,7 @@ class EvaluationJob:
     Args:
         run: a run's folder, or one with `selector/` and `generator/`.
         data: a question file, a folder with a file for each split, `toy`, or a hub name.
-        split: which split of a folder, of `toy` or of a hub dataset; for a single file, its name in the report.
+        split: which split of a folder, of `toy` or of a hub dataset; for a single file, what the report calls it.
         control: what stands in for the selector.
         seed: of `control: random`.
         output: where the results go; `RUN/evaluation/<split>`, unless told.
@@ -194,20 +194,29 @@ def _settings(job: EvaluationJob) -> tuple[PipelineSettings, dict[Any, str] | No
 
 def _questions(job: EvaluationJob) -> tuple[list[Question], str, Manifest | None]:
     """The questions, the split's name, and the manifest beside the file, where there is one."""
-    split = job.split or "test"
-    questions = shape_candidates(load_questions(job.data, split, limit=job.limit, key="--data"), job.num_documents)
+    part = job.split or "test"
+    questions = shape_candidates(load_questions(job.data, part, limit=job.limit, key="--data"), job.num_documents)
     path = Path(job.data).expanduser()
     if path.is_dir():
-        name, path = f"{path.absolute().name}/{split}", file_of_split(path, split, None)
-    elif path.is_file():
-        suffix = next(suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix))
-        name = job.split or f"{path.absolute().parent.name}/{path.name[: -len(suffix)]}"
-    else:
-        name = f"{job.data}/{split}"
+        path = file_of_split(path, part, None)
     manifest = read_manifest(path) if path.is_file() else None
     if manifest is not None:
-        name = f"{manifest.dataset}/{manifest.split}"
+        dataset, split = manifest.dataset, manifest.split
+    elif path.is_file():
+        dataset, split = _told_by_name(path)
+    else:
+        dataset, split = job.data, part
+    name = "/".join(word for word in (dataset, job.split or split) if word)
     return questions, f"{name}, first {job.limit}" if job.limit else name, manifest
+
+
+def _told_by_name(path: Path) -> tuple[str, str]:
+    """Dataset and split of a file without a manifest: `nq/dev.jsonl` and `dev/nq.jsonl` are nq's dev split."""
+    stem = path.name[: -len(next(suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)))]
+    split = split_of_path(path)
+    if split is None or stem.lower() in SPLITS:
+        return path.absolute().parent.name, split or stem
+    return stem, split
 
 
 def _folder_name(split: str, job: EvaluationJob) -> str:

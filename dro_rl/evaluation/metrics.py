@@ -9,8 +9,10 @@ from __future__ import annotations
 import math
 import re
 import string
+import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -154,10 +156,22 @@ def _rouge() -> Any:
 
 
 def _rouge_l(prediction: str, answer: str) -> float:
+    with _deeper(len(prediction.split()) + len(answer.split())):  # the package takes a call a word of a sentence
+        try:
+            return _rouge().get_scores(prediction, answer)[0]["rouge-l"]["f"]
+        except ValueError:  # one of the two has no sentence
+            return 0.0
+
+
+@contextmanager
+def _deeper(calls: int) -> Iterator[None]:
+    """Room for so many more calls within each other than Python allows."""
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(limit + calls)
     try:
-        return _rouge().get_scores(prediction, answer)[0]["rouge-l"]["f"]
-    except ValueError:  # one of the two has no sentence
-        return 0.0
+        yield
+    finally:
+        sys.setrecursionlimit(limit)
 
 
 def _accepted(answers: Sequence[str]) -> Sequence[str]:

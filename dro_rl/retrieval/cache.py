@@ -20,7 +20,15 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from dro_rl.data.candidates import insert_gold, with_candidates
-from dro_rl.data.manifest import Manifest, file_sha256, manifest_path, questions_hash, read_manifest, write_manifest
+from dro_rl.data.manifest import (
+    Manifest,
+    file_sha256,
+    manifest_path,
+    questions_hash,
+    read_manifest,
+    split_of_path,
+    write_manifest,
+)
 from dro_rl.errors import InputError, Phrase
 from dro_rl.files import written_whole
 from dro_rl.records import Question, iter_questions, write_questions
@@ -31,7 +39,6 @@ PART = 1024
 """Questions of a part: what a kill can cost."""
 
 SUFFIXES = (".jsonl", ".jsonl.gz")
-SPLITS = ("train", "dev", "validation", "test")
 
 
 @dataclass(frozen=True)
@@ -240,9 +247,8 @@ def _gathered(parts: Path, source: Path, bad: Bad) -> Iterator[Question]:
 
 
 def _split_of(path: Path) -> str:
-    """The split that a file's name says, `dev.jsonl`, or its folder's, `dev/nq.jsonl`."""
-    stem = path.name.partition(".")[0]
-    return path.absolute().parent.name if stem not in SPLITS and path.absolute().parent.name in SPLITS else stem
+    """The split that the name of a file or of its folder tells; else the file's name."""
+    return split_of_path(path) or path.name.partition(".")[0]
 
 
 def _check_paths(questions: Path, output: Path) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dro_rl.data.hub import hub_rows
+from dro_rl.data.hub import hub_rows, is_local
 from dro_rl.data.readers import multihop, natural_questions, peers, wizard
 from dro_rl.data.readers.fields import Fields, Source
 from dro_rl.errors import InputError, Phrase
@@ -122,9 +122,8 @@ def released_rows(
     watch: Watch | None = None,
 ) -> Rows:
     """Rows of a file, or of a hub dataset, which is streamed."""
-    path = Path(name).expanduser()
-    if path.is_file() or path.suffix or path.is_absolute():
-        return rows(path, bad=bad, watch=watch)
+    if is_local(name):
+        return rows(Path(name).expanduser(), bad=bad, watch=watch)
     return hub_rows(str(name), config, split, place="--input")
 
 

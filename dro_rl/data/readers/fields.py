@@ -22,6 +22,7 @@ class Source:
         aliases: further accepted answers by the id of the answer (2WikiMultihopQA).
         answers: accepted answers by the id of the question, for formats without any (rank_llm).
         left_out: rows that are no questions for this purpose, counted by reason.
+        answer_ids: rows that name an id of their answer, by which its aliases are known.
     """
 
     dataset: str
@@ -29,6 +30,7 @@ class Source:
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     answers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     left_out: Counter[str] = field(default_factory=Counter)
+    answer_ids: int = 0
 
 
 class Fields:

@@ -31,6 +31,7 @@ def two_wiki(row: Fields, source: Source) -> Iterator[Question]:
     """`train.json`, `dev.json` of 2WikiMultihopQA: HotpotQA's fields and `evidences`; `answer_id` in the release with
     ids, whose `id_aliases.json` gives further accepted answers.
     """
+    source.answer_ids += "answer_id" in row
     aliases = source.aliases.get(str(row.value.get("answer_id")), ())
     yield _with_context(row, source, unique((row.text("answer"), *aliases)))
 
