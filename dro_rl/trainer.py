@@ -391,16 +391,18 @@ class DROTrainer(_BaseTrainer):
                 losses.append(scale * loss)
                 self._losses[f"{role}/loss"] += losses[-1].item()
         first_step = self.state.global_step % self.schedule.steps_per_iteration == 0
-        if output.selection_logps is not None and first_step and micro_batch.samples_plainly and not self._drops_out:
-            self._compare_with_engine(output.selection_logps.double().cpu() - micro_batch.proposal_logps(), micro_batch)
+        own = self._vllm is None and micro_batch.samples_plainly and not self._drops_out
+        if own and first_step and output.selection_logps is not None:  # the weights are still those that sampled
+            difference = output.selection_logps.double().cpu() - micro_batch.proposal_logps()
+            self._compare_with_engine(difference, micro_batch.completion_tokens)
         loss = torch.stack(losses).sum()
         return (loss, output) if return_outputs else loss
 
-    def _compare_with_engine(self, difference: Tensor, micro_batch: MicroBatch) -> None:
-        """The weights are still those that sampled: what separates log p from log q is the engine, or its weights."""
+    def _compare_with_engine(self, difference: Tensor, tokens: int) -> None:
+        """log p less log q of selections of so many tokens, by equal weights: what separates them is the engine."""
         self._step_metrics["sampling/logp_difference_mean"].append(difference.abs().mean().item())
         self._step_metrics["sampling/logp_difference_max"].append(difference.abs().max().item())
-        a_token = difference.abs().sum().item() / micro_batch.completion_tokens
+        a_token = difference.abs().sum().item() / tokens
         if a_token > MAX_DIFFERENCE and not self.rollouts.staleness and not self._warned:
             self._warned = True
             logger.warning(
@@ -437,6 +439,10 @@ class DROTrainer(_BaseTrainer):
         groups = [rollouts[position * m : (position + 1) * m] for position in positions]
         for name, value in rollout_metrics(groups, self.train_questions, self.args).items():
             self._step_metrics[name].append(value)
+        plain = [r for group in groups for r in group if self.args.sampling_at(r.temperature).on_policy]
+        if self._vllm is not None and plain:  # the E-step scored them by the weights that vLLM was sent
+            difference = torch.tensor([rollout.selection_logp - rollout.proposal_logp for rollout in plain])
+            self._compare_with_engine(difference, sum(len(rollout.token_ids) for rollout in plain))
         if self.args.overlap_rollouts:
             self._step_metrics["sampling/staleness"].append(self.rollouts.staleness)
 
