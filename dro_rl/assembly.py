@@ -99,16 +99,13 @@ def load_models(recipe: Recipe, sources: dict[Role, str]) -> SelectorGenerator:
     models = {}
     for role in ROLES:
         model = load_model(sources[role], **_source_kwargs(recipe, role, sources))
-        if training.shared_prefix != "off" and not takes_packed_rows(model, positions=1):
-            kind = f"{model.config.model_type} under {model.config._attn_implementation}"
-            if training.shared_prefix == "on":
-                raise InputError(
-                    "shared_prefix",
-                    f"on, for the {role}: {kind}",
-                    f"it needs sdpa attention and one of {', '.join(sorted(ARCHITECTURES))}",
-                    "Use auto, which takes the plain path here.",
-                )
-            logger.info(f"{role}: {kind} takes the plain path, which computes a prompt once for each completion")
+        if training.shared_prefix == "on" and not takes_packed_rows(model, positions=1):
+            raise InputError(
+                "shared_prefix",
+                f"on, for the {role}: {model.config.model_type} under {model.config._attn_implementation}",
+                f"it needs sdpa attention and one of {', '.join(sorted(ARCHITECTURES))}",
+                "Use auto, which takes the plain path here.",
+            )
         lora = lora_settings(run, role)
         models[role] = model if lora is None else add_adapter(model, lora)
     return SelectorGenerator(models["selector"], models["generator"])

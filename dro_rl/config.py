@@ -6,6 +6,7 @@ import importlib.util
 import re
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import torch
 from trl.trainer.base_config import _BaseConfig
@@ -13,6 +14,14 @@ from trl.trainer.base_config import _BaseConfig
 from dro_rl.errors import InputError
 from dro_rl.likelihood import Scoring
 from dro_rl.rollouts.engine import SamplingParams
+
+
+def _is_address(url: str) -> bool:
+    """Whether this is a scheme, a host and perhaps a port, and nothing more."""
+    try:
+        return bool(re.fullmatch(r"https?://[^/\s?#]+/?", url)) and urlsplit(url).port != 0
+    except ValueError:  # no number, or none that a port has
+        return False
 
 
 def _option(default: Any, help: str) -> Any:
@@ -283,7 +292,7 @@ class DROConfig(_BaseConfig):
         for url in self.vllm_servers:
             self._require(
                 "vllm_server_base_url",
-                bool(re.fullmatch(r"https?://[^/\s?#]+/?", url)),
+                _is_address(url),
                 "a server is a scheme, a host and a port, or a list of them",
                 "Use http://127.0.0.1:8000.",
             )
@@ -302,6 +311,13 @@ class DROConfig(_BaseConfig):
         )
         if self.engine != "vllm":
             return
+        needed = (self.max_prompt_length or 0) + self.max_completion_length
+        self._require(
+            "vllm_max_model_length",
+            self.vllm_max_model_length is None or self.vllm_max_model_length >= needed,
+            f"max_prompt_length and max_completion_length are {needed} tokens together",
+            f"Use {needed}, or leave it unset.",
+        )
         self._require(
             "vllm_enable_sleep_mode",
             not self.vllm_enable_sleep_mode or (torch.cuda.is_available() and not self.use_cpu),

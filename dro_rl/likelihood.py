@@ -92,7 +92,7 @@ def row_logps(
     for row in rows:
         if not len(row.prompt) or not row.completions or not all(len(c) for c in row.completions):
             raise ValueError("a row has a prompt token, at least one completion, and no empty completion")
-    if shared_prefix and takes_packed_rows(model, max(_depth(row) for row in rows)):
+    if shared_prefix and takes_packed_rows(model, max(depth(row) for row in rows)):
         within = getattr(model, "within", None)
         layout = lay_out(rows, prefix_tree=prefix_tree)
         logps = _packed(model, layout, rows) if within is None else within(_packed, layout, rows)
@@ -122,11 +122,12 @@ def score_rows(
 ) -> list[list[Tensor]]:
     """`row_logps` without gradient for any number of rows, at most `tokens` tokens a pass (or one row that has more).
 
-    Rows of similar length share a pass, so that the plain path pads little.
+    On the plain path rows of similar length share a pass, so that it pads little. Packed rows stay in order: prompts
+    that begin alike, a question's, stand together.
     """
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
-    packed = shared_prefix and takes_packed_rows(model, max(map(_depth, rows), default=0))
-    costs = [len(rows[i]) if packed else len(rows[i].completions) * _depth(rows[i]) for i in order]
+    packed = shared_prefix and takes_packed_rows(model, max(map(depth, rows), default=0))
+    order = list(range(len(rows))) if packed else sorted(range(len(rows)), key=lambda i: -depth(rows[i]))
+    costs = [len(rows[i]) if packed else unshared(rows[i]) for i in order]
     scored: list[list[Tensor]] = [[] for _ in rows]
     for run in passes(costs, tokens):
         chunk = [order[place] for place in run]
@@ -149,8 +150,14 @@ def passes(sizes: Sequence[int], tokens: int) -> list[list[int]]:
     return runs
 
 
-def _depth(row: Row) -> int:
+def depth(row: Row) -> int:
+    """Tokens of the prompt with its longest completion."""
     return len(row.prompt) + max(len(completion) for completion in row.completions)
+
+
+def unshared(row: Row) -> int:
+    """Tokens of the row on the plain path, where each completion has the prompt to itself."""
+    return len(row.completions) * depth(row)
 
 
 def _packed(model: Any, layout: Layout, rows: Sequence[Row]) -> list[Tensor]:

@@ -412,7 +412,7 @@ def merged_copy(model: Any, state_dict: Mapping[str, Tensor] | None = None) -> P
     from peft import get_peft_model
 
     base = model.get_base_model()
-    with whole_parameters():
+    with whole_parameters(), torch.random.fork_rng():  # what is drawn here is replaced below
         copy = get_peft_model(type(base)(base.config), model.peft_config[model.active_adapter])
     copy.load_state_dict(model.state_dict() if state_dict is None else state_dict)
     merged = copy.merge_and_unload().to(base.dtype)

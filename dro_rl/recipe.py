@@ -199,10 +199,6 @@ REFUSED = {
         "a pattern that the engine keeps and the trainer does not score makes every ratio p/q wrong",
         "Use constrain_selection: true, which both keep.",
     ),
-    "vllm_importance_sampling_correction": (
-        "the weights are always corrected by p/q, whatever the engine",
-        "Leave it out; max_log_ratio bounds the correction.",
-    ),
     "vllm_importance_sampling_mode": (
         "the correction is a factor p/q of each rollout's weight, truncated from above",
         "Leave it out; max_log_ratio bounds the correction.",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 from collections.abc import Sequence
 
 import torch
@@ -27,6 +28,8 @@ from dro_rl.errors import InputError, Phrase, is_full_disk
 from dro_rl.evaluation.plots import plot_curves
 from dro_rl.recipe import load_recipe, parse_command_line
 from dro_rl.trainer import DROTrainer
+
+SECONDS_TO_BE_ENDED = 10
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -104,8 +107,13 @@ def run_job(arguments: Sequence[str]) -> int:
 
 
 def _refuse(error: InputError) -> int:
-    if PartialState().is_local_main_process:
-        Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {error}", markup=False)
+    state = PartialState()
+    if not state.is_local_main_process:
+        # Most errors befall all processes, and the launcher ends this one when the main one has said it. What befell
+        # this one alone must be said here.
+        time.sleep(SECONDS_TO_BE_ENDED)
+    where = "" if state.is_local_main_process else f"[process {state.process_index}] "
+    Console(stderr=True, soft_wrap=True, highlight=False).print(f"{where}error: {error}", markup=False)
     return 2
 
 

@@ -6,6 +6,7 @@ stands in `objective`, `likelihood` and `rollouts`; what stands here is when, an
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from collections import defaultdict
@@ -23,8 +24,10 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
 from trl.trainer.base_trainer import _BaseTrainer
 
+from dro_rl.attention import takes_packed_rows
 from dro_rl.config import DROConfig
 from dro_rl.console import LineProgress
+from dro_rl.errors import InputError, Phrase
 from dro_rl.evaluation.evaluator import evaluate_stage, read_stages, with_stage, write_stages
 from dro_rl.likelihood import passes
 from dro_rl.models import (
@@ -55,6 +58,9 @@ from dro_rl.timing import Phase, PhaseClock, flops_per_token, peak_flops, rates
 from dro_rl.verify import check, difference
 
 logger = logging.getLogger(__name__)
+
+SCHEDULE = "schedule.json"
+"""In a checkpoint: what its steps hold."""
 
 MAX_DIFFERENCE = 0.1
 """Nats a token, on average: two implementations of a model in bfloat16 stay below it."""
@@ -97,6 +103,13 @@ class DROTrainer(_BaseTrainer):
         reference: nn.Module | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
+        if args.n_gpu > 1:
+            raise InputError(
+                "accelerate launch",
+                Phrase(f"one process sees {args.n_gpu} GPUs"),
+                "each process has one",
+                f"Use accelerate launch --num_processes {args.n_gpu}, or show it one with CUDA_VISIBLE_DEVICES.",
+            )
         args.check_batch(args.world_size, len(train_questions))
         self.train_questions, self.eval_questions = train_questions, eval_questions
         self.prompters, self.eval_split, self.initial_stage = dict(prompters), eval_split, initial_stage
@@ -120,7 +133,12 @@ class DROTrainer(_BaseTrainer):
         self._group_roles: list[Role] = []  # whose each group of the optimizer is
         self._losses: dict[str, float] = defaultdict(float)
         self._step_metrics: dict[str, list[float]] = defaultdict(list)
-        self._verified = self._warned = False
+        self._verified: set[Role] = set()
+        self._plain: set[Role] = set()  # those that were said to take the plain path
+        self._warned = False
+        self._drops_out = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()) or any(
+            getattr(getattr(model, role).config.get_text_config(), "attention_dropout", 0) for role in ROLES
+        )
         self._flops = {role: flops_per_token(getattr(model, role)) for role in ROLES}
         self.peak_flops = peak_flops(args.device)
         self.clock = PhaseClock(args.device)
@@ -187,7 +205,7 @@ class DROTrainer(_BaseTrainer):
 
         It does where that is what scoring first would give: when an iteration is a single step of both models (or
         several passes over one step's questions, of which the first is fresh), each question is whole on a process,
-        and no rollout is to be left out of the backward pass.
+        no rollout is to be left out of the backward pass, and no dropout disturbs the pass that weighs.
         """
         return (
             self.args.fused_e_step == "auto"
@@ -196,6 +214,7 @@ class DROTrainer(_BaseTrainer):
             and all(self.args.role_learning_rate(role) > 0 for role in ROLES)
             and self.args.per_device_train_batch_size % self.args.num_generations == 0
             and self.args.min_weight == 0
+            and not self._drops_out
         )
 
     @contextmanager
@@ -315,13 +334,36 @@ class DROTrainer(_BaseTrainer):
                 Group(group, self.train_questions[group[0].question], self.prompters, self.args, roles)
                 for group in by_question.values()
             ]
-            batches = [
-                [groups[i] for i in run] for run in passes([len(g) for g in groups], self.args.tokens_per_microbatch)
-            ]
+            packed = {role: self._packs(role, max(group.depth(role) for group in groups)) for role in ROLES}
+            sizes = [group.tokens(packed) for group in groups]
+            batches = [[groups[i] for i in run] for run in passes(sizes, self.args.tokens_per_microbatch)]
             most = int(self.accelerator.gather(torch.tensor([len(batches)], device=self.args.device)).max())
             batches += [[] for _ in range(most - len(batches))]
             eos = self.prompters["generator"].eos_token_id
             return [MicroBatch(batch, self.args, self.rollouts.on_policy, eos) for batch in batches]
+
+    def _packs(self, role: Role, positions: int) -> bool:
+        """Whether a role takes packed rows of so many positions. Says so once where it does not."""
+        if self.args.shared_prefix == "off":
+            return False
+        model = getattr(self._unwrapped(), role)
+        if takes_packed_rows(model, positions):
+            return True
+        config = model.config.get_text_config()
+        why = f"{config.model_type} under {config._attn_implementation}, {positions} tokens"
+        if window := getattr(config, "sliding_window", None):
+            why += f", a window of {window}"
+        if self.args.shared_prefix == "on":
+            raise InputError(
+                "shared_prefix",
+                f"on, for the {role}: {why}",
+                "a model that shares prefixes packs rows, under sdpa, with no window narrower than a row",
+                "Use auto, which takes the plain path here, or lower max_prompt_length.",
+            )
+        if role not in self._plain:
+            self._plain.add(role)
+            logger.warning(f"{role}: {why}: the plain path, which computes a prompt once for each completion")
+        return False
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -329,9 +371,9 @@ class DROTrainer(_BaseTrainer):
         """Both losses, as means over questions: a micro-batch sums over its share of the step's questions."""
         micro_batch: MicroBatch = inputs
         roles = [role for role in ROLES if self._active(role)]
-        if self.args.verify_fast_path and not self._verified:
-            self._verified = True
-            for role in roles:
+        for role in roles:
+            if self.args.verify_fast_path and role not in self._verified:
+                self._verified.add(role)
                 self._verify(role, micro_batch.rows(role).rows)
         for role in roles:
             tokens = micro_batch.tokens(role)
@@ -349,7 +391,7 @@ class DROTrainer(_BaseTrainer):
                 losses.append(scale * loss)
                 self._losses[f"{role}/loss"] += losses[-1].item()
         first_step = self.state.global_step % self.schedule.steps_per_iteration == 0
-        if output.selection_logps is not None and first_step and micro_batch.samples_plainly:
+        if output.selection_logps is not None and first_step and micro_batch.samples_plainly and not self._drops_out:
             self._compare_with_engine(output.selection_logps.double().cpu() - micro_batch.proposal_logps(), micro_batch)
         loss = torch.stack(losses).sum()
         return (loss, output) if return_outputs else loss
@@ -435,11 +477,12 @@ class DROTrainer(_BaseTrainer):
     def _clip_each(self, model: nn.Module) -> Tensor | float | None:
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             return super()._clip_grad_norm(model)  # the engine clips, over all parameters
+        self.accelerator.unscale_gradients()
         total = torch.zeros((), dtype=torch.float64)
         for role in ROLES:
             parameters = [p for p in getattr(self._unwrapped(), role).parameters() if p.grad is not None]
             if parameters:
-                norm = self.accelerator.clip_grad_norm_(parameters, self.args.max_grad_norm)
+                norm: Any = nn.utils.clip_grad_norm_(parameters, self.args.max_grad_norm)
                 norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
                 self._step_metrics[f"{role}/grad_norm"].append(norm.item())
                 total += norm.double().cpu() ** 2
@@ -550,6 +593,7 @@ class DROTrainer(_BaseTrainer):
         for leftover in run.glob(".*.tmp"):  # what a kill, or a full disk, left half-written
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         if checkpoint is not None:
+            self._check_schedule(checkpoint / SCHEDULE)
             state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
             current = self.schedule.iteration(state.global_step) + 1
             for part in (checkpoint / "rollouts").glob("*.parquet"):
@@ -561,6 +605,23 @@ class DROTrainer(_BaseTrainer):
         for path in rollout_log.part_paths(run):
             if path not in rollout_log.part_paths(run, current) and path > rollout_log.part_path(run, current, 0):
                 path.unlink()
+
+    def _check_schedule(self, path: Path) -> None:
+        """Steps count questions: with another number of processes a step would mean another place in the run."""
+        saved, own = json.loads(path.read_text()), self._steps_hold()
+        if saved != own:
+            raise InputError(
+                "resume_from_checkpoint",
+                str(path.parent),
+                "a run goes on as it began: it had {questions_per_step} of {num_questions} questions a step".format(
+                    **saved
+                )
+                + ", and has {questions_per_step} of {num_questions} now".format(**own),
+                "Resume with as many processes, and on the same questions.",
+            )
+
+    def _steps_hold(self) -> dict[str, int]:
+        return {name: getattr(self.schedule, name) for name in ("questions_per_step", "num_questions")}
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Write `checkpoint-N` beside its place, then rename it: a killed run leaves whole checkpoints only."""
@@ -581,6 +642,7 @@ class DROTrainer(_BaseTrainer):
             self.state.best_model_checkpoint = str(best)
         if self.is_world_process_zero():
             write_stages(beside, self.stages)
+            (beside / SCHEDULE).write_text(json.dumps(self._steps_hold()))
             current, within = divmod(self.state.global_step, self.schedule.steps_per_iteration)
             needed = [current + 1] if within else []
             needed += [] if self.args.duplicate_threshold is None else [current]  # the guard's memory

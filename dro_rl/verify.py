@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,22 +41,16 @@ def difference(model: Any, rows: Sequence[Row], scoring: Scoring, *, gradients: 
     longest = max(len(row.prompt) + len(completion) for row in rows for completion in row.completions)
     if not scoring.shared_prefix or not takes_packed_rows(model, longest):
         return None
-    with torch.no_grad():
-        fast, plain = (_logps(model, rows, scoring, shared) for shared in (True, False))
-    found = (fast - plain).abs().max().item()
     if not gradients:
-        return Difference(found, None)
+        return Difference(_values(model, rows, scoring), None)
     base = model.get_base_model() if hasattr(model, "peft_config") else model
-    layer = [parameter for parameter in base.base_model.layers[0].parameters() if parameter.requires_grad]
-    dropouts = [module for module in model.modules() if isinstance(module, nn.Dropout) and module.training]
-    for dropout in dropouts:
-        dropout.eval()
-    fast, plain = (
-        torch.cat([g.flatten().float() for g in torch.autograd.grad(_weighed(model, rows, scoring, shared), layer)])
-        for shared in (True, False)
-    )
-    for dropout in dropouts:
-        dropout.train()
+    layer = [parameter for parameter in base.get_decoder().layers[0].parameters() if parameter.requires_grad]
+    with _without_dropout(model):
+        found = _values(model, rows, scoring)
+        fast, plain = (
+            torch.cat([g.flatten().float() for g in torch.autograd.grad(_weighed(model, rows, scoring, shared), layer)])
+            for shared in (True, False)
+        )
     return Difference(found, ((fast - plain).norm() / plain.norm().clamp(min=1e-12)).item())
 
 
@@ -71,6 +66,23 @@ def check(role: str, found: Difference, dtype: torch.dtype) -> None:
         f"the shared-prefix path equals the plain one up to rounding ({nats:g} nats, {share:g})",
         "Set shared_prefix: off for this model, and report it.",
     )
+
+
+@contextmanager
+def _without_dropout(model: nn.Module) -> Iterator[None]:
+    dropouts = [module for module in model.modules() if isinstance(module, nn.Dropout) and module.training]
+    for dropout in dropouts:
+        dropout.eval()
+    try:
+        yield
+    finally:
+        for dropout in dropouts:
+            dropout.train()
+
+
+@torch.no_grad()
+def _values(model: Model, rows: Sequence[Row], scoring: Scoring) -> float:
+    return (_logps(model, rows, scoring, True) - _logps(model, rows, scoring, False)).abs().max().item()
 
 
 def _logps(model: Model, rows: Sequence[Row], scoring: Scoring, shared: bool) -> Tensor:

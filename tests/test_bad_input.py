@@ -165,7 +165,7 @@ SETTINGS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     ),
     "a template that is not there": (
         ["--selector_prompt_template", "selectr"],
-        ("prompt template", "'selectr'", "a template is one of", "Check the name"),
+        ("prompt template", "'selectr'", "a template is one of dialogue_generator", "Check the name"),
     ),
 }
 

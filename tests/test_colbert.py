@@ -108,10 +108,99 @@ def test_a_lock_of_a_compile_that_ends_is_waited_for(tmp_path, monkeypatch):
     colbert_runtime.wait_for_lock("filter_pids_cpp")
 
 
+def test_ranks_share_out_the_gpus_that_there_are(monkeypatch):
+    taken = []
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for there in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert [colbert_runtime.take_gpu(rank) for rank in range(3)] == [there] * 3
+    assert taken == [0, 1, 0]
+
+
 @pytest.mark.parametrize("settings", [{"nbits": 3}, {"doc_maxlen": 0}, {"batch_size": -1}])
 def test_a_wrong_setting_is_named(settings):
     with pytest.raises(InputError, match=next(iter(settings))):
         ColBERT("x", **settings).check()
+
+
+@pytest.fixture
+def unopened(tmp_path, monkeypatch):
+    """An index that is whole but for ColBERT's own files, which are neither made nor read; its checkpoint; its corpus.
+
+    Building and opening are those of other tests: here are the checks around them.
+    """
+    pytest.importorskip("colbert")
+    monkeypatch.setattr(ColBERT, "build", lambda *_: None)
+    monkeypatch.setattr(ColBERT, "open", lambda *_: None)
+    checkpoint = write_checkpoint(tmp_path / "checkpoint")
+    corpus = write_corpus(tmp_path / "corpus.jsonl")
+    build_index(ColBERT(str(checkpoint)), str(corpus), tmp_path / "index")
+    return tmp_path / "index", checkpoint, corpus
+
+
+def test_other_weights_in_the_place_of_those_that_encoded_are_refused(unopened):
+    folder, checkpoint, corpus = unopened
+    assert Index(folder).versions == Index(folder).manifest.versions
+    save_file({"linear.weight": torch.zeros(2, 2)}, checkpoint / "model.safetensors")
+    with pytest.raises(InputError, match=r"checkpoint: weights.*was built with"):
+        Index(folder)
+    with pytest.raises(InputError, match=r"checkpoint: weights.*was built with"):
+        build_index(ColBERT(str(checkpoint)), str(corpus), folder)
+
+
+def test_another_version_of_a_package_may_search_and_is_known(unopened):
+    folder = unopened[0]
+    manifest = json.loads((folder / "index.json").read_text())
+    now = manifest["versions"]["torch"]
+    manifest["versions"]["torch"] = "2.0"
+    (folder / "index.json").write_text(json.dumps(manifest))
+    index = Index(folder)
+    assert (index.manifest.versions["torch"], index.versions["torch"]) == ("2.0", now)
+
+
+def test_a_build_goes_on_with_another_batch_size(tmp_path, monkeypatch):
+    pytest.importorskip("colbert")
+    checkpoint = str(write_checkpoint(tmp_path / "checkpoint"))
+    corpus = str(write_corpus(tmp_path / "corpus.jsonl"))
+    sizes = []
+
+    def killed(retriever, *_):
+        sizes.append(retriever.batch_size)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ColBERT, "build", killed)
+    for size in (64, 8):
+        with pytest.raises(KeyboardInterrupt):
+            build_index(ColBERT(checkpoint, batch_size=size), corpus, tmp_path / "index")
+    assert sizes == [64, 8]
+    with pytest.raises(InputError, match="goes on as it began"):
+        build_index(ColBERT(checkpoint, nbits=4), corpus, tmp_path / "index")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_every_search_has_the_settings_of_its_own_k():
+    """colbert-ai keeps what it chose for the first k. Its own choice runs here, and what it would have ranked with."""
+    pytest.importorskip("colbert")
+    colbert_runtime.load_colbert()
+    from colbert import Searcher
+    from colbert.infra.config import ColBERTConfig
+
+    used = []
+
+    class Ranker:
+        def rank(self, config, *_, **__):
+            used.append((config.ncells, config.centroid_score_threshold, config.ndocs))
+            return [], []
+
+    retriever = ColBERT("x")
+    retriever._searcher = Searcher.__new__(Searcher)
+    retriever._searcher.config, retriever._searcher.ranker = ColBERTConfig(), Ranker()
+    retriever._searcher.encode = lambda queries: torch.zeros(len(queries), 1, 1)
+    for k in (5, 100, 1000):
+        retriever.search(["a?", "b?"], k)
+    assert used[::2] == used[1::2] == [(1, 0.5, 256), (2, 0.45, 1024), (4, 0.4, 4096)]
 
 
 # The real thing ---------------------------------------------------------------------------------------------

@@ -3,7 +3,9 @@ import os
 from dataclasses import replace
 
 import pytest
+from typer.testing import CliRunner
 
+from dro_rl.cli import app
 from dro_rl.data.corpus import corpus_hash
 from dro_rl.errors import InputError
 from dro_rl.records import Document
@@ -151,6 +153,56 @@ def test_a_corpus_that_changed_under_its_index_is_noticed(corpus, tmp_path):
         Index(tmp_path / "index")
     corpus.unlink()
     assert len(Index(tmp_path / "index").passages) == 8
+
+
+def test_a_shard_that_came_since_is_noticed_and_one_that_went_is_no_matter(tmp_path, monkeypatch):
+    (tmp_path / "shards").mkdir()
+    first, second = (tmp_path / "shards" / name for name in ("a.jsonl", "b.jsonl"))
+    write_corpus(first, PASSAGES[:4])
+    write_corpus(second, PASSAGES[4:])
+    (tmp_path / "shards" / "README.md").touch()
+    monkeypatch.chdir(tmp_path)
+    build_index(BM25(), "shards", tmp_path / "index")
+    monkeypatch.chdir("/")
+    Index(tmp_path / "index")
+    third = write_corpus(tmp_path / "shards" / "c.jsonl", PASSAGES[:1])
+    with pytest.raises(InputError, match="not there when") as caught:
+        Index(tmp_path / "index")
+    assert caught.value.place == str(third)
+    for path in (third, first, second):
+        path.unlink()
+        assert len(Index(tmp_path / "index").passages) == 8
+
+
+def test_a_neighbour_of_a_corpus_that_is_one_file_is_no_shard(corpus, tmp_path):
+    build_index(BM25(), str(corpus), tmp_path / "index")
+    write_corpus(tmp_path / "other.jsonl", PASSAGES[:1])
+    Index(tmp_path / "index")
+
+
+def test_a_hub_corpus_is_known_by_name_configuration_and_split(tmp_path, monkeypatch):
+    def load(name, config, *, split, streaming):
+        return iter([{"id": f"{config}-{split}", "text": name}])
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    made = build_index(BM25(), "someone/wiki", tmp_path / "index", config="w100", split="all")
+    assert (made.corpus, made.files) == ("someone/wiki/w100/all", [])
+    assert Index(tmp_path / "index").passages[0] == Document("w100-all", "", "someone/wiki")
+    with pytest.raises(InputError, match="corpus"):
+        build_index(BM25(), "someone/wiki", tmp_path / "index", config="w100")
+
+
+def test_configuration_and_split_of_a_hub_corpus_are_options(tmp_path, monkeypatch):
+    asked = []
+
+    def load(name, config, *, split, streaming):
+        asked.append((name, config, split))
+        return iter([{"id": "1", "text": "A heron."}])
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    arguments = ["index", "bm25", "someone/wiki", str(tmp_path / "index"), "--config", "w100", "--split", "all"]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    assert set(asked) == {("someone/wiki", "w100", "all")}
 
 
 def test_k_beyond_the_corpus_is_refused(corpus, tmp_path):

@@ -194,7 +194,7 @@ def test_scoring_goes_by_tokens(make_model, shared: bool) -> None:
     seen: list[int] = []
     model.get_input_embeddings().register_forward_hook(lambda _, args, __: seen.append(args[0].numel()))
     score_rows(model, ROWS, 100, shared)
-    assert seen == ([97, 37] if shared else [3 * 52, 2 * 39, 5 * 23])
+    assert seen == ([42 + 5 + 32, 55] if shared else [3 * 52, 2 * 39, 5 * 23])
 
 
 # The head, a chunk at a time --------------------------------------------------------------------------------
@@ -251,6 +251,20 @@ def test_a_prefix_tree_computes_a_beginning_once() -> None:
     completions = sum(len(c) for row in TREE for c in row.completions)
     assert len(layout.ids) == 20 + 70 + 80 + 90 + (20 + 90) + 9 + completions
     assert len(lay_out(TREE).ids) == sum(map(len, TREE))
+
+
+def test_scoring_keeps_the_rows_of_a_question_together(make_model) -> None:
+    """Sorted by length they would stand in different passes, and share nothing."""
+    model = make_model()
+    rows = [
+        Row(tokens(80, question) + tokens(length, 100 * question + length), [[3]])
+        for question in range(3)
+        for length in (5, 60, 25)
+    ]
+    seen: list[int] = []
+    model.get_input_embeddings().register_forward_hook(lambda _, args, __: seen.append(args[0].numel()))
+    score_rows(model, rows, 3 * 80 + 90 + 3, prefix_tree=True)
+    assert seen == [80 + 90 + 3] * 3
 
 
 def test_short_or_rare_beginnings_are_not_shared() -> None:

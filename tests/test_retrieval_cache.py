@@ -1,4 +1,5 @@
 import json
+from multiprocessing import get_context
 
 import pytest
 
@@ -47,6 +48,7 @@ def test_its_manifest_says_how_it_was_made(index, asked, output):
         "retriever": "bm25",
         "settings": index.manifest.settings,
         "versions": index.manifest.versions,
+        "search_versions": index.versions,
         "corpus_hash": index.manifest.corpus_hash,
         "passages": 8,
         "k": 3,
@@ -57,6 +59,15 @@ def test_its_manifest_says_how_it_was_made(index, asked, output):
     }
     assert made.changes == []
     assert made.questions_hash == questions_hash(iter_questions(asked, candidates="optional"))
+
+
+def test_its_manifest_tells_the_packages_that_searched_from_those_that_built(index, asked, output, monkeypatch):
+    monkeypatch.setattr(index, "versions", index.versions | {"bm25s": "9.9"})
+    made = retrieve(index, asked, output, Search(k=3))
+    assert made.retrieval["search_versions"]["bm25s"] == "9.9"
+    assert made.retrieval["versions"] == index.manifest.versions
+    monkeypatch.setattr(cache, "_write_part", lambda *_: pytest.fail("searched again"))
+    assert retrieve(Index(index.folder), asked, output, Search(k=3)) == made
 
 
 def test_training_reads_it_without_an_index_and_refuses_one_that_changed(index, asked, output):
@@ -98,6 +109,16 @@ def test_two_processes_write_what_one_writes(index, asked, tmp_path, monkeypatch
     for processes in (1, 2):
         retrieve(index, asked, tmp_path / str(processes) / "dev.jsonl", Search(k=3), processes=processes)
     assert (tmp_path / "1" / "dev.jsonl").read_bytes() == (tmp_path / "2" / "dev.jsonl").read_bytes()
+
+
+def test_processes_that_search_have_a_rank_each(monkeypatch):
+    ranks = []
+    monkeypatch.setattr(cache, "Index", lambda _, rank: ranks.append(rank))
+    monkeypatch.setattr(cache, "_index_there", None, raising=False)
+    opened = get_context("spawn").Value("i", 0)
+    for _ in range(3):
+        cache._open_index(None, opened)
+    assert ranks == [0, 1, 2]
 
 
 def test_a_job_that_was_killed_before_the_manifest_goes_on(index, asked, output, monkeypatch):
@@ -179,3 +200,48 @@ def test_a_question_that_misses_what_it_has_is_refused(tmp_path):
     (tmp_path / "q.jsonl").write_text(json.dumps(row))
     with pytest.raises(InputError, match="missed"):
         read_questions(tmp_path / "q.jsonl")
+
+
+@pytest.mark.parametrize(("name", "what"), [("none.jsonl", "no such file"), (".", "a folder")])
+def test_questions_that_are_no_file_are_named(index, output, tmp_path, name, what):
+    with pytest.raises(InputError, match=what):
+        retrieve(index, tmp_path / name, output, Search(k=3))
+
+
+def test_what_was_searched_is_kept_when_questions_without_finds_are_then_left_out(index, output, tmp_path, monkeypatch):
+    asked = write_asked(tmp_path / "asked.jsonl", question="zebra?")
+    with pytest.raises(InputError, match=r"nothing was found.*--skip-bad"):
+        retrieve(index, asked, output, Search(k=3))
+    monkeypatch.setattr(cache, "_write_part", lambda *_: pytest.fail("searched again"))
+    made = retrieve(index, asked, output, Search(k=3), skip_bad=True)
+    assert (made.num_questions, sum(made.skipped.values())) == (2, 1)
+
+
+def test_parts_of_the_same_questions_with_other_gold_are_not_used(index, asked, output, monkeypatch):
+    monkeypatch.setattr(cache, "write_questions", _part_then_killed(cache.write_questions))
+    with pytest.raises(KeyboardInterrupt):
+        retrieve(index, asked, output, Search(k=3))
+    monkeypatch.undo()
+    write_asked(asked, supporting=["p1", "p2"])
+    retrieve(index, asked, output, Search(k=3))
+    first = next(iter_questions(output))
+    assert {*first.supporting, *first.missed} == {"p1", "p2"}
+
+
+def _part_then_killed(write):
+    def killed(path, questions):
+        if path.parent.name.endswith(".parts"):
+            return write(path, questions)
+        raise KeyboardInterrupt
+
+    return killed
+
+
+def test_a_good_cache_outlives_a_job_that_leaves_no_question(index, asked, output, tmp_path):
+    made = retrieve(index, asked, output, Search(k=3))
+    nowhere = write_asked(tmp_path / "nowhere.jsonl", gold=False, question="zebra?")
+    nowhere.write_text(nowhere.read_text().splitlines()[0])
+    with pytest.raises(InputError, match="no question is left"):
+        retrieve(index, nowhere, output, Search(k=3), skip_bad=True, overwrite=True)
+    assert read_manifest(output) == made
+    assert len(read_questions(output)) == 3

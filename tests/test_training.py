@@ -11,14 +11,16 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from training_world import largest_difference, launch, weights, world
-from transformers import AutoModelForCausalLM
+from training_world import largest_difference, launch, save_model, weights, world
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen2ForCausalLM
 from typer.testing import CliRunner
 
-from dro_rl import pipeline, train
+from dro_rl import likelihood, packing, pipeline, train
+from dro_rl import trainer as trainer_module
 from dro_rl.assembly import build_prompters, load_models
 from dro_rl.cli import app
 from dro_rl.data import load_questions
+from dro_rl.errors import InputError
 from dro_rl.likelihood import completion_logps
 from dro_rl.models import ROLES, LoraSettings, add_adapter, export_role
 from dro_rl.recipe import load_recipe
@@ -110,7 +112,6 @@ def test_a_frozen_side_is_bit_identical_and_has_no_optimizer_state(job: Job, fro
         {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 16},
         {"per_device_eval_batch_size": 1},
         {"shared_prefix": "off"},
-        {"prefix_tree": False},
         {"tokens_per_microbatch": 1},
         {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1, "tokens_per_microbatch": 250},
         {"gradient_checkpointing": True},
@@ -121,7 +122,6 @@ def test_a_frozen_side_is_bit_identical_and_has_no_optimizer_state(job: Job, fro
         "groups split over micro-batches",
         "small inference batches",
         "plain",
-        "no prefix tree",
         "each question alone",
         "as many questions as have room",
         "checkpointed",
@@ -163,6 +163,93 @@ def test_fusing_the_e_step_with_the_m_step_changes_nothing(job: Job, settings: d
         for name in set(other) - {"time/scoring", "tokens_per_second/scoring"}:
             if not name.startswith(("time/", "tokens_per_second/")):
                 assert one[name] == pytest.approx(other[name], abs=1e-4, nan_ok=True), name
+
+
+def test_a_prefix_tree_does_not_change_the_weights(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = weights(job("alone", prefix_tree=False))
+    monkeypatch.setattr(packing, "WORTH_SHARING", 1)
+    monkeypatch.setattr(packing, "WORTH_SAVING", 0.0)
+    branches = 0
+    lay_out = likelihood.lay_out
+
+    def spy(rows: Any, **options: Any) -> Any:
+        nonlocal branches
+        layout = lay_out(rows, **options)
+        branches += sum(len(segment.keys) > 1 for segment in layout.segments)
+        return layout
+
+    monkeypatch.setattr(likelihood, "lay_out", spy)
+    assert largest_difference(weights(job("tree", prefix_tree=True)), alone) < 2e-6
+    assert branches > 10
+
+
+@pytest.mark.parametrize(("shared", "room"), [("auto", 250), ("off", 600)])
+def test_a_pass_of_training_holds_no_more_than_its_tokens(tmp_path: Path, shared: str, room: int) -> None:
+    """A question alone may have more. On the plain path each completion counts with its prompt."""
+    trainer = trainer_of(
+        tmp_path, per_device_train_batch_size=16, gradient_accumulation_steps=1, shared_prefix=shared,
+        tokens_per_microbatch=room, verify_fast_path=False,
+    )  # fmt: skip
+    slots = [p * 4 + j for p in trainer.schedule.positions(0) for j in range(4)]
+    rollouts = trainer.rollouts.of(0, 0)
+    seen: list[int] = []
+    for role in ROLES:
+        embeddings = getattr(trainer.model, role).get_input_embeddings()
+        embeddings.register_forward_hook(lambda _, args, __: seen.append(args[0].numel()))
+    passed = trainer._micro_batches(rollouts, slots)
+    trainer.current_gradient_accumulation_steps = 1
+    for micro_batch in passed:
+        seen.clear()
+        trainer.compute_loss(trainer.model, micro_batch)
+        slack = 1.0 if shared == "auto" else 1.2  # padding comes on top
+        assert sum(seen) <= room * slack
+    assert 1 < len(passed) <= 4
+
+
+def test_where_dropout_disturbs_the_pass_the_e_step_comes_first(tmp_path: Path) -> None:
+    online = {"questions_per_iteration": 4, "selector_lora_r": 2}
+    assert trainer_of(tmp_path / "plain", **online).fused
+    assert not trainer_of(tmp_path / "dropping", **online, lora_dropout=0.1).fused
+
+
+def test_a_run_with_dropping_adapters_resumes(job: Job) -> None:
+    """The check of the first step meets adapters that do something, and their dropout."""
+    keys = {"selector_lora_r": 4, "generator_lora_r": 4, "lora_dropout": 0.1, "questions_per_iteration": 4}
+    job("run", **keys, max_steps=2)
+    run = job("run", **keys, resume_from_checkpoint="auto")
+    assert (run / "selector" / "model.safetensors").is_file()
+
+
+def test_a_run_is_resumed_with_steps_of_the_same_size_only(job: Job) -> None:
+    run = job("run", max_steps=2)
+    path = run / "checkpoint-2" / "schedule.json"
+    saved = json.loads(path.read_text())
+    assert saved == {"questions_per_step": 4, "num_questions": 12}
+    path.write_text(json.dumps({**saved, "questions_per_step": 8}))
+    with pytest.raises(InputError, match="it had 8 of 12 questions a step, and has 4 of 12 now"):
+        job("run", resume_from_checkpoint="auto")
+
+
+def test_each_model_is_verified_on_its_first_turn(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    verified: list[str] = []
+    monkeypatch.setattr(trainer_module, "check", lambda role, found, dtype: verified.append(role))
+    job(interleave="alternate")
+    assert verified == ["selector", "generator"]
+
+
+def test_a_window_too_narrow_to_pack_is_said(job: Job, caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    """Auto takes the plain path and says so; on is refused."""
+    llama = LlamaConfig.from_pretrained(save_model(tmp_path / "narrow", 1)).to_dict()
+    kept = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    kept += ("num_key_value_heads", "max_position_embeddings", "pad_token_id", "eos_token_id", "bos_token_id")
+    window = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0}
+    config = Qwen2Config(**{name: llama[name] for name in kept}, **window)
+    Qwen2ForCausalLM(config).save_pretrained(tmp_path / "narrow")
+    with caplog.at_level("WARNING", "dro_rl"):
+        job(selector_model_name_or_path=str(tmp_path / "narrow"))
+    assert [r.message for r in caplog.records if "a window of 4" in r.message and "plain path" in r.message]
+    with pytest.raises(InputError, match="a window of 4"):
+        job("on", selector_model_name_or_path=str(tmp_path / "narrow"), shared_prefix="on")
 
 
 def test_training_moves_much_further_than_that_tolerance(job: Job) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import random
 from collections.abc import Iterator
@@ -78,7 +79,11 @@ class World:
 
 @pytest.fixture(scope="module")
 def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    """One engine for this file: starting one takes half a minute."""
+    """One engine for this file: starting one takes half a minute.
+
+    numba is there first, as with first-stage retrieval: vLLM's own start fails beside it.
+    """
+    importlib.import_module("numba")
     yield World(tmp_path_factory.mktemp("selector"))
     from vllm.distributed import cleanup_dist_env_and_memory
 

@@ -17,6 +17,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from training_world import ROOT, launch, save_model, tokenizer, world
@@ -70,6 +71,13 @@ class Process:
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
+    def kill_engine(self) -> None:
+        """End the engine alone, as a kernel short of memory does. The server answers for a moment, then ends too."""
+        (engine,) = [
+            child for child in psutil.Process(self.process.pid).children(recursive=True) if "Engine" in child.name()
+        ]
+        engine.kill()
+
 
 class World:
     """A server over a model's folder, with an engine over both of its addresses."""
@@ -89,7 +97,11 @@ class World:
         self.pushes = 0
         self.process = Process(self.recipe, folder / "server.log")
         self.server = Server(f"http://127.0.0.1:{self.port}", UP, 60)
-        self.server.wait()
+        try:
+            self.server.wait()
+        except InputError:
+            self.process.kill()
+            raise
 
     def config(self, **overrides: Any) -> DROConfig:
         settings: dict[str, Any] = {
@@ -229,13 +241,40 @@ def test_what_is_wrong_with_a_request_is_said_in_the_servers_words(vllm: World) 
 
 
 def test_a_server_that_comes_back_is_given_the_weights_again(vllm: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It starts with those of its own folder; the questions that it left are asked again under the pushed ones."""
+    """It starts with those of its own folder; the questions that it left are asked again under the pushed ones. What
+    dies is its engine alone: the server itself answers, with an error, until it has noticed."""
     engine = vllm.engine()
     monkeypatch.setattr(vllm, "model", changed(vllm.model))
-    with engine.at(1):
-        vllm.process.kill()
+
+    def start_again() -> None:
+        vllm.process.process.wait(60)
         vllm.process = Process(vllm.recipe, vllm.folder / "server.log")
+
+    with engine.at(1):
+        vllm.process.kill_engine()
+        again = threading.Thread(target=start_again, daemon=True)
+        again.start()
         assert vllm.difference(engine) < TOLERANCE
+    again.join()
+
+
+def test_a_server_that_was_started_again_between_two_requests_is_given_the_weights_again(
+    vllm: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No request failed, and the step is the one that was pushed: a frozen selector's always is."""
+    engine = vllm.engine()
+    monkeypatch.setattr(vllm, "model", changed(vllm.model))
+    with engine.at(0):
+        pass
+    pushes = vllm.pushes
+    with engine.at(0):
+        assert vllm.pushes == pushes
+    vllm.process.kill()
+    vllm.process = Process(vllm.recipe, vllm.folder / "server.log")
+    vllm.server.wait()
+    with engine.at(0):
+        assert vllm.difference(engine) < TOLERANCE
+    assert vllm.pushes == pushes + 1
 
 
 def test_a_killed_server_ends_the_run_in_one_error_in_time_and_the_resumed_run_finishes(vllm: World) -> None:

@@ -10,10 +10,14 @@ import socket
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from training_world import launch, world
 from typer.testing import CliRunner
 
@@ -22,11 +26,11 @@ from dro_rl.config import DROConfig
 from dro_rl.errors import InputError
 from dro_rl.models import LoraSettings, add_adapter
 from dro_rl.recipe import load_recipe
-from dro_rl.rollouts import serve, vllm_common
+from dro_rl.rollouts import serve, vllm_common, vllm_server, vllm_weights
 from dro_rl.rollouts.engine import SamplingParams, rollout_seed
-from dro_rl.rollouts.vllm_colocate import merged_parameters
+from dro_rl.rollouts.vllm_colocate import merged_parameters, origin
 from dro_rl.rollouts.vllm_common import engine_dtype, random_state_kept, request_options
-from dro_rl.rollouts.vllm_server import Server
+from dro_rl.rollouts.vllm_server import Server, ServerEngine, load_everywhere
 
 
 @pytest.fixture
@@ -71,6 +75,9 @@ def test_who_names_server_mode_gets_vllm(tmp_path: Path) -> None:
         ({"vllm_server_base_url": "localhost:8000"}, "vllm_server_base_url", "http://127.0.0.1:8000"),
         ({"vllm_server_base_url": ["http://a:1", "http://b:2/v1"]}, "vllm_server_base_url", "http://127.0.0.1:8000"),
         ({"vllm_server_base_url": []}, "vllm_server_base_url", "Name a server"),
+        ({"vllm_server_base_url": "http://localhost:80000"}, "vllm_server_base_url", "http://127.0.0.1:8000"),
+        ({"vllm_server_base_url": "http://localhost:port"}, "vllm_server_base_url", "http://127.0.0.1:8000"),
+        ({"rollout_engine": "vllm", "vllm_max_model_length": 4000}, "vllm_max_model_length", f"Use {4096 + 64}"),
         ({"vllm_server_timeout": 0.0}, "vllm_server_timeout", "positive"),
         ({"vllm_tensor_parallel_size": 0}, "vllm_tensor_parallel_size", "positive"),
         ({"vllm_gpu_memory_utilization": 1.5}, "vllm_gpu_memory_utilization", "0.3"),
@@ -143,6 +150,119 @@ def test_a_server_that_takes_a_connection_and_never_answers_is_away_in_time() ->
         with pytest.raises(InputError, match="no answer for 2 s"):
             server.wait()
         assert time.monotonic() - started < 60
+
+
+class Answers:
+    """What a server says, by path: a list is said in turn. For what a real one says seldom."""
+
+    def __init__(self, **said: object) -> None:
+        self.said, self.asked = said, []
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        path = request.url.path.rpartition("/")[2]
+        self.asked.append(path)
+        answer = self.said.get(path, 200)
+        answer = answer.pop(0) if isinstance(answer, list) else answer
+        return httpx.Response(answer) if isinstance(answer, int) else httpx.Response(200, json=answer)
+
+    def server(self, monkeypatch: pytest.MonkeyPatch, port: int = 1) -> Server:
+        server = Server(f"http://127.0.0.1:{port}", timeout=0.1, request_timeout=1.0)
+        monkeypatch.setattr(server, "_client", httpx.Client(base_url=server.url, transport=httpx.MockTransport(self)))
+        monkeypatch.setattr(vllm_server, "PAUSE", 0.0)
+        return server
+
+
+def test_a_server_that_keeps_its_prefixes_is_asked_again_and_then_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = Answers(reset_prefix_cache=[{"success": False}, {"success": True}])
+    answers.server(monkeypatch).load(Path("weights"))
+    assert answers.asked == ["collective_rpc", "reset_prefix_cache", "reset_prefix_cache"]
+    with pytest.raises(InputError, match="keeps its prefix cache"):
+        Answers(reset_prefix_cache={"success": False}).server(monkeypatch).load(Path("weights"))
+
+
+def test_the_folder_is_blamed_for_a_failed_read_unless_the_engine_has_died(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match="vllm_weights_dir: 'weights'"):
+        load_everywhere([Answers(collective_rpc=500).server(monkeypatch)], Path("weights"))
+    dead = Answers(collective_rpc=500, health=[200, 503]).server(monkeypatch)
+    with pytest.raises(InputError, match="while it read new weights") as error:
+        load_everywhere([dead], Path("weights"))
+    assert error.value.place == "vllm_server_base_url"
+    assert "--resume_from_checkpoint auto" in error.value.fix
+
+
+def test_processes_begin_with_different_replicas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each may have one question alone."""
+    settings = config(tmp_path, vllm_mode="server", vllm_server_base_url=["http://a:1", "http://b:1", "http://c:1"])
+    completions = {"choices": [{"index": 0, "logprobs": {"tokens": ["token_id:1"], "token_logprobs": [0.0]}}]}
+    for rank in range(4):
+        monkeypatch.setattr(DROConfig, "process_index", rank)
+        engine = ServerEngine(settings, 1, lambda servers: None)
+        replicas = [Answers(completions=completions) for _ in engine.servers]
+        engine.servers = [replica.server(monkeypatch) for replica in replicas]
+        engine.generate([[1]], 1, SamplingParams(1), [0])
+        assert [len(replica.asked) for replica in replicas] == [int(place == rank % 3) for place in range(3)]
+
+
+# How weights travel -----------------------------------------------------------------------------------------
+
+
+def accelerator_like(kind: str = "NO") -> Any:
+    """An accelerator on CUDA, as far as the choice of a way looks at it."""
+    return SimpleNamespace(
+        device=torch.device("cuda"), is_main_process=True, distributed_type=SimpleNamespace(value=kind)
+    )
+
+
+@pytest.mark.usefixtures("without_vllm")
+def test_weights_go_by_folder_where_the_trainer_has_no_vllm(tmp_path: Path) -> None:
+    assert vllm_weights._sync(config(tmp_path, vllm_mode="server"), False, accelerator_like()) == "folder"
+
+
+def test_adapters_of_a_sharded_selector_go_by_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = config(tmp_path, vllm_mode="server")
+    assert vllm_weights._sync(settings, True, accelerator_like("FSDP")) == "folder"
+    monkeypatch.setattr(settings, "vllm_weight_sync", "nccl")
+    assert vllm_weights._sync(settings, True, accelerator_like()) == "nccl"
+    with pytest.raises(InputError, match="Use folder"):
+        vllm_weights._sync(settings, True, accelerator_like("FSDP"))
+
+
+def test_runs_that_share_a_folder_keep_to_their_own_and_leave_no_older_push(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_weights, "load_everywhere", lambda servers, place: None)
+
+    def save(place: Path) -> None:
+        place.mkdir(parents=True)
+
+    runs = [vllm_weights.by_folder(tmp_path / "weights", save, Accelerator()) for _ in range(2)]
+    first = [publish([]) for publish in runs]
+    (first[0].parent / ".push-2.tmp").mkdir()  # an export that was killed
+    last = runs[0]([])
+    assert sorted((tmp_path / "weights").glob("*/*")) == sorted([last, first[1]])
+    engine = ServerEngine(config(tmp_path, vllm_mode="server"), 1, lambda servers: None)
+    for engine._weights in (last, first[1]):
+        engine.remove_weights()
+    assert not (tmp_path / "weights").exists()
+
+
+def test_what_trls_client_raises_is_a_server_that_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    away, up = Answers(health=503).server(monkeypatch), Answers().server(monkeypatch)
+    for server, problem in ((away, Exception("Request failed: 500")), (up, ConnectionError("refused"))):
+        with pytest.raises(InputError, match="vllm_server_base_url"), vllm_weights._away_said(server):
+            raise problem
+    with pytest.raises(KeyError), vllm_weights._away_said(up):
+        raise KeyError("a bug")
+
+
+def test_vllm_in_process_loads_the_revision_and_trusts_the_code_that_the_trainer_did(make_model) -> None:
+    model, tokenizer = make_model(), SimpleNamespace()
+    assert origin(model, tokenizer) == {"revision": None, "trust_remote_code": False}
+    model.config._commit_hash = "abc"
+    model.__class__ = type("Own", (type(model),), {"__module__": "transformers_modules.some.modeling_own"})
+    told = {"revision": "abc", "trust_remote_code": True}
+    assert origin(model, tokenizer) == told
+    assert origin(add_adapter(model, LoraSettings(4, 16, 0.0, None)), tokenizer) == told
 
 
 def test_rollouts_are_sampled_ahead_for_iterations_of_one_step_alone(tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ Corpus = Annotated[
     str, typer.Argument(metavar="CORPUS", help="A file, a folder of files, or a hub dataset.", show_default=False)
 ]
 Folder = Annotated[Path, typer.Argument(metavar="INDEX", help="The folder to fill.", show_default=False)]
-
+Config = Annotated[str | None, typer.Option("--config", help="Configuration of a hub dataset.")]
+Split = Annotated[str, typer.Option("--split", help="Split of a hub dataset.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Processes = Annotated[int, typer.Option("--processes", min=1, help="Processes that work side by side.")]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave bad rows out and count them; else the first ends it.")]
@@ -41,6 +42,8 @@ def index_bm25(
     k1: Annotated[float, typer.Option("--k1", help="How fast a word's count saturates.")] = 0.9,
     b: Annotated[float, typer.Option("--b", help="How much a passage's length counts, 0 to 1.")] = 0.4,
     language: Annotated[str, typer.Option("--language", help="Of stemmer and stop words; none: neither.")] = "english",
+    config: Config = None,
+    split: Split = "train",
     processes: Processes = 1,
     skip_bad: SkipBad = False,
     json: Json = False,
@@ -51,10 +54,11 @@ def index_bm25(
     Examples:
       dro-rl index bm25 psgs_w100.tsv.gz indexes/wiki-bm25 --processes 8
       dro-rl index bm25 corpus.jsonl indexes/mine --k1 1.2 --b 0.75 --skip-bad
+      dro-rl index bm25 someone/wiki indexes/wiki --config w100 --split train
     """
     from dro_rl.retrieval.bm25 import BM25
 
-    _build(BM25(k1, b, language), corpus, folder, processes, skip_bad, json)
+    _build(BM25(k1, b, language), corpus, folder, config, split, processes, skip_bad, json)
 
 
 @index.command("colbert")
@@ -66,6 +70,8 @@ def index_colbert(
     doc_maxlen: Annotated[int, typer.Option("--doc-maxlen", help="Tokens of a passage.")] = 180,
     query_maxlen: Annotated[int, typer.Option("--query-maxlen", help="Tokens of a question.")] = 32,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Passages encoded at once.")] = 64,
+    config: Config = None,
+    split: Split = "train",
     processes: Processes = 1,
     skip_bad: SkipBad = False,
     json: Json = False,
@@ -79,10 +85,19 @@ def index_colbert(
     from dro_rl.retrieval.colbert import ColBERT
 
     made = ColBERT(checkpoint, nbits, doc_maxlen, query_maxlen, batch_size)
-    _build(made, corpus, folder, processes, skip_bad, json)
+    _build(made, corpus, folder, config, split, processes, skip_bad, json)
 
 
-def _build(retriever: Retriever, corpus: str, folder: Path, processes: int, skip_bad: bool, json: bool) -> None:
+def _build(
+    retriever: Retriever,
+    corpus: str,
+    folder: Path,
+    config: str | None,
+    split: str,
+    processes: int,
+    skip_bad: bool,
+    json: bool,
+) -> None:
     import logging
 
     from dro_rl.cli.output import console, print_json
@@ -91,7 +106,9 @@ def _build(retriever: Retriever, corpus: str, folder: Path, processes: int, skip
     ours = logging.getLogger("dro_rl")
     ours.addHandler(logging.StreamHandler())  # on the root logger, bm25s would print too
     ours.setLevel(logging.INFO)
-    manifest = build_index(retriever, corpus, folder, processes=processes, skip_bad=skip_bad)
+    manifest = build_index(
+        retriever, corpus, folder, config=config, split=split, processes=processes, skip_bad=skip_bad
+    )
     if json:
         print_json(manifest)
         return
@@ -145,7 +162,7 @@ def retrieve(
     out.print(f"{output}: {manifest.num_questions:,} questions, {k} candidates each", soft_wrap=True)
     fewer = (manifest.retrieval or {})["fewer_than_k"]
     if fewer:
-        out.print(f"{fewer:,} of them have fewer: nothing else in the corpus shares a word with the question")
+        out.print(f"{fewer:,} of them have fewer: for these the retriever found no more", soft_wrap=True)
     _print_skipped(manifest.skipped)
     out.print(f"how good they are: dro-rl retrieval report {output}", soft_wrap=True)
 

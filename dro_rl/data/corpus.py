@@ -84,12 +84,17 @@ def corpus_files(path: Path) -> list[Path]:
     """The files of a corpus that is a file or a folder of shards, in the order they are read."""
     if not path.is_dir():
         return [path]
-    files = sorted(file for file in path.iterdir() if file.name.lower().endswith(SUFFIXES))
+    files = shards(path)
     if not files:
         raise InputError(
             str(path), Phrase("no corpus files"), f"a folder has files in {', '.join(SUFFIXES)}", "Name another."
         )
     return files
+
+
+def shards(folder: Path) -> list[Path]:
+    """The files of a folder that are a corpus's, by their names, in order."""
+    return sorted(file for file in folder.iterdir() if file.name.lower().endswith(SUFFIXES))
 
 
 def corpus_hash(documents: Iterable[Document]) -> str:
@@ -210,6 +215,12 @@ def _without_twins(documents: Iterator[tuple[str, Document]], bad: Bad) -> Itera
                 yield document
 
 
+def hash_ids(ids: Iterable[str]) -> np.ndarray:
+    """A hash of 64 bits for each id, the same on every machine."""
+    digests = b"".join(hashlib.blake2b(identifier.encode(), digest_size=8).digest() for identifier in ids)
+    return np.frombuffer(digests, dtype=np.uint64)
+
+
 class SeenHashes:
     """A set of ids that grows by eight bytes for each: hashes of 64 bits, in sorted runs that are merged as they grow.
 
@@ -221,8 +232,7 @@ class SeenHashes:
 
     def add(self, ids: list[str]) -> np.ndarray:
         """Take ids in; returns for each whether it was there before, among these or earlier ones."""
-        digests = b"".join(hashlib.blake2b(identifier.encode(), digest_size=8).digest() for identifier in ids)
-        hashes = np.frombuffer(digests, dtype=np.uint64)
+        hashes = hash_ids(ids)
         unique, first = np.unique(hashes, return_index=True)
         repeated = np.ones(len(ids), dtype=bool)
         repeated[first] = False

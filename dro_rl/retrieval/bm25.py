@@ -145,8 +145,8 @@ class BM25:
         scorer.index((rows, vocabulary), create_empty_token=False, show_progress=sys.stderr.isatty())
         scorer.save(folder, show_progress=False)
 
-    def open(self, folder: Path) -> None:
-        """Map the scores."""
+    def open(self, folder: Path, rank: int) -> None:
+        """Map the scores. All processes share them, whatever their rank."""
         import bm25s
 
         self._analyzer = Analyzer(self.language)

@@ -85,7 +85,7 @@ def retrieve(
     Raises:
         InputError: a bad question, gold that is not in the corpus, a k that is larger than it, a place that is taken.
     """
-    _check_output(output)
+    _check_paths(questions, output)
     check_k(search.k, index.manifest, index.folder)
     source = read_manifest(questions)
     asked = {
@@ -98,15 +98,11 @@ def retrieve(
     bad = skips if skip_bad else refuse
     read = list(_questions(index, questions, search, bad))
     parts = output.with_name(f".{output.name}.parts")
-    _claim(parts, {**asked, "skip_bad": skip_bad})
+    # With the bytes of `source`, which questions were left out says everything: --skip-bad by itself changes no part.
+    _claim(parts, {**asked, "read": questions_hash(read), "search_versions": index.versions})
     _fill(index, read, parts, search, processes)
     tally = Tally()
-    write_questions(output, tally.watch(_gathered(parts, search, bad)))
-    if not tally.questions:
-        output.unlink()
-        raise InputError(
-            str(questions), Phrase("no question is left"), "a cache has at least one", "Check its gold ids."
-        )
+    write_questions(output, tally.watch(_gathered(parts, questions, bad)))
     manifest = Manifest(
         dataset=source.dataset if source else read[0].dataset,
         split=source.split if source else _split_of(questions),
@@ -116,7 +112,7 @@ def retrieve(
         licence=source.licence if source else "",
         sources=[asked["source"]],
         skipped={**(source.skipped if source else {}), **skips.counts},
-        retrieval={**asked["retrieval"], "fewer_than_k": tally.fewer_than(search.k)},
+        retrieval={**asked["retrieval"], "search_versions": index.versions, "fewer_than_k": tally.fewer_than(search.k)},
         changes=_changes(search),
     )
     write_manifest(output, manifest)
@@ -127,7 +123,8 @@ def retrieve(
 def retrieval_facts(manifest: IndexManifest) -> dict[str, Any]:
     """What of an index a question file's manifest says: what the candidates depend on, and no place of this machine."""
     names = ("retriever", "settings", "versions", "corpus_hash", "passages")
-    return {"corpus": Path(manifest.corpus).name, **{name: getattr(manifest, name) for name in names}}
+    corpus = Path(manifest.corpus).name if manifest.files else manifest.corpus
+    return {"corpus": corpus, **{name: getattr(manifest, name) for name in names}}
 
 
 class Tally:
@@ -183,7 +180,8 @@ def _fill(index: Index, questions: list[Question], parts: Path, search: Search, 
             return
         work = [(batches[number], _part(parts, number), search) for number in missing]
         count = min(processes, len(work))
-        with ProcessPoolExecutor(count, get_context("spawn"), _open_index, (index.folder,)) as pool:
+        context = get_context("spawn")
+        with ProcessPoolExecutor(count, context, _open_index, (index.folder, context.Value("i", 0))) as pool:
             try:
                 for size in pool.map(_write_part_there, work):
                     progress.update(size)
@@ -200,9 +198,12 @@ _index_there: Index
 """The index of a process that searches beside the main one."""
 
 
-def _open_index(folder: Path) -> None:
+def _open_index(folder: Path, opened: Any) -> None:
     global _index_there
-    _index_there = Index(folder)
+    with opened.get_lock():
+        rank = opened.value
+        opened.value += 1
+    _index_there = Index(folder, rank)
 
 
 def _write_part_there(work: tuple[list[Question], Path, Search]) -> int:
@@ -222,20 +223,27 @@ def _write_part(index: Index, questions: Sequence[Question], path: Path, search:
     write_questions(path, answered)
 
 
-def _gathered(parts: Path, search: Search, bad: Bad) -> Iterator[Question]:
+def _gathered(parts: Path, source: Path, bad: Bad) -> Iterator[Question]:
+    """The questions of all parts; an `InputError`, so that no file is written, where none is left."""
+    empty = True
     for path in sorted(parts.glob("[0-9]*.jsonl")):
         for question in iter_questions(path, candidates="optional"):
             if question.documents:
+                empty = False
                 yield question
             else:
                 bad(
                     InputError(
                         f"question {question.id}: question",
                         Phrase(f"{question.question[:60]!r}, for which nothing was found"),
-                        "a question shares a word with some passage",
-                        "Correct the question, or leave such ones out with --skip-bad.",
+                        "a question has at least one candidate",
+                        "Correct the question, or leave such ones out with --skip-bad: what is done is kept.",
                     )
                 )
+    if empty:
+        raise InputError(
+            str(source), Phrase("no question is left"), "a cache has at least one", "Check its gold ids and questions."
+        )
 
 
 def _split_of(path: Path) -> str:
@@ -243,7 +251,10 @@ def _split_of(path: Path) -> str:
     return split_of_path(path) or path.name.partition(".")[0]
 
 
-def _check_output(output: Path) -> None:
+def _check_paths(questions: Path, output: Path) -> None:
+    if not questions.is_file():
+        what = "a folder" if questions.is_dir() else "no such file"
+        raise InputError(str(questions), Phrase(what), "QUESTIONS is a question file", "Check the path.")
     if not output.name.lower().endswith(SUFFIXES):
         raise InputError("output", str(output), f"a cache ends in {' or '.join(SUFFIXES)}", "Name it so.")
 

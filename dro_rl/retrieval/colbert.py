@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from dro_rl.data.manifest import file_sha256
 from dro_rl.errors import InputError, Phrase
 from dro_rl.records import Document
-from dro_rl.retrieval.colbert_runtime import check_runtime, load_colbert
+from dro_rl.retrieval.colbert_runtime import check_runtime, load_colbert, take_gpu
 from dro_rl.retrieval.passages import PassageStore
 from dro_rl.retrieval.protocol import Hit
 
@@ -61,8 +61,8 @@ class ColBERT:
     name: str = field(default="colbert", init=False)
 
     def settings(self) -> dict[str, Any]:
-        """What its scores depend on."""
-        return {key: value for key, value in asdict(self).items() if key != "name"}
+        """What its scores depend on. A build can go on with another batch size."""
+        return {key: value for key, value in asdict(self).items() if key not in ("name", "batch_size")}
 
     def versions(self) -> Mapping[str, str]:
         """The packages, and the weights by their hash."""
@@ -102,11 +102,10 @@ class ColBERT:
         with _quiet():
             indexer.finalize()
 
-    def open(self, folder: Path) -> None:
-        """Load the index and the checkpoint, onto the GPU where there is one."""
-        check_runtime()
+    def open(self, folder: Path, rank: int) -> None:
+        """Load the index, and the checkpoint onto the GPU of this rank where there is one."""
+        take_gpu(rank)
         checkpoint = checkpoint_folder(self.checkpoint)
-        check_checkpoint(checkpoint)
         with _quiet():
             load_colbert()
             from colbert import Searcher
@@ -124,6 +123,8 @@ class ColBERT:
     def search(self, queries: Sequence[str], k: int) -> list[list[Hit]]:
         """At most k passages for each query, best first. Those are fewer where the query's centroids hold fewer."""
         with _quiet():
+            # What an earlier search set for its k would stay.
+            self._searcher.configure(ncells=None, centroid_score_threshold=None, ndocs=None)
             encoded = self._searcher.encode(list(queries))
             found = [self._searcher.dense_search(encoded[n : n + 1], k=k) for n in range(len(queries))]
         hits = [[Hit(int(row), float(score)) for row, _, score in zip(*each, strict=False)] for each in found]
@@ -299,9 +300,7 @@ def _encode_chunks(
     """A process's share of the chunks, on a GPU of its own where there are several."""
     import torch
 
-    if torch.cuda.is_available():
-        torch.cuda.set_device(rank % torch.cuda.device_count())
-    else:
+    if not take_gpu(rank):
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
     passages = PassageStore(store)
     indexer = _indexer(retriever, passages, folder)

@@ -11,13 +11,14 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
 from tqdm.auto import tqdm
 
 from dro_rl import __version__
-from dro_rl.data.corpus import corpus_files, read_corpus
+from dro_rl.data.corpus import corpus_files, read_corpus, shards
 from dro_rl.data.manifest import file_sha256
 from dro_rl.errors import InputError, Phrase
 from dro_rl.files import written_whole
@@ -40,7 +41,7 @@ class IndexManifest:
         retriever: its name.
         settings: what its scores depend on.
         versions: the packages that compute them.
-        corpus: what was named on the command line.
+        corpus: path of the file or folder; of a hub dataset its name, configuration and split.
         corpus_hash: `dro_rl.data.corpus.corpus_hash` of the passages.
         passages: how many there are.
         files: the corpus's files as they were: path, bytes, time of change, sha256. Empty for a hub dataset.
@@ -73,12 +74,16 @@ class Index:
 
     Args:
         folder: what `build_index` filled.
+        rank: of this process among those that search side by side: each takes a GPU of its own where there are several.
 
     Raises:
-        InputError: there is no index, or not a whole one, or its corpus has changed since.
+        InputError: there is no index, or not a whole one, or its corpus or the model's weights have changed since.
+
+    Attributes:
+        versions: the packages that search. Those that built are in the manifest.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, rank: int = 0) -> None:
         self.folder = Path(folder)
         self.manifest = read_index_manifest(self.folder)
         self.passages = PassageStore(self.folder / "passages")
@@ -91,7 +96,10 @@ class Index:
             )
         check_corpus(self.manifest, self.folder)
         self.retriever: Retriever = RETRIEVERS[self.manifest.retriever](**self.manifest.settings)
-        self.retriever.open(self.folder / self.manifest.retriever)
+        self.retriever.check()
+        self.versions = dict(self.retriever.versions())
+        check_weights(self.manifest, self.versions, self.folder)
+        self.retriever.open(self.folder / self.manifest.retriever, rank)
 
     def search(self, queries: Sequence[str], k: int) -> list[list[Candidate]]:
         """At most k passages for each query, best first; of equal score the earlier ones of the corpus.
@@ -105,7 +113,14 @@ class Index:
 
 
 def build_index(
-    retriever: Retriever, corpus: str, folder: str | Path, *, processes: int = 1, skip_bad: bool = False
+    retriever: Retriever,
+    corpus: str,
+    folder: str | Path,
+    *,
+    config: str | None = None,
+    split: str = "train",
+    processes: int = 1,
+    skip_bad: bool = False,
 ) -> IndexManifest:
     """Index a corpus. Killed and called again with the same arguments, it goes on; on a finished index it does nothing.
 
@@ -113,6 +128,8 @@ def build_index(
         retriever: with its settings.
         corpus: a file, a folder, or a hub dataset: see `dro_rl.data.corpus.read_corpus`.
         folder: where the index goes.
+        config: configuration of a hub dataset.
+        split: split of a hub dataset.
         processes: how many work side by side.
         skip_bad: leave bad and repeated passages out and count them; else the first one ends the build.
 
@@ -122,15 +139,17 @@ def build_index(
     folder = Path(folder)
     retriever.check()
     files = _file_facts(corpus)
-    asked = _asked(retriever, corpus, files, skip_bad)
+    name = str(Path(corpus).expanduser().absolute()) if files else "/".join(filter(None, (corpus, config, split)))
+    asked = _asked(retriever, name, files, skip_bad)
+    read = partial(read_corpus, corpus, config=config, split=split)
     if (folder / "index.json").is_file():
         return _same_index(folder, asked)
-    next(read_corpus(corpus, bad=Skips() if skip_bad else refuse))  # what is wrong with it at once, is said at once
+    next(read(bad=Skips() if skip_bad else refuse))  # what is wrong with it at once, is said at once
     _claim(folder, asked)
     skips = Skips()
     bad = skips if skip_bad else refuse
     with _byte_progress(files) as watch:
-        corpus_hash = write_passages(folder / "passages", read_corpus(corpus, bad=bad, watch=watch), bad=bad)
+        corpus_hash = write_passages(folder / "passages", read(bad=bad, watch=watch), bad=bad)
     passages = PassageStore(folder / "passages")
     write_lookup(passages)
     retriever.build(passages, folder / retriever.name, processes)
@@ -181,8 +200,29 @@ def check_k(k: int, manifest: IndexManifest, folder: Path) -> None:
         )
 
 
+def check_weights(manifest: IndexManifest, versions: Mapping[str, str], folder: Path) -> None:
+    """Refuse an index that other weights encoded: their vectors do not compare. Other packages may search."""
+    there, now = (each.get("weights") for each in (manifest.versions, versions))
+    if there != now:
+        raise InputError(
+            f"{folder}: checkpoint",
+            Phrase(f"weights of sha256 {now}"),
+            f"the index was built with {there}",
+            "Put the checkpoint back, or build an index of its own with this one.",
+        )
+
+
 def check_corpus(manifest: IndexManifest, folder: Path) -> None:
-    """Refuse an index whose corpus files are there and are others by now. Files that are gone are no matter."""
+    """Refuse an index whose corpus is another by now: files that changed or came. Files that are gone are no matter."""
+    known = {fact["path"] for fact in manifest.files}
+    there = shards(Path(manifest.corpus)) if known and Path(manifest.corpus).is_dir() else []
+    if new := [str(file) for file in there if str(file) not in known]:
+        raise InputError(
+            new[0],
+            Phrase(f"not there when {folder} was built from its folder"),
+            "an index and its corpus belong together",
+            "Build the index again, or move the file elsewhere.",
+        )
     for fact in manifest.files:
         path = Path(fact["path"])
         changed = path.is_file() and _stat(path) != (fact["bytes"], fact["changed"])
@@ -222,6 +262,7 @@ def _same_index(folder: Path, asked: Mapping[str, Any]) -> IndexManifest:
                 f"this is asked for with {wanted!r}",
                 "Delete the folder, or name another.",
             )
+    check_weights(manifest, asked["versions"], folder)
     return manifest
 
 

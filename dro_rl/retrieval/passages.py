@@ -7,7 +7,6 @@ finds out if the corpus is another one by then. Knows nothing of retrievers.
 from __future__ import annotations
 
 import bisect
-import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
@@ -17,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from dro_rl.data.corpus import CorpusHash, SeenHashes
+from dro_rl.data.corpus import CorpusHash, SeenHashes, hash_ids
 from dro_rl.errors import InputError, Phrase
 from dro_rl.files import written_whole
 from dro_rl.records import Document
@@ -76,7 +75,7 @@ class PassageStore:
     def row_of(self, identifier: str) -> int | None:
         """The row of a passage by its id; None where the corpus has none of that id."""
         hashes, rows = self._by_hash
-        wanted = _hash_ids([identifier])[0]
+        wanted = hash_ids([identifier])[0]
         for place in range(np.searchsorted(hashes, wanted), np.searchsorted(hashes, wanted, side="right")):
             if self[int(rows[place])].id == identifier:
                 return int(rows[place])
@@ -131,7 +130,7 @@ def write_lookup(store: PassageStore) -> None:
     start = 0
     for part in store._parts:
         ids = part.column("id").to_pylist()
-        hashes[start : start + len(ids)] = _hash_ids(ids)
+        hashes[start : start + len(ids)] = hash_ids(ids)
         start += len(ids)
     order = np.argsort(hashes, kind="stable")
     for name, values in (("id_hashes.npy", hashes[order]), ("rows.npy", order.astype(np.uint32))):
@@ -189,8 +188,3 @@ def _without_copies(documents: Iterable[Document], bad: Bad) -> Iterator[Documen
                 )
             else:
                 yield document
-
-
-def _hash_ids(ids: Iterable[str]) -> np.ndarray:
-    digests = b"".join(hashlib.blake2b(identifier.encode(), digest_size=8).digest() for identifier in ids)
-    return np.frombuffer(digests, dtype=np.uint64)

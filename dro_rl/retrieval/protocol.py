@@ -34,19 +34,19 @@ class Retriever(Protocol):
         ...
 
     def versions(self) -> Mapping[str, str]:
-        """The packages that compute the scores, with their versions."""
+        """The packages that compute the scores, with their versions; under `weights` the hash of a model's."""
         ...
 
     def check(self) -> None:
-        """Raise `InputError` for whatever would end a build: a setting, a missing package, a missing compiler."""
+        """Raise `InputError` for what would end a build or a search: a setting, a missing package or compiler."""
         ...
 
     def build(self, passages: PassageStore, folder: Path, processes: int) -> None:
         """Index the passages into a folder of its own. Killed and called again, it goes on."""
         ...
 
-    def open(self, folder: Path) -> None:
-        """Make an index that was built ready for `search`."""
+    def open(self, folder: Path, rank: int) -> None:
+        """Make an index that was built ready for `search`, on the GPU of this rank. Call `check` before."""
         ...
 
     def search(self, queries: Sequence[str], k: int) -> list[list[Hit]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +75,6 @@ class IterationRollouts:
         self._iteration: int | None = None
         self._rollouts: list[Rollout] = []
         self._ahead: _Ahead | None = None
-        self._pool = ThreadPoolExecutor(1, "rollouts")
 
     def of(self, iteration: int, step: int) -> list[Rollout]:
         """An iteration's rollouts, by slot: from memory, from the log, or sampled now, after `step` updates."""
@@ -93,6 +92,10 @@ class IterationRollouts:
                     some = indices[first : first + size]
                     self._rollouts += self._part(iteration, part, first, some, temperature, sampled)
                     bar.update(min(size, len(indices) - first))
+            if self._main:  # cut otherwise, by a run with another number of processes
+                count = -(-len(indices) // size)
+                for leftover in rollout_log.part_paths(self.run_dir, iteration + 1)[count:]:
+                    leftover.unlink()
             self._iteration = iteration
             if self.args.overlap_rollouts and iteration + 1 < self.args.num_iterations:
                 self._ahead = self._sample_ahead(iteration + 1, step)
@@ -106,7 +109,7 @@ class IterationRollouts:
         """Ask the servers for an iteration's rollouts with the weights of now, while the one before it trains."""
         indices, temperature = self.schedule.questions(iteration), self._temperature(iteration)
         size = self._part_size(len(indices))
-        parts = []
+        parts, pool = [], ThreadPoolExecutor(1, "rollouts")
         with self._open_engine() as engine:
             for first in range(0, len(indices), size):
                 mine = range(self.args.process_index, min(size, len(indices) - first), self.args.world_size)
@@ -115,7 +118,8 @@ class IterationRollouts:
                     [rollout_seed(self.args.seed, iteration, first + i) for i in mine],
                     temperature,
                 )
-                parts.append(self._pool.submit(engine.generate, *request))
+                parts.append(pool.submit(engine.generate, *request))
+        pool.shutdown(wait=False)  # it ends with its last part
         return _Ahead(iteration, step, temperature, parts)
 
     def _temperature(self, iteration: int) -> float:
@@ -193,7 +197,9 @@ class IterationRollouts:
 
     def close(self) -> None:
         """Wait for rollouts in flight, which early stopping leaves: they read the weights' folder."""
-        self._pool.shutdown()
+        if self._ahead is not None:
+            wait(self._ahead.parts)
+            self._ahead = None
 
     def _write_part(self, iteration: int, part: int, first: int, rollouts: Sequence[Rollout]) -> None:
         if self._main:

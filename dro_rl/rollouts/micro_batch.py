@@ -10,7 +10,8 @@ from torch import Tensor
 
 from dro_rl.config import DROConfig
 from dro_rl.constraint import allowed_for
-from dro_rl.models import Role, WeightedRows
+from dro_rl.likelihood import depth, unshared
+from dro_rl.models import ROLES, Role, WeightedRows
 from dro_rl.packing import Row
 from dro_rl.prompts import Prompter
 from dro_rl.records import Question, Rollout
@@ -57,9 +58,14 @@ class Group:
                 for numbers in self.selections
             ]
 
-    def __len__(self) -> int:
-        """Tokens of all rows."""
-        return sum(map(len, self.selector_rows)) + sum(map(len, self.generator_rows))
+    def tokens(self, packed: Mapping[Role, bool]) -> int:
+        """Tokens of all rows, as the models take them: each prompt once where a role packs, else once a completion."""
+        rows = {"selector": self.selector_rows, "generator": self.generator_rows}
+        return sum(len(row) if packed[role] else unshared(row) for role in ROLES for row in rows[role])
+
+    def depth(self, role: Role) -> int:
+        """Tokens of a role's longest prompt with its longest completion; 0 without rows."""
+        return max(map(depth, self.selector_rows if role == "selector" else self.generator_rows), default=0)
 
 
 class MicroBatch:

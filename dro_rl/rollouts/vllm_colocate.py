@@ -7,6 +7,7 @@ question has a seed of its own and its m samples are one request.
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -60,11 +61,11 @@ class ColocatedEngine:
     ) -> None:
         check_installed("rollout_engine", config.rollout_engine)
         self._selector, self._config = selector, config
-        self._sharded = accelerator.distributed_type.value in ("FSDP", "DEEPSPEED")
+        self._sharded = is_sharded(accelerator)
         self._cpu = accelerator.device.type == "cpu"
         self._eos_token_id: int = tokenizer.eos_token_id
         self._pushed: int | None = None
-        with random_state_kept(), _launch_variables_kept(), warnings.catch_warnings():
+        with random_state_kept(), _launch_variables_kept(), _llvmlite_aside(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # vLLM's imports give some, on what it uses of torch
             self._generation = self._build(accelerator, tokenizer)
         self._llm = self._generation.llm
@@ -85,6 +86,7 @@ class ColocatedEngine:
             "dtype": engine_dtype(config, str(model.dtype).removeprefix("torch.")),
             "skip_tokenizer_init": True,
             "use_tqdm_on_load": False,
+            **origin(model, tokenizer),
         }
         if config.constrain_selection:
             options["logits_processors"] = [LOGITS_PROCESSOR]
@@ -137,10 +139,7 @@ class ColocatedEngine:
     def push(self) -> None:
         """Hand the selector's weights to vLLM, and forget the prefixes that the old ones computed."""
         generation = self._generation
-        generation.model = self._selector()
-        if is_adapted(generation.model) and not self._sharded:
-            # TRL merges adapters into the model and takes them out again, which rounds the base a little each time.
-            generation._iter_named_params = partial(merged_parameters, generation.model)
+        take_weights_from(generation, self._selector(), sharded=self._sharded)
         if not self._cpu:
             generation.sync_weights()
             return
@@ -229,6 +228,42 @@ def _launch_variables_kept() -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+@contextmanager
+def _llvmlite_aside() -> Iterator[None]:
+    """On a CPU vLLM 0.31 looks through the variables of all modules for its kernels, and fails on llvmlite's handle
+    of its library, which is there once numba is (first-stage retrieval): it has any attribute that it is asked for."""
+    name = "llvmlite.binding.ffi"
+    module = sys.modules.pop(name, None)
+    try:
+        yield
+    finally:
+        if module is not None:
+            sys.modules[name] = module
+
+
+def origin(model: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What vLLM is told to load what the trainer loaded: the revision, and whether its own code is trusted.
+
+    Read off what was loaded: code of a model's own is there where it was trusted, and nowhere else.
+    """
+    base = model.get_base_model() if is_adapted(model) else model
+    trusted = any(type(each).__module__.startswith("transformers_modules.") for each in (base, base.config, tokenizer))
+    return {"revision": base.config._commit_hash, "trust_remote_code": trusted}
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether a process may hold a part of each weight alone."""
+    return accelerator.distributed_type.value in ("FSDP", "DEEPSPEED")
+
+
+def take_weights_from(generation: Any, model: Any, *, sharded: bool) -> None:
+    """Have TRL's `VLLMGeneration` read the weights of `model` at its next sync."""
+    generation.model = model
+    if is_adapted(model) and not sharded:
+        # TRL merges adapters into the model and takes them out again, which rounds the base a little each time.
+        generation._iter_named_params = partial(merged_parameters, model)
 
 
 def cpu_options(length: int | None) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 
 from dro_rl.config import DROConfig
 from dro_rl.constraint import SelectionConstraint
@@ -30,8 +32,11 @@ ATTEMPTS = 3
 """How often one question's rollouts are asked for before a server counts as away."""
 CONCURRENCY = 64
 """Questions in flight at once, over all servers."""
+RESETS = 5
+"""How often a server is asked to forget its prefixes: it does not while a request holds them."""
 PAUSE = 1.0
-"""Seconds between two looks at a server that is not up."""
+"""Seconds between two looks at a server that is not up, or holds its prefixes."""
+COMPLETIONS = "/v1/completions"
 START = "Start it (`dro-rl serve-rollouts RECIPE`), and give the same command with --resume_from_checkpoint auto."
 
 
@@ -58,20 +63,21 @@ class Server:
         """Return when the server is up. Raises `InputError` after `timeout` seconds."""
         deadline = time.monotonic() + self.timeout
         said = False
-        while True:
-            try:
-                answer = self._client.get("/health", timeout=min(10.0, self.timeout))
-                if answer.status_code == 200:
-                    return
-                problem = f"it answered with status {answer.status_code}"
-            except httpx.TransportError as error:
-                problem = str(error) or type(error).__name__
+        while (problem := self.problem()) is not None:
             if time.monotonic() + PAUSE > deadline:
                 raise self.away(f"no answer for {self.timeout:g} s ({problem})")
             if not said:
                 logger.info(f"waiting for the vLLM server at {self.url}, {self.timeout:g} s at most ({problem})")
                 said = True
             time.sleep(PAUSE)
+
+    def problem(self) -> str | None:
+        """Why the server is not up; None when it is."""
+        try:
+            answer = self._client.get("/health", timeout=min(10.0, self.timeout))
+        except httpx.TransportError as error:
+            return str(error) or type(error).__name__
+        return None if answer.status_code == 200 else f"it answered with status {answer.status_code}"
 
     def away(self, problem: str) -> InputError:
         """The error that ends a run whose server does not answer."""
@@ -86,12 +92,14 @@ class Server:
             What the server answered, read as JSON; None for nothing.
 
         Raises:
-            httpx.TransportError: it could not be reached, or was too slow.
+            httpx.TransportError: it could not be reached, was too slow, or its engine has died.
             InputError: it answered that it could not.
         """
         answer = self._client.request(method, path, **body)
-        if answer.status_code in (502, 503, 504):  # what stands before a server says that it is away
-            raise httpx.RemoteProtocolError(f"status {answer.status_code}")
+        # What stands before a server says that it is away, or the server says so of its engine: a request that is wrong
+        # has another status.
+        if answer.status_code in (502, 503, 504) or (answer.status_code == 500 and path == COMPLETIONS):
+            raise httpx.RemoteProtocolError(f"status {answer.status_code}: {answer.text[:300]}")
         if answer.status_code != 200:
             raise InputError(
                 "vllm_server_base_url",
@@ -119,8 +127,12 @@ class Server:
         except httpx.TransportError as error:
             raise self.away(str(error) or type(error).__name__) from None
 
-    def check(self, config: DROConfig) -> None:
-        """Wait for the server, and refuse one whose settings would make rollouts wrong or fail."""
+    def check(self, config: DROConfig) -> str:
+        """Wait for the server, and refuse one whose settings would make rollouts wrong or fail.
+
+        Returns:
+            Its instance: another each time that it is started.
+        """
         self.wait()
         settings = self.settings()
         model, scheduler = settings["model_config"], settings["scheduler_config"]
@@ -149,6 +161,7 @@ class Server:
                 "vLLM fails there on a prompt that it splits, when the request has a seed",
                 "--no-enable-chunked-prefill",
             )
+        return str(settings["instance_id"])
 
     def _refused(self, found: str, rule: str, flag: str) -> InputError:
         return InputError(
@@ -156,18 +169,35 @@ class Server:
         )
 
     def load(self, folder: Path) -> None:
-        """Make the server read new weights, and forget the prefixes that the old ones computed."""
+        """Make the server read new weights, and forget the prefixes that the old ones computed.
+
+        Raises:
+            httpx.TransportError: it went away.
+            InputError: it could not read them, or did not forget.
+        """
         loading = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
         try:
             self.call("POST", "/collective_rpc", json=loading)
         except InputError as error:
+            if self.problem() is not None:  # its engine has died, whatever the folder holds
+                raise httpx.RemoteProtocolError(str(error.value)) from None
             raise InputError(
                 "vllm_weights_dir",
                 str(folder),
                 f"the server reads the selector's weights there ({error.value})",
                 "Name a folder that the trainer and all servers see under the same path, and start the server again.",
             ) from None
-        self.call("POST", "/reset_prefix_cache")
+        for _ in range(RESETS):
+            answer = self.call("POST", "/reset_prefix_cache")
+            if answer is None or answer["success"]:  # early releases say nothing
+                return
+            time.sleep(PAUSE)
+        raise InputError(
+            "vllm_server_base_url",
+            Phrase(f"{self.url} keeps its prefix cache"),
+            "a server forgets what older weights computed, which it cannot while requests of others run",
+            "Leave it to one training, and give the same command with --resume_from_checkpoint auto.",
+        )
 
 
 Publish = Callable[[Sequence[Server]], Path | None]
@@ -179,7 +209,7 @@ class ServerEngine:
 
     The same prompt, seed and weights give the same completions up to rounding: what else is in a batch can change a
     log-probability in its last digits, and seldom a token. A server that goes away and comes back in time is given the
-    weights again, and asked again.
+    weights again, and asked again; one that was started again since the last push is pushed to.
 
     Args:
         config: the settings under `vllm_*`.
@@ -192,18 +222,29 @@ class ServerEngine:
         self.servers = [
             Server(url, config.vllm_server_timeout, config.vllm_request_timeout) for url in config.vllm_servers
         ]
-        self._eos_token_id, self._publish = eos_token_id, publish
+        self._config, self._eos_token_id, self._publish = config, eos_token_id, publish
+        self._instances: list[str] = []
         self._pushed: int | None = None
         self._weights: Path | None = None
         self._returns = [_Returns() for _ in self.servers]
 
     @contextmanager
     def at(self, step: int) -> Iterator[ServerEngine]:
-        """The engine with the weights that the selector has after `step` updates."""
-        if self._pushed != step:
+        """The engine with the weights that the selector has after `step` updates. All processes call it together."""
+        for returns in self._returns:
+            returns.lost = None
+        instances = self._check()
+        if self._pushed != step or instances != self._instances:
             self._weights = self._publish(self.servers)
-            self._pushed = step
+            self._pushed, self._instances = step, instances
         yield self
+
+    def _check(self) -> list[str]:
+        """The servers' instances. One that was started again has the weights, and the flags, that it started with."""
+        found: list[Any] = [None]
+        if PartialState().is_main_process:
+            found[0] = [server.check(self._config) for server in self.servers]
+        return broadcast_object_list(found)[0]
 
     def forget(self) -> None:
         """The trainer's weights have been replaced: push before the next sample, whatever the step."""
@@ -213,8 +254,9 @@ class ServerEngine:
         """Remove the folder that the servers read weights from. The next push writes another."""
         if self._weights is not None:
             shutil.rmtree(self._weights, ignore_errors=True)
-            with suppress(OSError):  # other things are in it, or another process was first
+            with suppress(OSError):  # other things are in them, or another process was first
                 self._weights.parent.rmdir()
+                self._weights.parent.parent.rmdir()
         self._weights = self._pushed = None
 
     def samples_policy(self, sampling: SamplingParams) -> bool:
@@ -237,9 +279,9 @@ class ServerEngine:
             options = request_options(sampling, num_generations, seeds[i], self._eos_token_id)
             if constraints is not None:
                 options["vllm_xargs"] = constrained(constraints[i])
-            return self._ask(
-                i % len(self.servers), {"prompt": list(prompts[i]), "return_tokens_as_token_ids": True, **options}
-            )
+            # Each process begins with another server: one may have a single question.
+            place = (i + self._config.process_index) % len(self.servers)
+            return self._ask(place, {"prompt": list(prompts[i]), "return_tokens_as_token_ids": True, **options})
 
         with ThreadPoolExecutor(min(CONCURRENCY, len(prompts))) as pool:
             futures = [pool.submit(ask, i) for i in range(len(prompts))]
@@ -254,7 +296,7 @@ class ServerEngine:
         for _ in range(ATTEMPTS):
             seen = returns.count
             try:
-                choices = server.call("POST", "/v1/completions", json=request)["choices"]
+                choices = server.call("POST", COMPLETIONS, json=request)["choices"]
                 break
             except httpx.TransportError as error:
                 problem = str(error) or type(error).__name__
@@ -280,8 +322,7 @@ class ServerEngine:
             try:
                 if self._weights is None:
                     raise server.away(f"{problem}, and weights that came over NCCL cannot be given again")
-                server.wait()
-                # A server that was started again has the weights that it was started with.
+                server.check(self._config)
                 server.load(self._weights)
             except httpx.TransportError as error:
                 returns.lost = server.away(str(error) or type(error).__name__)
