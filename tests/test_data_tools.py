@@ -145,7 +145,7 @@ def test_a_hub_dataset_is_prepared_under_its_name(tmp_path: Path, monkeypatch: p
 
 @pytest.mark.parametrize("name", ["data.json", "train_dev.json", "contest.json", "someone/hub"])
 def test_a_name_that_tells_no_split_asks_for_one(release: Path, name: str) -> None:
-    assert "Name it: --split train" in refusal(job(name, output=release.parent / "q.jsonl"))
+    assert "tells one split. Name it: --split train" in refusal(job(name, output=release.parent / "q.jsonl"))
 
 
 def test_wrong_options_are_refused_before_anything_is_read(release: Path, monkeypatch: pytest.MonkeyPatch) -> None:

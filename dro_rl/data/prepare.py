@@ -130,7 +130,7 @@ def _split(job: Preparation) -> str:
         raise InputError(
             "--split",
             Phrase("not given"),
-            f"the name {name!r} tells one split, or its folder's",
+            f"neither {name!r} nor the name of its folder tells one split",
             "Name it: --split train.",
         )
     return split
