@@ -373,7 +373,7 @@ def _matches(value: Any, kind: Any) -> tuple[bool, Any]:
     if kind is Any:
         return True, value
     if origin is Literal:
-        if isinstance(value, bool) and "on" in typing.get_args(kind):  # YAML reads on and off as booleans
+        if isinstance(value, bool) and "off" in typing.get_args(kind):  # YAML reads on and off as booleans
             value = "on" if value else "off"
         return value in typing.get_args(kind), value
     if origin is list:

@@ -164,11 +164,12 @@ def test_a_whole_number_is_a_number(recipe_file) -> None:
     assert load_recipe(recipe_file("weight_decay: 0\ntemperature: 1\n")).training.temperature == 1.0
 
 
-@pytest.mark.parametrize("value", ["on", "off"])
-def test_shared_prefix_may_be_written_without_quotes(recipe_file, value: str) -> None:
-    """YAML 1.1 reads `on` and `off` as true and false."""
-    recipe = load_recipe(recipe_file(f"shared_prefix: {value}\n"))
-    assert recipe.training.shared_prefix == value
+@pytest.mark.parametrize(("key", "value"), [("shared_prefix", "on"), ("shared_prefix", "off"), ("fused_e_step", "off")])
+def test_on_and_off_may_be_written_without_quotes(recipe_file, key: str, value: str) -> None:
+    """YAML 1.1 reads them as true and false."""
+    recipe = load_recipe(recipe_file(f"{key}: {value}\n"))
+    assert getattr(recipe.training, key) == value
+    assert getattr(load_recipe(recipe_file(""), {key: yaml.safe_load(value)}).training, key) == value
 
 
 # Values that cannot be --------------------------------------------------------------------------------------
