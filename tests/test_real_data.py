@@ -127,7 +127,7 @@ def test_the_trained_pair_is_evaluated_and_compared_with_its_controls(finished: 
         )  # fmt: skip
         assert done.exit_code == 0, done.output
         report = json.loads((tmp_path / control / "report.json").read_text())
-        assert report["conditions"]["split"] == f"dev/{name}, first 3"
+        assert report["conditions"]["split"] == f"{name}/dev, first 3"
         assert all(
             math.isfinite(report["metrics"][metric]["mean"]) for metric in ("em", "f1", "rouge_l", "answer_logp")
         )

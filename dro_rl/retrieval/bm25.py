@@ -145,7 +145,7 @@ class BM25:
         scorer.index((rows, vocabulary), create_empty_token=False, show_progress=sys.stderr.isatty())
         scorer.save(folder, show_progress=False)
 
-    def open(self, folder: Path, rank: int) -> None:
+    def open(self, folder: Path, rank: int = 0) -> None:
         """Map the scores. All processes share them, whatever their rank."""
         import bm25s
 

@@ -102,7 +102,7 @@ class ColBERT:
         with _quiet():
             indexer.finalize()
 
-    def open(self, folder: Path, rank: int) -> None:
+    def open(self, folder: Path, rank: int = 0) -> None:
         """Load the index, and the checkpoint onto the GPU of this rank where there is one."""
         take_gpu(rank)
         checkpoint = checkpoint_folder(self.checkpoint)

@@ -45,7 +45,7 @@ class Retriever(Protocol):
         """Index the passages into a folder of its own. Killed and called again, it goes on."""
         ...
 
-    def open(self, folder: Path, rank: int) -> None:
+    def open(self, folder: Path, rank: int = 0) -> None:
         """Make an index that was built ready for `search`, on the GPU of this rank. Call `check` before."""
         ...
 
