@@ -336,9 +336,7 @@ class DROTrainer(_BaseTrainer):
             ]
             packed = {role: self._packs(role, max(group.depth(role) for group in groups)) for role in ROLES}
             sizes = [group.tokens(packed) for group in groups]
-            # DeepSpeed's engine takes one backward pass for each micro-batch that it was told of.
-            room = sum(sizes) if self.is_deepspeed_enabled else self.args.tokens_per_microbatch
-            batches = [[groups[i] for i in run] for run in passes(sizes, room)]
+            batches = [[groups[i] for i in run] for run in passes(sizes, self.args.tokens_per_microbatch)]
             most = int(self.accelerator.gather(torch.tensor([len(batches)], device=self.args.device)).max())
             batches += [[] for _ in range(most - len(batches))]
             eos = self.prompters["generator"].eos_token_id
