@@ -91,7 +91,7 @@ def print_stages(stages: Sequence[Mapping[str, Any]], run_dir: Path, curves: Pat
 
 def print_phases(phases: Mapping[str, Phase], peak: float | None) -> None:
     """Where this process spent its time, the longest phase first."""
-    table = Table(title="Where the time went (this process, since training began)")
+    table = Table(title="where the time went")
     table.add_column("phase", no_wrap=True)
     for name in ("seconds", "share", "tokens/s", *(["MFU"] if peak else [])):
         table.add_column(name, justify="right")
