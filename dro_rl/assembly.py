@@ -153,7 +153,7 @@ def evaluate_base(recipe: Recipe, dev: Sequence[Question], prompters: dict[Role,
 
     settings = PipelineSettings.of(training, run.chat_template_kwargs)
     pipeline = RAGPipeline(
-        open_role, prompters, settings, training.per_device_eval_batch_size, training.shared_prefix != "off"
+        open_role, prompters, settings, training.per_device_eval_batch_size, training.scoring.shared_prefix
     )
     logger.info(f"evaluation of the base models: {len(dev)} dev questions")
     evaluate_stage(

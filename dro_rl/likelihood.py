@@ -160,10 +160,15 @@ def unshared(row: Row) -> int:
     return len(row.completions) * depth(row)
 
 
+def without_adapters(model: Any) -> Any:
+    """The causal LM itself: what a PEFT model is around, or the model."""
+    return model.get_base_model() if hasattr(model, "peft_config") else model
+
+
 def _packed(model: Any, layout: Layout, rows: Sequence[Row]) -> list[Tensor]:
     """One pass over all rows without padding; each completion's token log-probabilities, in order."""
     device = model.device
-    plain = model.get_base_model() if hasattr(model, "peft_config") else model
+    plain = without_adapters(model)
     hidden = plain.base_model(
         input_ids=torch.tensor([layout.ids], device=device),
         position_ids=torch.tensor([layout.positions], device=device),

@@ -20,7 +20,7 @@ import yaml
 
 from dro_rl.config import DROConfig
 from dro_rl.data.toy import TOY_BASE
-from dro_rl.errors import InputError, Phrase
+from dro_rl.errors import InputError, Phrase, first_line
 from dro_rl.files import written_whole
 
 
@@ -252,7 +252,7 @@ def load_recipe(path: str | Path | None, overrides: Mapping[str, Any] | None = N
         raise
     except (ValueError, TypeError) as error:
         raise InputError(
-            "recipe", Phrase(str(error).splitlines()[0]), "transformers accepts the settings", "Correct it."
+            "recipe", Phrase(first_line(error)), "transformers accepts the settings", "Correct it."
         ) from None
     defaults = {f.name: getattr(run, f.name) for f in dataclasses.fields(RunConfig)}
     defaults |= {name: DROConfig.__dataclass_fields__[name].default for name in DROConfig.__annotations__}
@@ -332,7 +332,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
             values = loader.get_single_data()
         except (UnicodeDecodeError, yaml.reader.ReaderError) as error:
             raise InputError(
-                str(path), Phrase(str(error).splitlines()[0]), "a recipe is UTF-8 text", "Convert the file."
+                str(path), Phrase(first_line(error)), "a recipe is UTF-8 text", "Convert the file."
             ) from None
         except yaml.MarkedYAMLError as error:
             line = error.problem_mark.line + 1 if error.problem_mark else "?"

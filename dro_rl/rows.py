@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from dro_rl.errors import InputError, Phrase
+from dro_rl.errors import InputError, Phrase, first_line
 
 Rows = Iterator[tuple[str, Any]]
 """Rows with their places, `file: line 3`."""
@@ -186,7 +186,7 @@ def parquet_rows(path: Path, *, watch: Watch | None = None) -> Rows:
     except (pa.ArrowInvalid, OSError, UnicodeDecodeError) as error:
         raise InputError(
             f"{path}: after row {number}",
-            Phrase(str(error).splitlines()[0]),
+            Phrase(first_line(error)),
             "this is a whole Parquet file, its text UTF-8",
             "Write it again.",
         ) from None

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from dro_rl.likelihood import without_adapters
+
 PEAK_FLOPS = {
     "A100": 312e12, "A10": 125e12, "A30": 165e12, "B200": 2250e12, "GH200": 989e12, "H100": 989e12, "H200": 989e12,
     "H20": 148e12, "L4": 121e12, "L40S": 362e12, "V100": 125e12,
@@ -94,7 +96,7 @@ def flops_per_token(model: Any) -> Flops:
     Embeddings look up and the head sees completions alone, so neither counts; attention and recomputation do not
     either.
     """
-    plain = model.get_base_model() if hasattr(model, "peft_config") else model
+    plain = without_adapters(model)
     embeddings = {id(parameter) for parameter in plain.get_input_embeddings().parameters()}
     weights = [parameter for parameter in plain.base_model.parameters() if id(parameter) not in embeddings]
     forward = 2.0 * sum(weight.numel() for weight in weights)

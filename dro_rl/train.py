@@ -24,7 +24,7 @@ from dro_rl.assembly import build_prompters, evaluate_base, load_models, load_re
 from dro_rl.console import print_help, print_phases, print_stages
 from dro_rl.data import dev_beside, load_questions
 from dro_rl.data.candidates import shape_candidates
-from dro_rl.errors import InputError, Phrase, is_full_disk
+from dro_rl.errors import InputError, Phrase, first_line, is_full_disk
 from dro_rl.evaluation.plots import plot_curves
 from dro_rl.recipe import load_recipe, parse_command_line
 from dro_rl.trainer import DROTrainer
@@ -98,7 +98,7 @@ def run_job(arguments: Sequence[str]) -> int:
         return _refuse(
             InputError(
                 str(getattr(error, "filename", None) or "disk"),
-                Phrase(f"full ({str(error).splitlines()[0]})"),
+                Phrase(f"full ({first_line(error)})"),
                 "a run has room for its files; checkpoints that are in place are whole",
                 "Free some, and give the same command with --resume_from_checkpoint auto.",
             )

@@ -186,7 +186,7 @@ class DROTrainer(_BaseTrainer):
             self.prompters,
             self.pipeline_settings(),
             batch_size=args.per_device_eval_batch_size,
-            shared_prefix=args.shared_prefix != "off",
+            shared_prefix=args.scoring.shared_prefix,
         )
 
     @property
@@ -236,7 +236,7 @@ class DROTrainer(_BaseTrainer):
                 model,
                 self.prompters["selector"].eos_token_id,
                 batch_size=self.args.per_device_eval_batch_size,
-                shared_prefix=self.args.shared_prefix != "off",
+                shared_prefix=self.args.scoring.shared_prefix,
             )
 
     def _start_vllm(self) -> ColocatedEngine | ServerEngine:

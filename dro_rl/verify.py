@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dro_rl.attention import takes_packed_rows
 from dro_rl.errors import InputError, Phrase
-from dro_rl.likelihood import Model, Scoring, row_logps
+from dro_rl.likelihood import Model, Scoring, row_logps, without_adapters
 from dro_rl.packing import Row
 
 TOLERANCES = {torch.float32: (1e-3, 1e-2), torch.bfloat16: (0.25, 0.25), torch.float16: (0.1, 0.1)}
@@ -43,8 +43,11 @@ def difference(model: Any, rows: Sequence[Row], scoring: Scoring, *, gradients: 
         return None
     if not gradients:
         return Difference(_values(model, rows, scoring), None)
-    base = model.get_base_model() if hasattr(model, "peft_config") else model
-    layer = [parameter for parameter in base.get_decoder().layers[0].parameters() if parameter.requires_grad]
+    layer = [
+        parameter
+        for parameter in without_adapters(model).get_decoder().layers[0].parameters()
+        if parameter.requires_grad
+    ]
     with _without_dropout(model):
         found = _values(model, rows, scoring)
         fast, plain = (

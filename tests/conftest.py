@@ -15,11 +15,13 @@ os.environ.update(
 )
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -137,3 +139,23 @@ def questions() -> list[Question]:
             ("Vey", "On Mount Vey grows blue grass."), ("Trees", "No trees."),
         ),
     ]  # fmt: skip
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Callable[..., Path]:
+    """Runs the job in this process with some keys changed, in a folder of its own."""
+    from training_world import world
+
+    from dro_rl import train
+
+    recipe = world(tmp_path / "world")
+
+    def run(name: str = "run", **keys: Any) -> Path:
+        output = tmp_path / name
+        values = {**yaml.safe_load(recipe.read_text()), **keys, "output_dir": str(output)}
+        changed = tmp_path / f"{name}.yaml"
+        changed.write_text(yaml.safe_dump(values))
+        train.main([str(changed)])
+        return output
+
+    return run

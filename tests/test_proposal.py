@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from conftest import ARCHITECTURES, VOCABULARY
 from torch import Tensor
 from training_world import largest_difference, questions, weights, world
 
-from dro_rl import likelihood, train
+from dro_rl import likelihood
 from dro_rl.config import DROConfig
 from dro_rl.constraint import SelectionConstraint, allowed_for
 from dro_rl.errors import InputError
@@ -330,21 +329,6 @@ def test_settings_that_contradict_are_refused(settings: dict[str, float], key: s
 
 
 # The job --------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def job(tmp_path: Path) -> Callable[..., Path]:
-    recipe = world(tmp_path / "world")
-
-    def run(name: str = "run", **keys: Any) -> Path:
-        output = tmp_path / name
-        values = {**yaml.safe_load(recipe.read_text()), **keys, "output_dir": str(output)}
-        changed = tmp_path / f"{name}.yaml"
-        changed.write_text(yaml.safe_dump(values))
-        train.main([str(changed)])
-        return output
-
-    return run
 
 
 def steps(run: Path) -> list[dict[str, float]]:

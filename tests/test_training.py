@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 from training_world import largest_difference, launch, save_model, weights, world
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen2ForCausalLM
 from typer.testing import CliRunner
 
-from dro_rl import likelihood, packing, pipeline, train
+from dro_rl import likelihood, packing, pipeline
 from dro_rl import trainer as trainer_module
 from dro_rl.assembly import build_prompters, load_models
 from dro_rl.cli import app
@@ -28,22 +27,6 @@ from dro_rl.rollouts import log as rollout_log
 from dro_rl.trainer import DROTrainer
 
 Job = Callable[..., Path]
-
-
-@pytest.fixture
-def job(tmp_path: Path) -> Job:
-    """Runs the job in this process with some keys changed, in a folder of its own."""
-    recipe = world(tmp_path / "world")
-
-    def run(name: str = "run", **keys: Any) -> Path:
-        output = tmp_path / name
-        values = {**yaml.safe_load(recipe.read_text()), **keys, "output_dir": str(output)}
-        changed = tmp_path / f"{name}.yaml"
-        changed.write_text(yaml.safe_dump(values))
-        train.main([str(changed)])
-        return output
-
-    return run
 
 
 def trainer_of(job_folder: Path, **keys: Any) -> DROTrainer:

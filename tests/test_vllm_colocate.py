@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import VOCABULARY, build_model, build_tokenizer
-from training_world import launch, save_model, world
+from training_world import changed, launch, save_model, world
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make setup-vllm")
 
@@ -88,16 +88,6 @@ def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     from vllm.distributed import cleanup_dist_env_and_memory
 
     cleanup_dist_env_and_memory()
-
-
-def changed(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy after a large update."""
-    other = copy.deepcopy(model)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in other.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return other
 
 
 def ids(groups: list[list[Completion]]) -> list[tuple[int, ...]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import random
@@ -20,7 +19,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from training_world import ROOT, launch, save_model, tokenizer, world
+from training_world import ROOT, changed, launch, save_model, tokenizer, world
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make setup-vllm")
 
@@ -142,16 +141,6 @@ def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     made = World(tmp_path_factory.mktemp("server"))
     yield made
     made.process.kill()
-
-
-def changed(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy after a large update."""
-    other = copy.deepcopy(model)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in other.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return other
 
 
 def ids(groups: list[list[Completion]]) -> list[tuple[int, ...]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dro_rl.errors import InputError
+from dro_rl.errors import InputError, first_line
 from dro_rl.rows import Rows, is_readable
 
 
@@ -35,7 +35,7 @@ def hub_rows(name: str, config: str | None, split: str, *, place: str, streaming
         rows = load_dataset(name, config, split=split, **options)
     except Exception as error:
         # Many libraries stand between us and a hub, each with errors of its own; all mean that there is no such data.
-        message = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        message = first_line(error)
         raise InputError(
             place,
             name,

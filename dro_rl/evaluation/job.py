@@ -22,7 +22,7 @@ from tqdm import tqdm
 from dro_rl.data import file_of_split, load_questions
 from dro_rl.data.candidates import shape_candidates
 from dro_rl.data.manifest import SPLITS, Manifest, questions_hash, read_manifest, split_of_path
-from dro_rl.errors import InputError, Phrase
+from dro_rl.errors import InputError, Phrase, first_line
 from dro_rl.evaluation.controls import applies, control_selection
 from dro_rl.evaluation.evaluator import evaluate
 from dro_rl.evaluation.report import Report, make_report, write_report
@@ -130,7 +130,7 @@ def _check_device(device: str | None) -> None:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA raises the second
         raise InputError(
-            "--device", device, f"this machine has it ({str(error).splitlines()[0]})", "Use cpu, or leave it unset."
+            "--device", device, f"this machine has it ({first_line(error)})", "Use cpu, or leave it unset."
         ) from None
 
 

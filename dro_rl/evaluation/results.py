@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dro_rl import __version__
-from dro_rl.errors import InputError, Phrase
+from dro_rl.errors import InputError, Phrase, first_line
 from dro_rl.files import written_whole
 from dro_rl.records import Question
 
@@ -141,7 +141,7 @@ def read_results(path: Path) -> tuple[list[QuestionResult], Conditions]:
         table = pq.read_table(path)
     except (pa.ArrowInvalid, OSError) as error:
         raise InputError(
-            str(path), Phrase(str(error).splitlines()[0]), "results are whole Parquet files", "Evaluate again."
+            str(path), Phrase(first_line(error)), "results are whole Parquet files", "Evaluate again."
         ) from None
     about = table.schema.metadata or {}
     found = about.get(b"dro_rl.evaluation.version", b"none").decode()

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from dro_rl.errors import InputError, Phrase
+from dro_rl.errors import InputError, Phrase, first_line
 from dro_rl.files import written_whole
 from dro_rl.records import Document
 from dro_rl.retrieval.passages import PassageStore
@@ -153,9 +153,7 @@ class BM25:
         try:
             self._index = bm25s.BM25.load(folder, mmap=True, allow_pickle=False)
         except (OSError, ValueError) as error:
-            raise InputError(
-                str(folder), Phrase(str(error).splitlines()[0]), "an index is whole", "Build it again."
-            ) from None
+            raise InputError(str(folder), Phrase(first_line(error)), "an index is whole", "Build it again.") from None
         if self._index.scores["num_docs"] >= COMPILED:
             self._index.activate_numba_scorer()
 

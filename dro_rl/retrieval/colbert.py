@@ -25,7 +25,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from dro_rl.data.manifest import file_sha256
-from dro_rl.errors import InputError, Phrase
+from dro_rl.errors import InputError, Phrase, first_line
 from dro_rl.records import Document
 from dro_rl.retrieval.colbert_runtime import check_runtime, load_colbert, take_gpu
 from dro_rl.retrieval.passages import PassageStore
@@ -149,7 +149,7 @@ def checkpoint_folder(name: str) -> Path:
         raise InputError(
             "checkpoint",
             name,
-            f"this is a folder, or a hub name within reach ({str(error).strip().splitlines()[0][:120]})",
+            f"this is a folder, or a hub name within reach ({first_line(error)})",
             "Check the name and the network, or name a folder.",
         ) from None
 

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from dro_rl.data.corpus import CorpusHash, SeenHashes, hash_ids
-from dro_rl.errors import InputError, Phrase
+from dro_rl.errors import InputError, Phrase, first_line
 from dro_rl.files import written_whole
 from dro_rl.records import Document
 from dro_rl.rows import Bad, refuse
@@ -152,7 +152,7 @@ def _open_part(path: Path) -> pa.Table:
         return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
     except (pa.ArrowInvalid, OSError) as error:
         raise InputError(
-            str(path), Phrase(str(error).splitlines()[0]), "the passages of an index are whole", "Build it again."
+            str(path), Phrase(first_line(error)), "the passages of an index are whole", "Build it again."
         ) from None
 
 

@@ -192,7 +192,7 @@ class EStep:
         self.clock.count("scoring", tokens, tokens * self.flops[role])
         with self.clock.phase("scoring"), open_model() as model:
             return score_rows(
-                model, rows, config.tokens_per_microbatch, config.shared_prefix != "off", config.prefix_tree
+                model, rows, config.tokens_per_microbatch, config.scoring.shared_prefix, config.prefix_tree
             )
 
     def _matrix(self, values: Sequence[float]) -> torch.Tensor:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dro_rl.errors import InputError, Phrase
+from dro_rl.errors import InputError, Phrase, first_line
 from dro_rl.files import written_whole
 from dro_rl.records import Question, Rollout, Selection
 
@@ -147,7 +147,7 @@ def read(paths: Sequence[Path], columns: Sequence[str] | None = None) -> pa.Tabl
         except (pa.ArrowInvalid, OSError) as error:
             raise InputError(
                 str(path),
-                Phrase(str(error).splitlines()[0]),
+                Phrase(first_line(error)),
                 "a rollout file is whole Parquet",
                 "Delete it and resume.",
             ) from None

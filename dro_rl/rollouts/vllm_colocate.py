@@ -21,7 +21,8 @@ from transformers import PreTrainedTokenizerBase
 
 from dro_rl.config import DROConfig
 from dro_rl.constraint import SelectionConstraint
-from dro_rl.errors import InputError
+from dro_rl.errors import InputError, first_line
+from dro_rl.likelihood import without_adapters
 from dro_rl.models import is_adapted
 from dro_rl.rollouts.engine import Completion, SamplingParams
 from dro_rl.rollouts.vllm_common import (
@@ -115,7 +116,7 @@ class ColocatedEngine:
             raise InputError(
                 "rollout_engine",
                 "vllm",
-                f"vLLM runs the selector here ({next(iter(str(error).splitlines()), type(error).__name__)})",
+                f"vLLM runs the selector here ({first_line(error)})",
                 "Correct its vllm_* settings, or use rollout_engine: transformers.",
             ) from error
         finally:
@@ -248,7 +249,7 @@ def origin(model: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
     Read off what was loaded: code of a model's own is there where it was trusted, and nowhere else.
     """
-    base = model.get_base_model() if is_adapted(model) else model
+    base = without_adapters(model)
     trusted = any(type(each).__module__.startswith("transformers_modules.") for each in (base, base.config, tokenizer))
     return {"revision": base.config._commit_hash, "trust_remote_code": trusted}
 
