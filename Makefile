@@ -39,7 +39,7 @@ quickstart: setup
 	$(BIN)/accelerate launch --config_file recipes/accelerate/cpu.yaml dro_rl/train.py recipes/quickstart.yaml --resume_from_checkpoint auto
 
 smoke: setup
-	$(BIN)/python -m dro_rl.data.tiny_model --output runs/tiny/$(DATASET) \
+	$(BIN)/python -m dro_rl.toy.tiny_model --output runs/tiny/$(DATASET) \
 		--questions $(firstword $(wildcard $(DATA)/train/$(DATASET).jsonl* $(DATA)/$(DATASET)/train.jsonl*) $(DATA)/train/$(DATASET).jsonl)
 	$(BIN)/accelerate launch --config_file recipes/accelerate/cpu.yaml dro_rl/train.py recipes/$(DATASET)_smoke.yaml --dataset_name $(DATA)
 

@@ -32,8 +32,8 @@ from tokenizers import Tokenizer, models
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dro_rl.config import DROConfig
-from dro_rl.rollouts.engine import SamplingParams
-from dro_rl.rollouts.transformers_engine import TransformersEngine
+from dro_rl.engines.transformers_engine import TransformersEngine
+from dro_rl.proposal import SamplingParams
 
 CASES = ("vllm", "transformers", "generate")
 VOCABULARY, EOS = 8192, 1
@@ -136,7 +136,7 @@ def _sampler(case: str, model: Any, folder: Path, prompt: int, completion: int) 
 
 
 def _colocated(model: Any, folder: Path, prompt: int, completion: int) -> Any:
-    from dro_rl.rollouts.vllm_colocate import ColocatedEngine
+    from dro_rl.engines.vllm_colocate import ColocatedEngine
 
     config = DROConfig(
         output_dir=str(folder / "run"),
@@ -254,7 +254,7 @@ def _millions(measured: dict[str, Any]) -> str:
 
 
 def _vllm_version() -> str:
-    from dro_rl.rollouts.vllm_common import vllm_version
+    from dro_rl.engines.vllm_common import vllm_version
 
     return vllm_version()
 

@@ -13,9 +13,10 @@ from transformers import LlamaForCausalLM, TrainerCallback, TrainerControl, Trai
 
 from benchmarks import harness, world
 from dro_rl.config import DROConfig
-from dro_rl.models import Role, SelectorGenerator
+from dro_rl.models.module import SelectorGenerator
 from dro_rl.prompts import Prompter
 from dro_rl.records import Question
+from dro_rl.roles import Role
 from dro_rl.rollouts import log as rollout_log
 from dro_rl.trainer import DROTrainer
 

@@ -13,7 +13,7 @@ from trl.trainer.base_config import _BaseConfig
 
 from dro_rl.errors import InputError
 from dro_rl.likelihood import Scoring
-from dro_rl.rollouts.engine import SamplingParams
+from dro_rl.proposal import SamplingParams
 
 
 def _is_address(url: str) -> bool:

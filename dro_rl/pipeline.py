@@ -11,16 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dro_rl.constraint import SelectionConstraint
+from dro_rl.engines.transformers_engine import TransformersEngine
 from dro_rl.errors import InputError, Phrase
 from dro_rl.files import written_whole
 from dro_rl.likelihood import Model
-from dro_rl.models import ROLES, Role, check_model, load_model, load_tokenizer
+from dro_rl.models.loading import check_model, load_model, load_tokenizer
 from dro_rl.prompts import Prompter
+from dro_rl.proposal import SamplingParams
 from dro_rl.records import Document, Question, Selection
-from dro_rl.rollouts.engine import SamplingParams
-from dro_rl.rollouts.transformers_engine import TransformersEngine
+from dro_rl.roles import ROLES, Role
 from dro_rl.selection import parse_selection
+from dro_rl.selection.constraint import SelectionConstraint
 
 if TYPE_CHECKING:
     from dro_rl.config import DROConfig

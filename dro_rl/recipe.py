@@ -19,9 +19,9 @@ from typing import Any, Literal, Union
 import yaml
 
 from dro_rl.config import DROConfig
-from dro_rl.data.toy import TOY_BASE
 from dro_rl.errors import InputError, Phrase, first_line
 from dro_rl.files import written_whole
+from dro_rl.toy.world import TOY_BASE
 
 
 def _option(default: Any, help: str) -> Any:

@@ -19,13 +19,14 @@ from accelerate import PartialState
 from rich.console import Console
 from transformers import set_seed
 
-from dro_rl import preflight
-from dro_rl.assembly import build_prompters, evaluate_base, load_models, load_reference, warm_up_models
-from dro_rl.console import print_help, print_phases, print_stages
 from dro_rl.data import dev_beside, load_questions
 from dro_rl.data.candidates import shape_candidates
 from dro_rl.errors import InputError, Phrase, first_line, is_full_disk
 from dro_rl.evaluation.plots import plot_curves
+from dro_rl.job import preflight
+from dro_rl.job.assembly import build_prompters, evaluate_base, load_models, load_reference, warm_up_models
+from dro_rl.job.console import print_help, print_phases, print_stages
+from dro_rl.job.output import claim_output_dir
 from dro_rl.recipe import load_recipe, parse_command_line
 from dro_rl.trainer import DROTrainer
 
@@ -55,7 +56,7 @@ def main(arguments: Sequence[str]) -> None:
     prompters = build_prompters(recipe)
     preflight.check_prompts([*train, *dev], prompters, training.num_selected)
     preflight.check_constraint(recipe, [*train, *dev], prompters["selector"])
-    checkpoint = preflight.claim_output_dir(recipe)
+    checkpoint = claim_output_dir(recipe)
 
     set_seed(training.seed)
     evaluate_base(recipe, dev, prompters)

@@ -24,38 +24,33 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import rotate_checkpoints
 from trl.trainer.base_trainer import _BaseTrainer
 
-from dro_rl.attention import takes_packed_rows
 from dro_rl.config import DROConfig
-from dro_rl.console import LineProgress
+from dro_rl.em.e_step import EStep
+from dro_rl.em.iteration import IterationRollouts
+from dro_rl.em.m_step import Group, MicroBatch
+from dro_rl.em.schedule import Schedule, Slots, SlotSampler
+from dro_rl.em.timing import Phase, PhaseClock, flops_per_token, peak_flops, rates
+from dro_rl.engines.protocol import RolloutEngine
+from dro_rl.engines.transformers_engine import TransformersEngine
+from dro_rl.engines.vllm_colocate import ColocatedEngine
+from dro_rl.engines.vllm_server import ServerEngine, check_servers
+from dro_rl.engines.vllm_weights import publisher
 from dro_rl.errors import InputError, Phrase
 from dro_rl.evaluation.evaluator import evaluate_stage, read_stages, with_stage, write_stages
+from dro_rl.job.console import LineProgress
 from dro_rl.likelihood import passes
-from dro_rl.models import (
-    ROLES,
-    Role,
-    SelectorGenerator,
-    export_role,
-    inference,
-    load_role,
-    save_role,
-)
-from dro_rl.packing import Row
+from dro_rl.likelihood.attention import takes_packed_rows
+from dro_rl.likelihood.packing import Row
+from dro_rl.likelihood.verify import check, difference
+from dro_rl.models.module import SelectorGenerator
+from dro_rl.models.saving import export_role, load_role, save_role
+from dro_rl.models.sharding import inference
 from dro_rl.pipeline import PROMPT, PipelineSettings, RAGPipeline, save_settings
 from dro_rl.prompts import Prompter
 from dro_rl.records import Question, Rollout
+from dro_rl.roles import ROLES, Role
 from dro_rl.rollouts import log as rollout_log
-from dro_rl.rollouts.e_step import EStep
-from dro_rl.rollouts.engine import RolloutEngine
-from dro_rl.rollouts.iteration import IterationRollouts
-from dro_rl.rollouts.metrics import rollout_metrics
-from dro_rl.rollouts.micro_batch import Group, MicroBatch
-from dro_rl.rollouts.transformers_engine import TransformersEngine
-from dro_rl.rollouts.vllm_colocate import ColocatedEngine
-from dro_rl.rollouts.vllm_server import ServerEngine, check_servers
-from dro_rl.rollouts.vllm_weights import publisher
-from dro_rl.schedule import Schedule, Slots, SlotSampler
-from dro_rl.timing import Phase, PhaseClock, flops_per_token, peak_flops, rates
-from dro_rl.verify import check, difference
+from dro_rl.rollouts.diagnostics import rollout_metrics
 
 logger = logging.getLogger(__name__)
 

@@ -18,8 +18,9 @@ import yaml
 from training_world import launch, questions, save_model, tokenizer, weights, world, write_questions
 from transformers import AutoModelForCausalLM
 
-from dro_rl import preflight, train
+from dro_rl import train
 from dro_rl.errors import InputError, is_full_disk
+from dro_rl.job import preflight
 from dro_rl.rollouts import log as rollout_log
 
 Refuse = Callable[..., str]

@@ -15,9 +15,9 @@ import typer
 from typer.testing import CliRunner
 
 from benchmarks import harness, operations, world
+from dro_rl.engines.transformers_engine import TransformersEngine
 from dro_rl.prompts import Prompter
-from dro_rl.rollouts.engine import SamplingParams
-from dro_rl.rollouts.transformers_engine import TransformersEngine
+from dro_rl.proposal import SamplingParams
 from dro_rl.selection import parse_selection
 
 TINY = ["--model", "64x1"]

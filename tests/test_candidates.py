@@ -86,7 +86,8 @@ def test_the_resolved_recipe_records_what_is_done_to_candidates():
 
 
 def test_training_cuts_and_shuffles_both_splits_and_keeps_gold_in_one(tmp_path, monkeypatch):
-    from dro_rl import preflight, train
+    from dro_rl import train
+    from dro_rl.job import preflight
 
     for split in ("train", "dev"):
         write_questions(tmp_path / f"{split}.jsonl", [replace(QUESTION, id=split)])

@@ -12,10 +12,10 @@ from conftest import build_tokenizer
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from dro_rl.constraint import SelectionConstraint
 from dro_rl.errors import InputError
 from dro_rl.prompts import Prompter
 from dro_rl.selection import format_selection, parse_selection
+from dro_rl.selection.constraint import SelectionConstraint
 
 SPECIAL = ["<pad>", "<eos>", "<unk>"]
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"

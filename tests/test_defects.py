@@ -22,17 +22,17 @@ import pytest
 import torch
 
 from dro_rl.config import DROConfig
+from dro_rl.em.e_step import EStep
+from dro_rl.em.m_step import Group, MicroBatch
 from dro_rl.evaluation.evaluator import evaluate
+from dro_rl.job.warmup import generator_examples
 from dro_rl.likelihood import completion_logps
 from dro_rl.pipeline import PipelineSettings, RAGPipeline
 from dro_rl.prompts import Prompter
+from dro_rl.proposal import Completion
 from dro_rl.recipe import RunConfig
 from dro_rl.records import Question, Rollout, Selection
-from dro_rl.rollouts.e_step import EStep
-from dro_rl.rollouts.engine import Completion
-from dro_rl.rollouts.metrics import rollout_metrics
-from dro_rl.rollouts.micro_batch import Group, MicroBatch
-from dro_rl.warmup import generator_examples
+from dro_rl.rollouts.diagnostics import rollout_metrics
 
 K = 2
 

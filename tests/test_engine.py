@@ -11,11 +11,11 @@ import torch
 from conftest import ARCHITECTURES, VOCABULARY
 
 from dro_rl.config import DROConfig
+from dro_rl.em.e_step import EStep
+from dro_rl.engines.transformers_engine import TransformersEngine, draw, truncate
 from dro_rl.likelihood import completion_logps
 from dro_rl.prompts import Prompter
-from dro_rl.rollouts.e_step import EStep
-from dro_rl.rollouts.engine import Completion, SamplingParams, rollout_seed, uniforms
-from dro_rl.rollouts.transformers_engine import TransformersEngine, draw, truncate
+from dro_rl.proposal import Completion, SamplingParams, rollout_seed, uniforms
 
 EOS = 1
 PROMPTS = [[random.Random(f"{i}/{j}").randrange(2, VOCABULARY) for j in range(n)] for i, n in enumerate((21, 4, 13))]

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from dro_rl.likelihood import completion_logps
-from dro_rl.models import SelectorGenerator, WeightedRows
+from dro_rl.likelihood.packing import Row
+from dro_rl.models.module import SelectorGenerator, WeightedRows
 from dro_rl.objective import evidence_bound, generator_loss, importance_weights, selector_loss
-from dro_rl.packing import Row
 from dro_rl.prompts import Prompter
 from dro_rl.selection import format_selection
 

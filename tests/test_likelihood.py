@@ -11,10 +11,10 @@ from conftest import ARCHITECTURES, VOCABULARY
 from torch import Tensor
 
 from dro_rl import likelihood
-from dro_rl.attention import ARCHITECTURES as PACKED
-from dro_rl.attention import takes_packed_rows
 from dro_rl.likelihood import answer_logp, completion_logps, passes, row_logps, score_rows
-from dro_rl.packing import Row, lay_out
+from dro_rl.likelihood.attention import ARCHITECTURES as PACKED
+from dro_rl.likelihood.attention import takes_packed_rows
+from dro_rl.likelihood.packing import Row, lay_out
 
 PATHS = pytest.mark.parametrize("shared", [True, False], ids=["shared", "plain"])
 EVERY_ARCHITECTURE = pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -8,17 +8,17 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 from dro_rl.config import DROConfig
+from dro_rl.em.e_step import EStep
+from dro_rl.em.m_step import Group, MicroBatch
 from dro_rl.errors import InputError
 from dro_rl.evaluation.evaluator import evaluate
+from dro_rl.job.warmup import generator_examples, selector_examples
 from dro_rl.pipeline import PipelineSettings, RAGPipeline
 from dro_rl.prompts import Prompter, load_template
+from dro_rl.proposal import Completion
 from dro_rl.recipe import RunConfig
 from dro_rl.records import Document, Question
-from dro_rl.rollouts.e_step import EStep
-from dro_rl.rollouts.engine import Completion
-from dro_rl.rollouts.micro_batch import Group, MicroBatch
 from dro_rl.selection import format_selection
-from dro_rl.warmup import generator_examples, selector_examples
 
 BOTH_KINDS = pytest.mark.parametrize("kind", ["tokenizer", "chat_tokenizer"])
 K = 2
@@ -288,9 +288,9 @@ def seen(monkeypatch) -> dict[str, list[tuple[int, ...]]]:
     """What each caller scores or samples from, by caller; models are stubbed away."""
     import torch
 
+    import dro_rl.em.e_step as e_step
     import dro_rl.evaluation.evaluator as evaluator
     import dro_rl.pipeline as pipeline
-    import dro_rl.rollouts.e_step as e_step
 
     seen: dict[str, list[tuple[int, ...]]] = {}
 

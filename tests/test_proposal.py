@@ -19,24 +19,24 @@ from training_world import largest_difference, questions, weights, world
 
 from dro_rl import likelihood
 from dro_rl.config import DROConfig
-from dro_rl.constraint import SelectionConstraint, allowed_for
+from dro_rl.em.e_step import EStep
+from dro_rl.em.temperature import STEP, guarded_temperature, scheduled_temperature
+from dro_rl.engines.transformers_engine import TransformersEngine
 from dro_rl.errors import InputError
 from dro_rl.evaluation.evaluator import read_stages
 from dro_rl.likelihood import row_logps
-from dro_rl.models import SelectorGenerator, WeightedRows
+from dro_rl.likelihood.packing import Row
+from dro_rl.models.module import SelectorGenerator, WeightedRows
 from dro_rl.objective import importance_weights
-from dro_rl.packing import Row
 from dro_rl.pipeline import PipelineSettings, RAGPipeline
 from dro_rl.prompts import Prompter
+from dro_rl.proposal import SamplingParams
 from dro_rl.recipe import load_recipe
 from dro_rl.records import Rollout, Selection
 from dro_rl.rollouts import log as rollout_log
-from dro_rl.rollouts.e_step import EStep
-from dro_rl.rollouts.engine import SamplingParams
-from dro_rl.rollouts.metrics import rollout_metrics
-from dro_rl.rollouts.temperature import STEP, guarded_temperature, scheduled_temperature
-from dro_rl.rollouts.transformers_engine import TransformersEngine
+from dro_rl.rollouts.diagnostics import rollout_metrics
 from dro_rl.selection import format_selection, parse_selection
+from dro_rl.selection.constraint import SelectionConstraint, allowed_for
 
 EOS, K = 1, 2
 SELECTIONS = list(itertools.permutations(range(1, 5), K))

@@ -13,11 +13,11 @@ from typer.testing import CliRunner
 
 from dro_rl import train
 from dro_rl.cli import app
-from dro_rl.data.tiny_model import build
 from dro_rl.evaluation.evaluator import read_stages
 from dro_rl.pipeline import RAGPipeline
 from dro_rl.records import read_questions
 from dro_rl.rollouts import log as rollout_log
+from dro_rl.toy.tiny_model import build
 
 ROOT = Path(__file__).parent.parent
 DATA = Path(os.environ.get("DRO_RL_DATA") or ROOT.parent / "shared" / "data")

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from dro_rl.schedule import Schedule, Slots, SlotSampler
+from dro_rl.em.schedule import Schedule, Slots, SlotSampler
 
 SCHEDULE = Schedule(
     num_questions=10,

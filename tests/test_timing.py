@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dro_rl import timing
-from dro_rl.timing import Phase, PhaseClock, flops_per_token, peak_flops, rates
+from dro_rl.em import timing
+from dro_rl.em.timing import Phase, PhaseClock, flops_per_token, peak_flops, rates
 
 
 @pytest.fixture

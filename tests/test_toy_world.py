@@ -8,12 +8,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dro_rl.data.toy import PEOPLE, RELATIONS, TOY_BASE, Fact, fact_split, make_world, objects_of
-from dro_rl.data.toy_pretrain import build_tokenizer, lookup_batch, reading_loss
 from dro_rl.errors import InputError
 from dro_rl.prompts import Prompter
 from dro_rl.records import Question
 from dro_rl.selection import format_selection
+from dro_rl.toy.pretrain import build_tokenizer, lookup_batch, reading_loss
+from dro_rl.toy.world import PEOPLE, RELATIONS, TOY_BASE, Fact, fact_split, make_world, objects_of
 
 SPLITS = ("train", "dev", "test")
 

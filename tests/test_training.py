@@ -14,15 +14,17 @@ from training_world import largest_difference, launch, save_model, weights, worl
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen2ForCausalLM
 from typer.testing import CliRunner
 
-from dro_rl import likelihood, packing, pipeline
+from dro_rl import likelihood, pipeline
 from dro_rl import trainer as trainer_module
-from dro_rl.assembly import build_prompters, load_models
 from dro_rl.cli import app
 from dro_rl.data import load_questions
 from dro_rl.errors import InputError
-from dro_rl.likelihood import completion_logps
-from dro_rl.models import ROLES, LoraSettings, add_adapter, export_role
+from dro_rl.job.assembly import build_prompters, load_models
+from dro_rl.likelihood import completion_logps, packing
+from dro_rl.models.loading import LoraSettings, add_adapter
+from dro_rl.models.saving import export_role
 from dro_rl.recipe import load_recipe
+from dro_rl.roles import ROLES
 from dro_rl.rollouts import log as rollout_log
 from dro_rl.trainer import DROTrainer
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 import transformers
 
-from dro_rl import likelihood, verify
+from dro_rl import likelihood
 from dro_rl.errors import InputError
-from dro_rl.likelihood import Scoring
-from dro_rl.packing import Row
+from dro_rl.likelihood import Scoring, verify
+from dro_rl.likelihood.packing import Row
 
 ROWS = [
     Row(list(range(2, 90)), [[5, 6, 7], [8, 4], [9, 9]]),

@@ -23,13 +23,13 @@ from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dro_rl.config import DROConfig
-from dro_rl.constraint import SelectionConstraint, allowed_for
+from dro_rl.engines.transformers_engine import truncate
+from dro_rl.engines.vllm_colocate import ColocatedEngine
 from dro_rl.likelihood import Row, completion_logps, score_rows
-from dro_rl.models import LoraSettings, add_adapter
-from dro_rl.rollouts.engine import Completion, SamplingParams
-from dro_rl.rollouts.transformers_engine import truncate
-from dro_rl.rollouts.vllm_colocate import ColocatedEngine
+from dro_rl.models.loading import LoraSettings, add_adapter
+from dro_rl.proposal import Completion, SamplingParams
 from dro_rl.selection import parse_selection
+from dro_rl.selection.constraint import SelectionConstraint, allowed_for
 
 TOLERANCE = 1e-3
 """Nats a token between vLLM and transformers, both in float32: what docs/vllm.md states."""

@@ -26,13 +26,13 @@ pytest.importorskip("vllm", reason="vLLM is not installed: make setup-vllm")
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dro_rl.config import DROConfig
-from dro_rl.constraint import SelectionConstraint, allowed_for
+from dro_rl.engines.vllm_server import Server, ServerEngine, check_servers, load_everywhere
 from dro_rl.errors import InputError
 from dro_rl.likelihood import Row, completion_logps, score_rows
-from dro_rl.rollouts.engine import Completion, SamplingParams
+from dro_rl.proposal import Completion, SamplingParams
 from dro_rl.rollouts.log import part_paths, read, to_rollouts
-from dro_rl.rollouts.vllm_server import Server, ServerEngine, check_servers, load_everywhere
 from dro_rl.selection import parse_selection
+from dro_rl.selection.constraint import SelectionConstraint, allowed_for
 
 pytestmark = pytest.mark.slow
 

@@ -23,14 +23,14 @@ from typer.testing import CliRunner
 
 from dro_rl.cli import app
 from dro_rl.config import DROConfig
+from dro_rl.engines import serve, vllm_common, vllm_server, vllm_weights
+from dro_rl.engines.vllm_colocate import merged_parameters, origin
+from dro_rl.engines.vllm_common import engine_dtype, random_state_kept, request_options
+from dro_rl.engines.vllm_server import Server, ServerEngine, load_everywhere
 from dro_rl.errors import InputError
-from dro_rl.models import LoraSettings, add_adapter
+from dro_rl.models.loading import LoraSettings, add_adapter
+from dro_rl.proposal import SamplingParams, rollout_seed
 from dro_rl.recipe import load_recipe
-from dro_rl.rollouts import serve, vllm_common, vllm_server, vllm_weights
-from dro_rl.rollouts.engine import SamplingParams, rollout_seed
-from dro_rl.rollouts.vllm_colocate import merged_parameters, origin
-from dro_rl.rollouts.vllm_common import engine_dtype, random_state_kept, request_options
-from dro_rl.rollouts.vllm_server import Server, ServerEngine, load_everywhere
 
 
 @pytest.fixture

@@ -14,14 +14,15 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from training_world import questions, save_model, tokenizer, world
 
-from dro_rl import train, warmup
+from dro_rl import train
 from dro_rl.evaluation.evaluator import read_stages
-from dro_rl.models import ROLES, Role
+from dro_rl.job import warmup
+from dro_rl.job.warmup import WarmUp, generator_examples, selection_order, selector_examples, warm_up
 from dro_rl.prompts import Prompter
 from dro_rl.recipe import Recipe, load_recipe
 from dro_rl.records import Document, Question
+from dro_rl.roles import ROLES, Role
 from dro_rl.selection import parse_selection
-from dro_rl.warmup import WarmUp, generator_examples, selection_order, selector_examples, warm_up
 
 
 def recipe_with(home: Path, **keys: Any) -> Recipe:

@@ -36,8 +36,8 @@ def serve_rollouts(
     import os
     import shlex
 
+    from dro_rl.engines.serve import server_command
     from dro_rl.recipe import load_recipe
-    from dro_rl.rollouts.serve import server_command
 
     command = server_command(
         load_recipe(recipe),

@@ -7,9 +7,9 @@ from typing import Any, cast
 
 from dro_rl.data.hub import hub_rows, is_local
 from dro_rl.data.manifest import read_manifest
-from dro_rl.data.toy import make_world
 from dro_rl.errors import InputError, Phrase
 from dro_rl.records import SUFFIXES, Question, parse_questions, read_questions
+from dro_rl.toy.world import make_world
 
 TOY_SIZES = {"train": 2048, "dev": 256, "test": 512}
 """Questions of the toy world's splits, unless the recipe says how many."""

@@ -1,6 +1,6 @@
 """Evaluation: a pair on a question file, reports, comparisons. Here stand the metrics of one question, each 0..1."""
 
-from dro_rl.evaluation.metrics import (
+from dro_rl.metrics import (
     answer_recall_at_k,
     exact_match,
     f1,

@@ -7,8 +7,8 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from dro_rl.proposal import rollout_seed
 from dro_rl.records import Question, Selection
-from dro_rl.rollouts.engine import rollout_seed
 
 Control = Literal["none", "retriever-order", "random", "gold"]
 CONTROLS: tuple[str, ...] = get_args(Control)

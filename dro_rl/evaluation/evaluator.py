@@ -15,13 +15,13 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from dro_rl.data.manifest import questions_hash
-from dro_rl.evaluation.metrics import answer_recall_at_k, exact_match, f1, precision_at_k, recall_at_k, rouge_l
 from dro_rl.evaluation.results import KS, METRICS, NATS, Conditions, QuestionResult, candidates_hash, write_results
 from dro_rl.files import written_whole
 from dro_rl.likelihood import answer_logp, score_rows
+from dro_rl.metrics import answer_recall_at_k, exact_match, f1, precision_at_k, recall_at_k, rouge_l
 from dro_rl.pipeline import RAGPipeline, read
+from dro_rl.prompts.rows import answer_row
 from dro_rl.records import Question, Selection
-from dro_rl.rollouts.micro_batch import answer_row
 
 
 def evaluate(

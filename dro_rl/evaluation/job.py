@@ -28,9 +28,9 @@ from dro_rl.evaluation.evaluator import evaluate
 from dro_rl.evaluation.report import Report, make_report, write_report
 from dro_rl.evaluation.results import Conditions, QuestionResult, candidates_hash, read_results, write_results
 from dro_rl.files import written_whole
-from dro_rl.models import ROLES
 from dro_rl.pipeline import PROMPT, SETTINGS, PipelineSettings, RAGPipeline, read_settings
 from dro_rl.records import SUFFIXES, Question
+from dro_rl.roles import ROLES
 
 QUESTIONS_PER_PART = 64
 """Questions whose rows are computed and written together: what a kill can cost."""

@@ -14,10 +14,10 @@ from typing import Any
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from dro_rl.constraint import SelectionConstraint
 from dro_rl.errors import InputError, Phrase
 from dro_rl.records import Document, Question
 from dro_rl.selection import format_selection
+from dro_rl.selection.constraint import SelectionConstraint
 
 TEMPLATES = Path(__file__).parent
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from dro_rl.data.manifest import read_manifest
 from dro_rl.errors import InputError, Phrase
-from dro_rl.evaluation.metrics import answer_recall_at_k
 from dro_rl.files import written_whole
+from dro_rl.metrics import answer_recall_at_k
 from dro_rl.records import Question, read_questions
 
 DEEPEST = 100

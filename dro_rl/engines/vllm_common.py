@@ -1,0 +1,128 @@
+"""What the two vLLM engines share: whether vLLM is there, what one question's request says, which numbers hold it.
+
+Imports no vLLM: the server engine needs none on the trainer's machine.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from packaging.version import Version
+
+from dro_rl.config import DROConfig
+from dro_rl.errors import InputError, Phrase
+from dro_rl.proposal import SamplingParams
+from dro_rl.selection.constraint import SelectionConstraint
+
+VERSIONS = ("0.22", "0.31")
+"""The vLLM releases, first and last, that TRL 1.16 is written for, and the weight sync here with it."""
+
+LOGITS_PROCESSOR = "dro_rl.engines.vllm_constraint:SelectionLogits"
+"""What vLLM is started with, for constrain_selection."""
+
+CPU_CACHE_GIB = "4"
+"""Memory for vLLM's key-value cache on a CPU, unless VLLM_CPU_KVCACHE_SPACE says otherwise."""
+
+
+def check_installed(place: str, value: object) -> None:
+    """Raise `InputError`, naming `place` and its value, where vLLM is missing or of another version."""
+    if importlib.util.find_spec("vllm") is None:
+        raise InputError(
+            place,
+            value,
+            "this needs vLLM, which is not installed",
+            "pip install 'dro_rl[vllm]' (`make setup-vllm` on a CPU), or use rollout_engine: transformers.",
+        )
+    found = Version(vllm_version())
+    if not Version(VERSIONS[0]).release <= found.release[:2] <= Version(VERSIONS[1]).release:
+        raise InputError(
+            place,
+            Phrase(f"{value}, and vLLM {found} is installed"),
+            f"weights are pushed to vLLM {VERSIONS[0]} to {VERSIONS[1]}",
+            "pip install 'dro_rl[vllm]', or use rollout_engine: transformers.",
+        )
+
+
+def vllm_version() -> str:
+    """vLLM's version, by whichever of its distributions is installed: the CPU build has a name of its own."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "0"
+
+
+def request_options(sampling: SamplingParams, num_generations: int, seed: int, eos_token_id: int) -> dict[str, Any]:
+    """One question's sampling parameters, under the names that vLLM's `SamplingParams` and its server share.
+
+    vLLM gives sample i of a request the seed `seed + i`, so the samples differ, and are the same whatever else is in
+    the batch. Every parameter is said, so that a model's `generation_config.json` has no part in q, and a completion
+    ends where the transformers engine ends it, with the tokenizer's end of sequence.
+    """
+    return {
+        "n": num_generations,
+        "seed": seed % 2**62,  # below the largest that vLLM takes, with room for i
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "min_p": sampling.min_p,
+        "repetition_penalty": 1.0,
+        "max_tokens": sampling.max_completion_length,
+        "logprobs": 0,  # that of the sampled token alone
+        "ignore_eos": True,
+        "stop_token_ids": [eos_token_id],
+    }
+
+
+def constrained(constraint: SelectionConstraint) -> dict[str, int]:
+    """What a request says to `vllm_constraint.SelectionLogits`, which makes the constraint again where vLLM is."""
+    return {"num_documents": constraint.num_documents, "num_selected": constraint.k}
+
+
+def engine_dtype(config: DROConfig, weights: str) -> str:
+    """The type that vLLM computes in: `vllm_dtype`, or the one that the trainer computes in.
+
+    Args:
+        weights: the type that the selector's weights are held in.
+    """
+    if config.vllm_dtype != "auto":
+        return config.vllm_dtype
+    if config.bf16:
+        return "bfloat16"
+    return "float16" if config.fp16 else weights
+
+
+def engine_length(config: DROConfig, positions: int | None) -> int | None:
+    """The longest sequence that vLLM holds, in tokens: `vllm_max_model_length`, or prompt and completion together.
+
+    Args:
+        positions: how many the model has, for prompts that nothing cuts.
+    """
+    if config.vllm_max_model_length is not None:
+        return config.vllm_max_model_length
+    if config.max_prompt_length is None:
+        return positions
+    return config.max_prompt_length + config.max_completion_length
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Give back the state of every generator of this process: `LLM()` seeds them all, and sampling draws from them."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)

@@ -1,0 +1,366 @@
+"""vLLM as servers of their own, over HTTP: health, requests with retries, new weights.
+
+A server is plain vLLM (`dro-rl serve-rollouts` starts one with the flags that it needs). The trainer's side needs no
+vLLM, except to send weights over NCCL.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
+from dro_rl.config import DROConfig
+from dro_rl.engines.vllm_common import LOGITS_PROCESSOR, constrained, request_options
+from dro_rl.errors import InputError, Phrase
+from dro_rl.proposal import Completion, SamplingParams
+from dro_rl.selection.constraint import SelectionConstraint
+
+logger = logging.getLogger(__name__)
+
+ATTEMPTS = 3
+"""How often one question's rollouts are asked for before a server counts as away."""
+CONCURRENCY = 64
+"""Questions in flight at once, over all servers."""
+RESETS = 5
+"""How often a server is asked to forget its prefixes: it does not while a request holds them."""
+PAUSE = 1.0
+"""Seconds between two looks at a server that is not up, or holds its prefixes."""
+COMPLETIONS = "/v1/completions"
+START = "Start it (`dro-rl serve-rollouts RECIPE`), and give the same command with --resume_from_checkpoint auto."
+
+
+class Server:
+    """One vLLM server.
+
+    Args:
+        url: where it is, without a closing slash.
+        timeout: seconds to wait for one that is not up.
+        request_timeout: seconds that it may take over one request.
+    """
+
+    def __init__(self, url: str, timeout: float, request_timeout: float) -> None:
+        self.url, self.timeout, self.request_timeout = url, timeout, request_timeout
+        # A server of rollouts is on this machine or on its network: a proxy for the internet is not on the way.
+        self._client = httpx.Client(
+            base_url=url,
+            timeout=httpx.Timeout(request_timeout, connect=min(10.0, timeout), pool=None),
+            limits=httpx.Limits(max_connections=None),
+            trust_env=False,
+        )
+
+    def wait(self) -> None:
+        """Return when the server is up. Raises `InputError` after `timeout` seconds."""
+        deadline = time.monotonic() + self.timeout
+        said = False
+        while (problem := self.problem()) is not None:
+            if time.monotonic() + PAUSE > deadline:
+                raise self.away(f"no answer for {self.timeout:g} s ({problem})")
+            if not said:
+                logger.info(f"waiting for the vLLM server at {self.url}, {self.timeout:g} s at most ({problem})")
+                said = True
+            time.sleep(PAUSE)
+
+    def problem(self) -> str | None:
+        """Why the server is not up; None when it is."""
+        try:
+            answer = self._client.get("/health", timeout=min(10.0, self.timeout))
+        except httpx.TransportError as error:
+            return str(error) or type(error).__name__
+        return None if answer.status_code == 200 else f"it answered with status {answer.status_code}"
+
+    def away(self, problem: str) -> InputError:
+        """The error that ends a run whose server does not answer."""
+        return InputError(
+            "vllm_server_base_url", Phrase(f"{self.url}, {problem}"), "a vLLM server answers there", START
+        )
+
+    def call(self, method: str, path: str, **body: Any) -> Any:
+        """One request, once.
+
+        Returns:
+            What the server answered, read as JSON; None for nothing.
+
+        Raises:
+            httpx.TransportError: it could not be reached, was too slow, or its engine has died.
+            InputError: it answered that it could not.
+        """
+        answer = self._client.request(method, path, **body)
+        # What stands before a server says that it is away, or the server says so of its engine: a request that is wrong
+        # has another status.
+        if answer.status_code in (502, 503, 504) or (answer.status_code == 500 and path == COMPLETIONS):
+            raise httpx.RemoteProtocolError(f"status {answer.status_code}: {answer.text[:300]}")
+        if answer.status_code != 200:
+            raise InputError(
+                "vllm_server_base_url",
+                Phrase(f"{self.url}{path.partition('?')[0]} answered {answer.status_code}: {answer.text[:300]}"),
+                "the server does what rollouts need",
+                "Read its log. `dro-rl serve-rollouts RECIPE` starts one with the flags that it needs.",
+            )
+        return answer.json() if answer.content else None
+
+    def settings(self) -> dict[str, Any]:
+        """The server's own configuration, which it tells in development mode alone.
+
+        Raises:
+            InputError: it is not in that mode, which taking new weights needs too.
+        """
+        try:
+            return self.call("GET", "/server_info?config_format=json")["vllm_config"]
+        except InputError:
+            raise InputError(
+                "vllm_server_base_url",
+                self.url,
+                "a server takes new weights only in development mode",
+                "Start it with VLLM_SERVER_DEV_MODE=1, as `dro-rl serve-rollouts RECIPE` does.",
+            ) from None
+        except httpx.TransportError as error:
+            raise self.away(str(error) or type(error).__name__) from None
+
+    def check(self, config: DROConfig) -> str:
+        """Wait for the server, and refuse one whose settings would make rollouts wrong or fail.
+
+        Returns:
+            Its instance: another each time that it is started.
+        """
+        self.wait()
+        settings = self.settings()
+        model, scheduler = settings["model_config"], settings["scheduler_config"]
+        if "processed_logprobs" not in str(model["logprobs_mode"]):
+            raise self._refused(
+                f"--logprobs-mode {model['logprobs_mode']}",
+                "log q is that of the distribution that tokens are drawn from",
+                "--logprobs-mode processed_logprobs",
+            )
+        if config.constrain_selection and LOGITS_PROCESSOR not in (model["logits_processors"] or []):
+            raise self._refused(
+                "no constraint",
+                "constrain_selection is kept where tokens are drawn",
+                f"--logits-processors {LOGITS_PROCESSOR}",
+            )
+        needed = (config.max_prompt_length or 0) + config.max_completion_length
+        if model["max_model_len"] < needed:
+            raise self._refused(
+                f"--max-model-len {model['max_model_len']}",
+                f"max_prompt_length and max_completion_length are {needed} tokens together",
+                f"--max-model-len {needed}",
+            )
+        if settings["device_config"]["device"] == "cpu" and scheduler["enable_chunked_prefill"]:
+            raise self._refused(
+                "chunked prefill on a CPU",
+                "vLLM fails there on a prompt that it splits, when the request has a seed",
+                "--no-enable-chunked-prefill",
+            )
+        return str(settings["instance_id"])
+
+    def _refused(self, found: str, rule: str, flag: str) -> InputError:
+        return InputError(
+            "vllm_server_base_url", Phrase(f"{self.url} runs with {found}"), rule, f"Start it with {flag}."
+        )
+
+    def load(self, folder: Path) -> None:
+        """Make the server read new weights, and forget the prefixes that the old ones computed.
+
+        Raises:
+            httpx.TransportError: it went away.
+            InputError: it could not read them, or did not forget.
+        """
+        loading = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
+        try:
+            self.call("POST", "/collective_rpc", json=loading)
+        except InputError as error:
+            if self.problem() is not None:  # its engine has died, whatever the folder holds
+                raise httpx.RemoteProtocolError(str(error.value)) from None
+            raise InputError(
+                "vllm_weights_dir",
+                str(folder),
+                f"the server reads the selector's weights there ({error.value})",
+                "Name a folder that the trainer and all servers see under the same path, and start the server again.",
+            ) from None
+        for _ in range(RESETS):
+            answer = self.call("POST", "/reset_prefix_cache")
+            if answer is None or answer["success"]:  # early releases say nothing
+                return
+            time.sleep(PAUSE)
+        raise InputError(
+            "vllm_server_base_url",
+            Phrase(f"{self.url} keeps its prefix cache"),
+            "a server forgets what older weights computed, which it cannot while requests of others run",
+            "Leave it to one training, and give the same command with --resume_from_checkpoint auto.",
+        )
+
+
+Publish = Callable[[Sequence[Server]], Path | None]
+"""Brings the weights of the moment to the servers; see `ServerEngine`."""
+
+
+class ServerEngine:
+    """Samples with one or more vLLM servers, which share the questions.
+
+    The same prompt, seed and weights give the same completions up to rounding: what else is in a batch can change a
+    log-probability in its last digits, and seldom a token. A server that goes away and comes back in time is given the
+    weights again, and asked again; one that was started again since the last push is pushed to.
+
+    Args:
+        config: the settings under `vllm_*`.
+        eos_token_id: ends a completion.
+        publish: brings the selector's weights of the moment to all servers, from all processes together. Returns the
+            folder they can be read from again, None where there is none.
+    """
+
+    def __init__(self, config: DROConfig, eos_token_id: int, publish: Publish) -> None:
+        self.servers = [
+            Server(url, config.vllm_server_timeout, config.vllm_request_timeout) for url in config.vllm_servers
+        ]
+        self._config, self._eos_token_id, self._publish = config, eos_token_id, publish
+        self._instances: list[str] = []
+        self._pushed: int | None = None
+        self._weights: Path | None = None
+        self._returns = [_Returns() for _ in self.servers]
+
+    @contextmanager
+    def at(self, step: int) -> Iterator[ServerEngine]:
+        """The engine with the weights that the selector has after `step` updates. All processes call it together."""
+        for returns in self._returns:
+            returns.lost = None
+        instances = self._check()
+        if self._pushed != step or instances != self._instances:
+            self._weights = self._publish(self.servers)
+            self._pushed, self._instances = step, instances
+        yield self
+
+    def _check(self) -> list[str]:
+        """The servers' instances. One that was started again has the weights, and the flags, that it started with."""
+        found: list[Any] = [None]
+        if PartialState().is_main_process:
+            found[0] = [server.check(self._config) for server in self.servers]
+        return broadcast_object_list(found)[0]
+
+    def forget(self) -> None:
+        """The trainer's weights have been replaced: push before the next sample, whatever the step."""
+        self._pushed = None
+
+    def remove_weights(self) -> None:
+        """Remove the folder that the servers read weights from. The next push writes another."""
+        if self._weights is not None:
+            shutil.rmtree(self._weights, ignore_errors=True)
+            with suppress(OSError):  # other things are in them, or another process was first
+                self._weights.parent.rmdir()
+                self._weights.parent.parent.rmdir()
+        self._weights = self._pushed = None
+
+    def samples_policy(self, sampling: SamplingParams) -> bool:
+        """See `RolloutEngine.samples_policy`: another implementation computed log q, so the ratio is always taken."""
+        return False
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        num_generations: int,
+        sampling: SamplingParams,
+        seeds: Sequence[int],
+        constraints: Sequence[SelectionConstraint] | None = None,
+    ) -> list[list[Completion]]:
+        """See `RolloutEngine.generate`. A question is a request; questions go to the servers in turn."""
+        if not prompts:
+            return []
+
+        def ask(i: int) -> list[Completion]:
+            options = request_options(sampling, num_generations, seeds[i], self._eos_token_id)
+            if constraints is not None:
+                options["vllm_xargs"] = constrained(constraints[i])
+            # Each process begins with another server: one may have a single question.
+            place = (i + self._config.process_index) % len(self.servers)
+            return self._ask(place, {"prompt": list(prompts[i]), "return_tokens_as_token_ids": True, **options})
+
+        with ThreadPoolExecutor(min(CONCURRENCY, len(prompts))) as pool:
+            futures = [pool.submit(ask, i) for i in range(len(prompts))]
+            try:
+                return [future.result() for future in futures]
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+
+    def _ask(self, place: int, request: dict[str, Any]) -> list[Completion]:
+        server, returns = self.servers[place], self._returns[place]
+        for _ in range(ATTEMPTS):
+            seen = returns.count
+            try:
+                choices = server.call("POST", COMPLETIONS, json=request)["choices"]
+                break
+            except httpx.TransportError as error:
+                problem = str(error) or type(error).__name__
+            self._bring_back(server, returns, seen, problem)
+        else:
+            raise server.away(f"{ATTEMPTS} requests failed, the last with: {problem}")
+        return [
+            Completion(
+                tuple(int(token.removeprefix("token_id:")) for token in choice["logprobs"]["tokens"]),
+                tuple(choice["logprobs"]["token_logprobs"]),
+            )
+            for choice in sorted(choices, key=lambda choice: choice["index"])
+        ]
+
+    def _bring_back(self, server: Server, returns: _Returns, seen: int, problem: str) -> None:
+        """Wait for a server that went away, once for all requests that it left, and give it the weights again."""
+        with returns.lock:
+            if returns.lost is not None:
+                raise returns.lost
+            if returns.count > seen:
+                return
+            logger.warning(f"the vLLM server at {server.url} went away ({problem})")
+            try:
+                if self._weights is None:
+                    raise server.away(f"{problem}, and weights that came over NCCL cannot be given again")
+                server.check(self._config)
+                server.load(self._weights)
+            except httpx.TransportError as error:
+                returns.lost = server.away(str(error) or type(error).__name__)
+                raise returns.lost from None
+            except InputError as error:
+                returns.lost = error
+                raise
+            returns.count += 1
+
+
+class _Returns:
+    """How often a server came back, and the error to end with when it did not."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.count = 0
+        self.lost: InputError | None = None
+
+
+def check_servers(config: DROConfig) -> None:
+    """Wait for all servers, and refuse settings that would make rollouts wrong or fail. Raises `InputError`."""
+    for url in config.vllm_servers:
+        Server(url, config.vllm_server_timeout, config.vllm_request_timeout).check(config)
+
+
+def load_everywhere(servers: Sequence[Server], folder: Path) -> None:
+    """Make all servers read new weights, at once.
+
+    Raises:
+        InputError: one is away, or could not read them.
+    """
+
+    def load(server: Server) -> None:
+        server.wait()
+        try:
+            server.load(folder)
+        except httpx.TransportError as error:
+            raise server.away(f"while it read new weights: {str(error) or type(error).__name__}") from None
+
+    with ThreadPoolExecutor(len(servers)) as pool:
+        list(pool.map(load, servers))

@@ -1,0 +1,162 @@
+"""From a recipe to live objects: prompters, warmed-up models, the module that trains."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import nn
+
+from dro_rl.errors import InputError
+from dro_rl.evaluation.evaluator import evaluate_stage, read_stages
+from dro_rl.job.warmup import WarmUp, warm_up
+from dro_rl.likelihood.attention import ARCHITECTURES, takes_packed_rows
+from dro_rl.models.loading import LoraSettings, add_adapter, load_model, load_tokenizer
+from dro_rl.models.module import SelectorGenerator
+from dro_rl.models.sharding import whole_parameters
+from dro_rl.pipeline import PipelineSettings, RAGPipeline
+from dro_rl.prompts import Prompter
+from dro_rl.recipe import Recipe, RunConfig
+from dro_rl.records import Question
+from dro_rl.roles import ROLES, Role
+
+logger = logging.getLogger(__name__)
+
+
+def model_kwargs(run: RunConfig, role: Role) -> dict[str, Any]:
+    """How a role's model is loaded."""
+    kwargs: dict[str, Any] = {
+        "dtype": "auto" if run.dtype == "auto" else getattr(torch, run.dtype),
+        "trust_remote_code": run.trust_remote_code,
+    }
+    if run.attn_implementation is not None:
+        kwargs["attn_implementation"] = run.attn_implementation
+    revision = getattr(run, f"{role}_model_revision")
+    return {**kwargs, "revision": revision} if revision else kwargs
+
+
+def lora_settings(run: RunConfig, role: Role) -> LoraSettings | None:
+    """A role's adapters, None for full training."""
+    r = getattr(run, f"{role}_lora_r")
+    if r == 0:
+        return None
+    targets = tuple(run.lora_target_modules) if run.lora_target_modules else None
+    return LoraSettings(r, run.lora_alpha, run.lora_dropout, targets)
+
+
+def build_prompters(recipe: Recipe) -> dict[Role, Prompter]:
+    """The prompts of each role, with their tokenizers."""
+    run = recipe.run
+    return {
+        role: Prompter(
+            load_tokenizer(
+                run.model_name(role),
+                revision=getattr(run, f"{role}_model_revision"),
+                trust_remote_code=run.trust_remote_code,
+            ),
+            getattr(run, f"{role}_prompt_template"),
+            recipe.training.max_prompt_length,
+            run.chat_template_kwargs,
+        )
+        for role in ROLES
+    }
+
+
+def warm_up_models(recipe: Recipe, train: Sequence[Question], prompters: dict[Role, Prompter]) -> dict[Role, str]:
+    """Where each role starts from: the recipe's model, or its warmed-up copy in the cache."""
+    run, training = recipe.run, recipe.training
+    sources: dict[Role, str] = {}
+    for role in ROLES:
+        sources[role] = run.model_name(role)
+        if run.warms(role):
+            job = WarmUp(
+                role=role,
+                model=sources[role],
+                model_kwargs=model_kwargs(run, role),
+                lora=lora_settings(run, role),
+                prompter=prompters[role],
+                steps=getattr(run, f"warmup_{role}_steps"),
+                learning_rate=getattr(run, f"warmup_{role}_learning_rate"),
+            )
+            sources[role] = warm_up(job, train, run, training)
+    return sources
+
+
+def load_models(recipe: Recipe, sources: dict[Role, str]) -> SelectorGenerator:
+    """Both models in one module, with adapters where the recipe asks for them."""
+    run, training = recipe.run, recipe.training
+    models = {}
+    for role in ROLES:
+        model = load_model(sources[role], **_source_kwargs(recipe, role, sources))
+        if training.shared_prefix == "on" and not takes_packed_rows(model, positions=1):
+            raise InputError(
+                "shared_prefix",
+                f"on, for the {role}: {model.config.model_type} under {model.config._attn_implementation}",
+                f"it needs sdpa attention and one of {', '.join(sorted(ARCHITECTURES))}",
+                "Use auto, which takes the plain path here.",
+            )
+        lora = lora_settings(run, role)
+        models[role] = model if lora is None else add_adapter(model, lora)
+    return SelectorGenerator(models["selector"], models["generator"])
+
+
+def load_reference(recipe: Recipe, sources: dict[Role, str]) -> nn.Module | None:
+    """The initial selector, when the objective keeps the trained one near it."""
+    if recipe.training.beta == 0:
+        return None
+    with whole_parameters():
+        model = load_model(sources["selector"], **_source_kwargs(recipe, "selector", sources))
+    return model.requires_grad_(False)
+
+
+def _source_kwargs(recipe: Recipe, role: Role, sources: dict[Role, str]) -> dict[str, Any]:
+    kwargs = model_kwargs(recipe.run, role)
+    if sources[role] != recipe.run.model_name(role):
+        kwargs.pop("revision", None)  # a warmed-up copy has none
+    return kwargs
+
+
+def evaluate_base(recipe: Recipe, dev: Sequence[Question], prompters: dict[Role, Prompter]) -> None:
+    """Evaluate the models as the recipe names them, when a warm-up would change them before the first look.
+
+    One model at a time is in memory. A resumed run that has the stage keeps it.
+    """
+    run, training = recipe.run, recipe.training
+    folder = str(training.output_dir)
+    if run.warmup == "none" or any(stage["stage"] == "base" for stage in read_stages(folder)):
+        return
+    state = PartialState()
+
+    loaded: dict[Role, Any] = {}
+
+    @contextmanager
+    def open_role(role: Role) -> Iterator[Any]:
+        if role not in loaded:
+            loaded.clear()
+            gc.collect()
+            with whole_parameters():
+                loaded[role] = load_model(run.model_name(role), **model_kwargs(run, role)).to(state.device).eval()
+        half = torch.float16 if training.fp16 else torch.bfloat16
+        with torch.no_grad(), torch.autocast(state.device.type, half, enabled=bool(training.bf16 or training.fp16)):
+            yield loaded[role]
+
+    settings = PipelineSettings.of(training, run.chat_template_kwargs)
+    pipeline = RAGPipeline(
+        open_role, prompters, settings, training.per_device_eval_batch_size, training.scoring.shared_prefix
+    )
+    logger.info(f"evaluation of the base models: {len(dev)} dev questions")
+    evaluate_stage(
+        pipeline,
+        dev,
+        stage="base",
+        split=run.dataset_eval_split,
+        output_dir=folder,
+        likelihood=training.answer_likelihood,
+        aliases=training.answer_aliases,
+    )
+    state.wait_for_everyone()

@@ -1,0 +1,267 @@
+"""The paper's initialisation: supervised training of either model before the first iteration, by TRL's SFT trainer.
+
+The prompts are those of sampling and scoring. What a warm-up depends on is hashed, and its result is kept: the next run
+with the same hash starts from it.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import itertools
+import logging
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pyarrow as pa
+import transformers
+import trl
+from accelerate import PartialState
+from accelerate.state import AcceleratorState
+from datasets import Dataset
+
+from dro_rl import __version__
+from dro_rl.config import DROConfig
+from dro_rl.errors import InputError, Phrase
+from dro_rl.files import written_whole
+from dro_rl.models.loading import LoraSettings, add_adapter, load_model
+from dro_rl.models.saving import export_role
+from dro_rl.prompts import Prompter
+from dro_rl.recipe import RunConfig
+from dro_rl.records import Question
+from dro_rl.roles import Role
+from dro_rl.rows import json_lines
+from dro_rl.selection import format_selection
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class WarmUp:
+    """One role's warm-up.
+
+    Args:
+        role: which model.
+        model: where it starts from: a folder or a hub name.
+        model_kwargs: how it is loaded.
+        lora: adapters to train in place of all weights; they are merged at the end.
+        prompter: the role's prompts.
+        steps: optimizer steps, or -1 for an epoch.
+        learning_rate: its own.
+    """
+
+    role: Role
+    model: str
+    model_kwargs: Mapping[str, Any]
+    lora: LoraSettings | None
+    prompter: Prompter
+    steps: int
+    learning_rate: float
+
+
+def warm_up(job: WarmUp, questions: Sequence[Question], run: RunConfig, training: DROConfig) -> str:
+    """Warm one role up, or find it done.
+
+    Returns:
+        The folder of the warmed-up model.
+    """
+    if not questions:
+        raise InputError("warmup", Phrase("no examples"), "a warm-up has questions to learn from", "Give it some.")
+    examples = selector_examples if job.role == "selector" else generator_examples
+    name = fingerprint(job, questions, examples(questions[:CANARIES], job.prompter, run, training), run, training)
+    folder = Path(run.warmup_cache_dir).expanduser() / f"{job.role}-{name}"
+    state = PartialState()
+    if (folder / "config.json").is_file():
+        logger.info(f"warm-up of the {job.role}: found in {folder}")
+    else:
+        logger.info(f"warm-up of the {job.role}: {len(questions)} examples")
+        scratch = Path(training.output_dir or ".") / "warmup" / job.role
+        with state.main_process_first():
+            if state.is_main_process:
+                write_examples(examples(questions, job.prompter, run, training), scratch / EXAMPLES)
+        train_supervised(job, scratch, run, training, folder)
+    state.wait_for_everyone()
+    return str(folder)
+
+
+Pair = tuple[tuple[int, ...], tuple[int, ...]]
+"""Prompt ids and completion ids."""
+
+EXAMPLES = "examples.arrow"
+CANARIES = 16
+"""Questions whose tokens are hashed too, so that a change of the code that makes prompts is not overlooked."""
+
+
+def selector_examples(
+    questions: Sequence[Question], prompter: Prompter, run: RunConfig, training: DROConfig
+) -> Iterator[Pair]:
+    """Selections to imitate: K numbers in the order that `warmup_selector_order` says."""
+    order = selection_order(run, training.seed)
+    k = training.num_selected
+    for question in questions:
+        yield prompter.selector_prompt(question, k).ids, prompter.completion(format_selection(order(question)[:k]))
+
+
+def selection_order(run: RunConfig, seed: int) -> Callable[[Question], list[int]]:
+    """How a question's candidates are ordered for imitation, best first, as document numbers."""
+
+    def retriever(question: Question) -> list[int]:
+        return list(range(1, len(question.documents) + 1))
+
+    def labels(question: Question) -> list[int]:
+        supporting = question.supporting_numbers
+        return [*supporting, *(n for n in retriever(question) if n not in supporting)]
+
+    def chance(question: Question) -> list[int]:
+        numbers = retriever(question)
+        Random(f"{seed}/order/{question.id}").shuffle(numbers)
+        return numbers
+
+    if run.warmup_selector_order == "ranking":
+        return read_ranking(Path(str(run.warmup_selector_ranking)))
+    return {"labels": labels, "retriever": retriever, "random": chance}[run.warmup_selector_order]
+
+
+def read_ranking(path: Path) -> Callable[[Question], list[int]]:
+    """A ranking file: JSONL with {id, ranking: [document ids, best first]}. Candidates it leaves out come last."""
+    if not path.is_file():
+        raise InputError("warmup_selector_ranking", str(path), "the file exists", "Check the path.")
+    ranking: dict[str, list[str]] = {}
+    for place, row in json_lines(path):
+        if not isinstance(row, dict) or not isinstance(row.get("id"), str) or not isinstance(row.get("ranking"), list):
+            raise InputError(place, row, "each line is {id, ranking: [document ids]}", "Correct it.")
+        ranking[row["id"]] = row["ranking"]
+
+    def order(question: Question) -> list[int]:
+        if question.id not in ranking:
+            raise InputError(str(path), question.id, "every training question has a ranking", "Add its line.")
+        places = {identifier: place for place, identifier in enumerate(ranking[question.id])}
+        if not any(document.id in places for document in question.documents):
+            raise InputError(
+                f"{path}: id {question.id}",
+                ranking[question.id],
+                "a ranking names candidates of its question, by document id",
+                "Rank the documents of the question file.",
+            )
+        numbers = range(1, len(question.documents) + 1)
+        return sorted(numbers, key=lambda n: places.get(question.documents[n - 1].id, len(places)))
+
+    return order
+
+
+def generator_examples(
+    questions: Sequence[Question], prompter: Prompter, run: RunConfig, training: DROConfig
+) -> Iterator[Pair]:
+    """Answers from K documents, chosen as `warmup_generator_documents` says; chosen documents stand in random order."""
+    k = training.num_selected
+    for question in questions:
+        everything = range(1, len(question.documents) + 1)
+        random = Random(f"{training.seed}/documents/{question.id}")
+        supporting = list(question.supporting_numbers)[:k]
+        others = [number for number in everything if number not in supporting]
+        random.shuffle(others)
+        numbers = {
+            "gold": supporting or list(everything)[:k],
+            "retrieved": list(everything)[:k],
+            "mixed": [*supporting, *others][:k],
+            "random": random.sample(everything, min(k, len(everything))),
+        }[run.warmup_generator_documents]
+        # Gold always first is a label leak: the generator would learn to read the first document only.
+        if run.warmup_generator_documents != "retrieved":
+            random.shuffle(numbers)
+        yield prompter.generator_prompt(question, numbers).ids, prompter.completion(question.answers[0])
+
+
+def fingerprint(
+    job: WarmUp, questions: Iterable[Question], canaries: Iterable[Pair], run: RunConfig, training: DROConfig
+) -> str:
+    """A hash of everything the result depends on: questions, prompts, weights, settings and versions.
+
+    `canaries` are the first examples; the others are not made for the hash, which would take minutes of a large set.
+    """
+    digest = hashlib.sha256()
+    for part in (*canaries, *questions):
+        digest.update(repr(part).encode())
+    order = run.warmup_selector_order
+    if job.role == "selector" and order == "ranking":
+        digest.update(Path(str(run.warmup_selector_ranking)).read_bytes())
+    folder = Path(job.model)
+    if folder.is_dir():
+        for path in sorted(path for path in folder.iterdir() if path.is_file()):
+            with path.open("rb") as stream:
+                digest.update(f"{path.name}/{hashlib.file_digest(stream, 'sha256').hexdigest()}".encode())
+    settings = (
+        job.role,
+        "" if folder.is_dir() else job.model,
+        sorted(job.model_kwargs.items(), key=str),
+        job.lora,
+        (job.prompter.source, job.prompter.max_prompt_length, job.prompter.chat_template_kwargs),
+        (training.num_selected, order if job.role == "selector" else run.warmup_generator_documents),
+        (job.steps, job.learning_rate, run.warmup_batch_size, training.weight_decay, training.max_grad_norm),
+        (training.seed, training.bf16, training.fp16, PartialState().num_processes),
+        (transformers.__version__, trl.__version__, __version__),
+    )
+    digest.update(repr(settings).encode())
+    return digest.hexdigest()[:16]
+
+
+def train_supervised(job: WarmUp, scratch: Path, run: RunConfig, training: DROConfig, folder: Path) -> None:
+    """Train one model on the examples in `scratch`, loss on the completion alone, and export it to `folder`."""
+    model = load_model(job.model, **job.model_kwargs)
+    if job.lora is not None:
+        model = add_adapter(model, job.lora)
+    arguments = trl.SFTConfig(
+        output_dir=str(scratch),
+        per_device_train_batch_size=run.warmup_batch_size,
+        max_steps=job.steps,
+        num_train_epochs=1,
+        learning_rate=job.learning_rate,
+        weight_decay=training.weight_decay,
+        warmup_steps=0.1,
+        lr_scheduler_type="linear",
+        max_grad_norm=training.max_grad_norm,
+        max_length=None,
+        bf16=training.bf16,
+        fp16=training.fp16,
+        use_cpu=training.use_cpu,
+        gradient_checkpointing=training.gradient_checkpointing,
+        seed=training.seed,
+        save_strategy="no",
+        report_to="none",
+        logging_steps=max(1, job.steps // 10) if job.steps > 0 else 10,
+        disable_tqdm=training.disable_tqdm,
+        dataset_kwargs={"skip_prepare_dataset": True},
+    )
+    examples = Dataset.from_file(str(scratch / EXAMPLES))
+    trainer = trl.SFTTrainer(
+        model=model, args=arguments, train_dataset=examples, processing_class=job.prompter.tokenizer
+    )
+    trainer.train()
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if trainer.accelerator.is_main_process:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        export_role(trainer.accelerator.unwrap_model(trainer.model), job.prompter.tokenizer, folder, state)
+        shutil.rmtree(scratch.parent, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.free_memory()
+    if trainer.is_deepspeed_enabled:
+        # accelerate keeps one DeepSpeed set-up a process; the joint training brings its own.
+        AcceleratorState._reset_state()
+    del trainer, model, examples
+    gc.collect()
+
+
+def write_examples(pairs: Iterable[Pair], path: Path) -> None:
+    """Token ids and labels as an Arrow file, which is then read where it lies: a large set never stands in memory."""
+    kind = pa.list_(pa.int32())
+    schema = pa.schema([("input_ids", kind), ("labels", kind)])
+    stream = iter(pairs)
+    with written_whole(path) as beside, pa.OSFile(str(beside), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+        while chunk := list(itertools.islice(stream, 1000)):
+            ids = pa.array([prompt + completion for prompt, completion in chunk], kind)
+            labels = pa.array([(-100,) * len(prompt) + completion for prompt, completion in chunk], kind)
+            writer.write_batch(pa.record_batch([ids, labels], schema=schema))

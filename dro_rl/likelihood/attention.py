@@ -1,0 +1,86 @@
+"""Attention over packed rows (`dro_rl.likelihood.packing`): a prompt once, its completions after it, and no padding.
+
+One call of scaled-dot-product attention a segment. A prompt attends to itself by the fast causal kernel; its
+completions attend to it, and causally to themselves, by a small masked one. Decoders of transformers take it through
+their attention interface; without a packing it is their own `sdpa`, so a model that has it behaves as before elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PretrainedConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from dro_rl.likelihood.packing import Segment
+
+NAME = "packed_rows"
+
+ARCHITECTURES = frozenset(
+    {"llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text", "phi3", "olmo2", "granite"}
+)
+"""Decoders whose every layer is attention through the interface; all are tested."""
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    packing: Sequence[Segment] | None = None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function, from (1, heads, tokens, head size) to (1, tokens, heads, head size)."""
+    if packing is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+
+    def look(segment: Segment) -> Tensor:
+        keys, values = (
+            torch.cat([states[:, :, piece] for piece in segment.keys], dim=2)
+            if len(segment.keys) > 1
+            else states[:, :, segment.keys[0]]
+            for states in (key, value)
+        )
+        mask = None if segment.mask is None else segment.mask[None, None]
+        queries = query[:, :, segment.queries]
+        return sdpa_attention_forward(
+            module, queries, keys, values, mask, dropout=dropout, scaling=scaling, is_causal=mask is None
+        )[0]
+
+    return torch.cat([look(segment) for segment in packing], dim=1), None
+
+
+AttentionInterface.register(NAME, packed_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def takes_packed_rows(model: Any, positions: int) -> bool:
+    """Whether packed rows are exact for a model up to `positions`, after giving it this attention if so.
+
+    The model must be one of `ARCHITECTURES` under `sdpa`, and no sliding window may be narrower than the positions.
+    """
+    config: PretrainedConfig = model.config.get_text_config()
+    if config.model_type not in ARCHITECTURES or config._attn_implementation not in ("sdpa", NAME):
+        return False
+    layer_types = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None)
+    slides = window is not None if layer_types is None else "sliding_attention" in layer_types
+    if slides and (window is None or positions > window):
+        return False
+    if config._attn_implementation != NAME:
+        model.set_attn_implementation(NAME)
+    return True
+
+
+NO_MASK = torch.zeros(1, 1, 1, 1)
+"""Passed as the attention mask of a packed batch: transformers makes a mask of its own unless it is given a 4D one."""

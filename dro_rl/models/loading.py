@@ -1,0 +1,111 @@
+"""Loading a role: what is refused before anything large is read, the tokenizer, the adapters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+
+from dro_rl.errors import InputError, first_line
+
+
+def check_model(name: str, place: str, *, revision: str | None = None, trust_remote_code: bool = False) -> None:
+    """Refuse what is not a causal LM with a tokenizer that fits it, before anything large is read.
+
+    Raises:
+        InputError: naming `place`, the recipe key.
+    """
+    path = Path(name)
+    if path.exists() and not (path / "config.json").is_file():
+        raise InputError(place, name, "a model folder holds a config.json", "Check the path.")
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        # A hub, a config class and a tokenizer library stand behind these, each with errors of its own.
+        raise InputError(
+            place,
+            name,
+            f"this is a model folder or a hub name ({first_line(error)})",
+            "Check the name and the network.",
+        ) from None
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not (
+        config.auto_map if trust_remote_code else None
+    ):
+        raise InputError(
+            place, f"{name} ({config.model_type})", "this is a causal language model", "Use a decoder-only model."
+        )
+    encodes = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+    if config.is_encoder_decoder or encodes:
+        raise InputError(
+            place,
+            f"{name} ({config.model_type})",
+            "this is a causal language model, and an encoder reads what comes after",
+            "Use a decoder-only model.",
+        )
+    rows = config.get_text_config().vocab_size
+    if len(tokenizer) > rows:
+        raise InputError(
+            place,
+            f"{name}: {len(tokenizer)} tokens, {rows} embeddings",
+            "every token of the tokenizer has an embedding in the model",
+            "Use the tokenizer that the model was trained with, or resize its embeddings.",
+        )
+    if not tokenizer.is_fast:
+        raise InputError(place, name, "the tokenizer is a fast one (documents are cut by offsets)", "Convert it.")
+    if tokenizer.eos_token_id is None:
+        raise InputError(place, name, "the tokenizer has an end-of-sequence token", "Set eos_token in its config.")
+
+
+def load_model(name: str, **kwargs: Any) -> PreTrainedModel:
+    """`AutoModelForCausalLM.from_pretrained`, float32 unless `dtype` says otherwise."""
+    kwargs.setdefault("dtype", torch.float32)
+    return AutoModelForCausalLM.from_pretrained(name, **kwargs)
+
+
+def load_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer, with a padding token, which saving and serving expect; prompts are padded without it."""
+    tokenizer = AutoTokenizer.from_pretrained(name, **kwargs)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class LoraSettings:
+    """Low-rank adapters for one role: rank `r`, scale `alpha` / r, on `target_modules` (None: all linear layers)."""
+
+    r: int
+    alpha: int
+    dropout: float
+    target_modules: tuple[str, ...] | None
+
+
+def add_adapter(model: PreTrainedModel, lora: LoraSettings) -> Any:
+    """Freeze the model and put trainable adapters on it. The head stays as it is: its adapter would be left out of
+    completion-only scoring in some architectures."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise InputError(
+            "selector_lora_r / generator_lora_r", lora.r, "adapters need the peft extra", "pip install 'dro_rl[peft]'"
+        ) from None
+    if lora.target_modules and "lm_head" in lora.target_modules:
+        raise InputError(
+            "lora_target_modules", "lm_head", "adapters go on the layers below the head", "Take lm_head off the list."
+        )
+    config = LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=list(lora.target_modules) if lora.target_modules else "all-linear",
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, config)

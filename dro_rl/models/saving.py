@@ -1,0 +1,103 @@
+"""Saving a role: for a checkpoint, bit for bit, and to serve, with adapters merged."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dro_rl.errors import InputError, Phrase
+from dro_rl.models.sharding import whole_parameters
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Whether the role is a PEFT model."""
+    return hasattr(model, "peft_config")
+
+
+def save_role(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    state_dict: dict[str, Tensor] | None = None,
+) -> None:
+    """Save one role for a checkpoint: the whole model, or its adapters alone."""
+    model.save_pretrained(folder, state_dict=state_dict)
+    tokenizer.save_pretrained(folder)
+
+
+def load_role(model: PreTrainedModel, folder: Path) -> None:
+    """Load into `model` what `save_role` wrote, in place and bit for bit."""
+    from safetensors.torch import load_file
+
+    if is_adapted(model):
+        from peft import set_peft_model_state_dict
+
+        set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+        return
+    state: dict[str, Tensor] = {}
+    for part in sorted(folder.glob("model*.safetensors")):
+        state.update(load_file(part))
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    tied = set(model.all_tied_weights_keys)
+    if unexpected or set(missing) - tied:
+        raise InputError(
+            str(folder),
+            Phrase(f"{len(missing)} missing, {len(unexpected)} unexpected tensors"),
+            "the checkpoint belongs to this model",
+            "Resume with the recipe that wrote it.",
+        )
+    model.tie_weights()
+
+
+def export_role(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    state_dict: dict[str, Tensor] | None = None,
+    extra: Mapping[str, str] | None = None,
+) -> None:
+    """Write one role to serve: a plain causal LM with its tokenizer, and `extra` text files by name.
+
+    Adapters are merged into the model, and kept in `adapter/`.
+
+    Written beside and renamed, so that the folder is whole or the one before.
+    """
+    beside = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    if is_adapted(model):
+        from peft import PeftModel
+
+        assert isinstance(model, PeftModel)
+        model.save_pretrained(beside / "adapter", state_dict=state_dict)
+        merged_copy(model, state_dict).save_pretrained(beside)
+    else:
+        model.save_pretrained(beside, state_dict=state_dict)
+    tokenizer.save_pretrained(beside)
+    for name, text in (extra or {}).items():
+        (beside / name).write_text(text, encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    beside.rename(folder)
+
+
+def merged_copy(model: Any, state_dict: Mapping[str, Tensor] | None = None) -> PreTrainedModel:
+    """The model with its adapters merged, made of the weights at hand; the trained model is never touched.
+
+    Args:
+        model: a PEFT model.
+        state_dict: its whole state, where it is sharded.
+    """
+    from peft import get_peft_model
+
+    base = model.get_base_model()
+    with whole_parameters(), torch.random.fork_rng():  # what is drawn here is replaced below
+        copy = get_peft_model(type(base)(base.config), model.peft_config[model.active_adapter])
+    copy.load_state_dict(model.state_dict() if state_dict is None else state_dict)
+    merged = copy.merge_and_unload().to(base.dtype)
+    merged.generation_config = base.generation_config
+    return merged
