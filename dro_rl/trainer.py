@@ -6,9 +6,7 @@ stands in `objective`, `likelihood` and `rollouts`; what stands here is when, an
 
 from __future__ import annotations
 
-import json
 import logging
-import shutil
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -21,10 +19,10 @@ from accelerate.utils import DistributedType, broadcast_object_list, gather_obje
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import rotate_checkpoints
 from trl.trainer.base_trainer import _BaseTrainer
 
 from dro_rl.config import DROConfig
+from dro_rl.em.checkpoints import Checkpoints
 from dro_rl.em.e_step import EStep
 from dro_rl.em.iteration import IterationRollouts
 from dro_rl.em.m_step import Group, MicroBatch
@@ -36,7 +34,7 @@ from dro_rl.engines.vllm_colocate import ColocatedEngine
 from dro_rl.engines.vllm_server import ServerEngine, check_servers
 from dro_rl.engines.vllm_weights import publisher
 from dro_rl.errors import InputError, Phrase
-from dro_rl.evaluation.evaluator import evaluate_stage, read_stages, with_stage, write_stages
+from dro_rl.evaluation.evaluator import evaluate_stage, read_stages, with_stage
 from dro_rl.job.console import LineProgress
 from dro_rl.likelihood import passes
 from dro_rl.likelihood.attention import takes_packed_rows
@@ -49,13 +47,9 @@ from dro_rl.pipeline import PROMPT, PipelineSettings, RAGPipeline, save_settings
 from dro_rl.prompts import Prompter
 from dro_rl.records import Question, Rollout
 from dro_rl.roles import ROLES, Role
-from dro_rl.rollouts import log as rollout_log
 from dro_rl.rollouts.diagnostics import rollout_metrics
 
 logger = logging.getLogger(__name__)
-
-SCHEDULE = "schedule.json"
-"""In a checkpoint: what its steps hold."""
 
 MAX_DIFFERENCE = 0.1
 """Nats a token, on average: two implementations of a model in bfloat16 stay below it."""
@@ -161,6 +155,9 @@ class DROTrainer(_BaseTrainer):
         self.add_callback(LineProgress)
         self.reference = reference.to(self.accelerator.device).eval() if reference is not None else None
         self.stages: list[dict[str, Any]] = read_stages(self.run_dir)
+        self.checkpoints = Checkpoints(
+            self.run_dir, self.schedule, args.save_total_limit, keep_last_iteration=args.duplicate_threshold is not None
+        )
         self._vllm = self._start_vllm() if args.engine == "vllm" else None
         e_step = EStep(
             self._open_engine,
@@ -575,7 +572,7 @@ class DROTrainer(_BaseTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train, from the start or from a checkpoint of this run."""
         if self.is_world_process_zero():
-            self._restore_logs(Path(str(resume_from_checkpoint)) if resume_from_checkpoint else None)
+            self.checkpoints.restore_logs(Path(str(resume_from_checkpoint)) if resume_from_checkpoint else None)
         self.accelerator.wait_for_everyone()
         self.stages = broadcast_object_list([read_stages(self.run_dir)])[0]
         result = super().train(resume_from_checkpoint, *args, **kwargs)
@@ -584,86 +581,13 @@ class DROTrainer(_BaseTrainer):
             self._vllm.remove_weights()
         return result
 
-    def _restore_logs(self, checkpoint: Path | None) -> None:
-        """Put the rollout log and the evaluations back to where the checkpoint was: what came after happens again.
-
-        Rollouts of the iteration that the checkpoint stands in stay: they come from the same weights.
-        """
-        run = self.run_dir
-        current = 1
-        for leftover in run.glob(".*.tmp"):  # what a kill, or a full disk, left half-written
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        if checkpoint is not None:
-            self._check_schedule(checkpoint / SCHEDULE)
-            state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-            current = self.schedule.iteration(state.global_step) + 1
-            for part in (checkpoint / "rollouts").glob("*.parquet"):
-                (run / "rollouts").mkdir(exist_ok=True)
-                shutil.copy2(part, run / "rollouts" / part.name)
-            write_stages(run, read_stages(checkpoint))
-        else:
-            write_stages(run, [stage for stage in self.stages if stage["stage"] in ("base", "warmup")])
-        for path in rollout_log.part_paths(run):
-            if path not in rollout_log.part_paths(run, current) and path > rollout_log.part_path(run, current, 0):
-                path.unlink()
-
-    def _check_schedule(self, path: Path) -> None:
-        """Steps count questions: with another number of processes a step would mean another place in the run."""
-        saved, own = json.loads(path.read_text()), self._steps_hold()
-        if saved != own:
-            raise InputError(
-                "resume_from_checkpoint",
-                str(path.parent),
-                "a run goes on as it began: it had {questions_per_step} of {num_questions} questions a step".format(
-                    **saved
-                )
-                + ", and has {questions_per_step} of {num_questions} now".format(**own),
-                "Resume with as many processes, and on the same questions.",
-            )
-
-    def _steps_hold(self) -> dict[str, int]:
-        return {name: getattr(self.schedule, name) for name in ("questions_per_step", "num_questions")}
-
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write `checkpoint-N` beside its place, then rename it: a killed run leaves whole checkpoints only."""
-        run = self.run_dir
-        place = run / f"checkpoint-{self.state.global_step}"
-        beside = run / f".{place.name}.tmp"
-        if self.is_world_process_zero():
-            shutil.rmtree(beside, ignore_errors=True)
-            beside.mkdir(parents=True)
-        self.accelerator.wait_for_everyone()
-        with self.clock.phase("checkpoint"):
-            self.save_model(str(beside), _internal_call=True)
-            self._save_optimizer_and_scheduler(str(beside))
-            self._save_scaler(str(beside))
-            self._save_rng_state(str(beside))
-        best = run / f"checkpoint-{self.state.best_global_step}"
-        if self.state.best_global_step and (best.is_dir() or best == place):
-            self.state.best_model_checkpoint = str(best)
-        if self.is_world_process_zero():
-            write_stages(beside, self.stages)
-            (beside / SCHEDULE).write_text(json.dumps(self._steps_hold()))
-            current, within = divmod(self.state.global_step, self.schedule.steps_per_iteration)
-            needed = [current + 1] if within else []
-            needed += [] if self.args.duplicate_threshold is None else [current]  # the guard's memory
-            for iteration in needed:
-                (beside / "rollouts").mkdir(exist_ok=True)
-                for part in rollout_log.part_paths(run, iteration):
-                    shutil.copy2(part, beside / "rollouts" / part.name)
-            cast(dict[str, Any], self.state.stateful_callbacks)["TrainerControl"] = self.control.state()
-            self.state.save_to_json(str(beside / "trainer_state.json"))
-        self.accelerator.wait_for_everyone()
-        if self.is_world_process_zero():
-            shutil.rmtree(place, ignore_errors=True)
-            beside.rename(place)
-            rotate_checkpoints(
-                output_dir=str(run),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=False,
-            )
-        self.accelerator.wait_for_everyone()
+        cast(dict[str, Any], self.state.stateful_callbacks)["TrainerControl"] = self.control.state()
+        with self.checkpoints.written(self.state, self.stages) as folder, self.clock.phase("checkpoint"):
+            self.save_model(str(folder), _internal_call=True)
+            self._save_optimizer_and_scheduler(str(folder))
+            self._save_scaler(str(folder))
+            self._save_rng_state(str(folder))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write `selector/` and `generator/`: to go on from (within a checkpoint), or to serve, with their prompts."""

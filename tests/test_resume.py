@@ -20,7 +20,7 @@ MOMENTS = {
     "after the rollouts are in place": ("after:dro_rl.rollouts.log:write", 2),
     "in the M-step": ("dro_rl.trainer:DROTrainer.compute_loss", 11),
     "between the two models of a checkpoint": ("dro_rl.trainer:save_role", 4),
-    "before a checkpoint is in place": ("dro_rl.trainer:rollout_log.part_paths", 3),
+    "before a checkpoint is in place": ("dro_rl.em.checkpoints:_copy_parts", 2),
     "after a checkpoint is in place": ("after:dro_rl.trainer:DROTrainer._save_checkpoint", 2),
     "between evaluation and checkpoint": ("dro_rl.trainer:DROTrainer._save_checkpoint", 3),
     "while the summary is written": ("dro_rl.evaluation.evaluator:write_stages", 4),
