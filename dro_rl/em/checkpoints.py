@@ -101,7 +101,7 @@ class Checkpoints:
         process.wait_for_everyone()
 
     def _needed(self, step: int) -> list[int]:
-        """The iterations whose rollouts are needed to go on: the one the step stands in, and what the guard remembers."""
+        """The iterations whose rollouts are needed to go on: the one the step is in, and what the guard remembers."""
         current, within = divmod(step, self.schedule.steps_per_iteration)
         return [*([current + 1] if within else []), *([current] if self.keep_last_iteration else [])]
 
