@@ -39,6 +39,9 @@ class RunConfig:
     dataset_config: str | None = _option(
         None, "Configuration of a hub dataset, or a dataset of a folder that holds several."
     )
+    dataset_columns: dict[str, Any] = _option(
+        {}, "Columns of the data by the fields they are, where they have other names: {question: query, id: qid}."
+    )
     dataset_train_split: str = _option("train", "Split to train on: a hub split, or a file's stem in a folder.")
     dataset_eval_split: str = _option("dev", "Split to evaluate on: early stopping looks at it, so never report it.")
     eval_dataset_name: str | None = _option(

@@ -6,9 +6,10 @@ Nothing here knows of models, trainers, engines or the command line.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from dro_rl.errors import InputError, Phrase
@@ -117,6 +118,7 @@ class Rollout:
 
 
 REQUIRED_FIELDS = ("id", "question", "answers", "documents")
+FIELDS = (*REQUIRED_FIELDS, "supporting", "missed", "dataset", "type")
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 
 
@@ -124,13 +126,16 @@ Candidates = Literal["required", "optional"]
 """Whether each question has documents, as training needs, or may have none, as retrieval and the tools take it."""
 
 
-def read_questions(path: str | Path, *, candidates: Candidates = "required") -> list[Question]:
+def read_questions(
+    path: str | Path, *, candidates: Candidates = "required", columns: Mapping[str, str] = MappingProxyType({})
+) -> list[Question]:
     """Read a question file: one JSON object a line (`.jsonl`, `.jsonl.gz`), or the same columns as `.parquet`.
 
     Args:
         path: the file.
         candidates: `optional` also takes questions whose `documents` is empty or missing; the `supporting` ids of such
             a question name documents of the corpus that its candidates will come from.
+        columns: names of columns by the fields that they are, where they have other names.
 
     Returns:
         The questions in file order. A document that is a candidate of many questions stands in memory once.
@@ -142,12 +147,17 @@ def read_questions(path: str | Path, *, candidates: Candidates = "required") -> 
     shared: dict[Document, Document] = {}
     return [
         replace(question, documents=tuple(shared.setdefault(document, document) for document in question.documents))
-        for question in iter_questions(path, candidates=candidates)
+        for question in iter_questions(path, candidates=candidates, columns=columns)
     ]
 
 
 def iter_questions(
-    path: str | Path, *, candidates: Candidates = "required", bad: Bad = refuse, watch: Watch | None = None
+    path: str | Path,
+    *,
+    candidates: Candidates = "required",
+    columns: Mapping[str, str] = MappingProxyType({}),
+    bad: Bad = refuse,
+    watch: Watch | None = None,
 ) -> Iterator[Question]:
     """`read_questions` as a stream: one question in memory at a time. `bad` and `watch` are those of `dro_rl.rows`."""
     path = Path(path)
@@ -156,11 +166,39 @@ def iter_questions(
             str(path), path.suffix, f"a question file ends in {', '.join(SUFFIXES)}", "Rename or convert the file."
         )
     empty = True
-    for question in parse_questions(rows(path, bad=bad, watch=watch), candidates=candidates, bad=bad):
+    for question in parse_questions(renamed(rows(path, bad=bad, watch=watch), columns), candidates=candidates, bad=bad):
         empty = False
         yield question
     if empty:
         raise InputError(str(path), Phrase("no questions"), "a question file has at least one line", "Check the file.")
+
+
+def renamed(rows: Rows, columns: Mapping[str, str]) -> Rows:
+    """Rows with their columns under the names of fields: `{"question": "query"}` makes a question of a query.
+
+    Raises:
+        InputError: a name is of no field, or no row has the column.
+    """
+    for field, column in columns.items():
+        if field not in FIELDS or not isinstance(column, str) or not column:
+            raise InputError(
+                f"dataset_columns: {field}",
+                column,
+                f"this is the name of a column, for one of {', '.join(FIELDS)}",
+                "Write {question: query}, for a column query that holds the questions.",
+            )
+    missing = dict(columns)
+    for place, row in rows:
+        if isinstance(row, Mapping):
+            for field in [field for field, column in missing.items() if column in row]:
+                del missing[field]
+            kept = {name: value for name, value in row.items() if name not in columns}
+            row = kept | {field: row.get(column) for field, column in columns.items()}
+        yield place, row
+    for field, column in missing.items():
+        raise InputError(
+            f"dataset_columns: {field}", column, "the data has such a column, and no row does", "Correct the name."
+        )
 
 
 def parse_questions(rows: Rows, *, candidates: Candidates = "required", bad: Bad = refuse) -> Iterator[Question]:

@@ -39,7 +39,11 @@ def main(arguments: Sequence[str]) -> None:
     recipe = load_recipe(*parse_command_line(arguments))
     run, training = recipe.run, recipe.training
     train = load_questions(
-        run.dataset_name, run.dataset_train_split, config=run.dataset_config, limit=run.max_train_samples
+        run.dataset_name,
+        run.dataset_train_split,
+        config=run.dataset_config,
+        limit=run.max_train_samples,
+        columns=run.dataset_columns,
     )
     beside = dev_beside(run.dataset_name, run.dataset_train_split, run.dataset_eval_split)
     dev = load_questions(
@@ -47,6 +51,7 @@ def main(arguments: Sequence[str]) -> None:
         run.dataset_eval_split,
         config=run.dataset_config,
         limit=run.max_eval_samples,
+        columns=run.dataset_columns,
         key="eval_dataset_name" if run.eval_dataset_name else "dataset_name",
     )
     order_seed = training.seed if run.shuffle_documents else None

@@ -191,3 +191,18 @@ def test_a_name_means_a_file_or_a_hub_dataset(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "someone" / "questions").mkdir(parents=True)
     assert is_local(name) == local
+
+
+def test_columns_of_other_names_are_the_fields_that_the_recipe_says(tmp_path: Path) -> None:
+    """The column keeps its place in errors of the file; one that stands nowhere is named."""
+    others = [{"qid": row["id"], "query": row["question"], **row} for row in rows(questions(3))]
+    for row in others:
+        del row["id"], row["question"]
+    path = tmp_path / "mine.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in others))
+    columns = {"id": "qid", "question": "query"}
+    assert load_questions(str(path), "train", columns=columns) == questions(3)
+    with pytest.raises(InputError, match=r"^dataset_columns: type: 'hops': .*no row does"):
+        load_questions(str(path), "train", columns={**columns, "type": "hops"})
+    with pytest.raises(InputError, match=r"^dataset_columns: query: .*one of id, question"):
+        load_questions(str(path), "train", columns={"query": "question"})

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 from dro_rl.data.hub import hub_rows, is_local
 from dro_rl.data.manifest import read_manifest
 from dro_rl.errors import InputError, Phrase
-from dro_rl.records import SUFFIXES, Question, parse_questions, read_questions
+from dro_rl.records import SUFFIXES, Question, parse_questions, read_questions, renamed
 from dro_rl.toy.world import make_world
 
 TOY_SIZES = {"train": 2048, "dev": 256, "test": 512}
@@ -16,7 +18,13 @@ TOY_SIZES = {"train": 2048, "dev": 256, "test": 512}
 
 
 def load_questions(
-    name: str, split: str, *, config: str | None = None, limit: int | None = None, key: str = "dataset_name"
+    name: str,
+    split: str,
+    *,
+    config: str | None = None,
+    limit: int | None = None,
+    columns: Mapping[str, str] = MappingProxyType({}),
+    key: str = "dataset_name",
 ) -> list[Question]:
     """The questions of a split.
 
@@ -27,6 +35,7 @@ def load_questions(
         split: which split; ignored for a single file.
         config: configuration of a hub dataset, or a dataset of a folder that holds several.
         limit: the first so many.
+        columns: names of columns by the fields that they are, where they have other names: `dataset_columns`.
         key: the recipe key that errors name.
 
     Raises:
@@ -40,11 +49,11 @@ def load_questions(
     if path.is_file() or path.is_dir():
         file = path if path.is_file() else file_of_split(path, split, config)
         read_manifest(file)  # a file that is not what its manifest describes is refused
-        questions = read_questions(file)
+        questions = read_questions(file, columns=columns)
     elif is_local(name):
         raise InputError(key, name, "a question file or folder exists", "Check the path.")
     else:
-        questions = _from_hub(name, split, config, key)
+        questions = _from_hub(name, split, config, columns, key)
     return questions[:limit] if limit else questions
 
 
@@ -72,5 +81,5 @@ def file_of_split(folder: Path, split: str, config: str | None) -> Path:
     return found[0]
 
 
-def _from_hub(name: str, split: str, config: str | None, key: str) -> list[Question]:
-    return list(parse_questions(hub_rows(name, config, split, place=key, streaming=False)))
+def _from_hub(name: str, split: str, config: str | None, columns: Mapping[str, str], key: str) -> list[Question]:
+    return list(parse_questions(renamed(hub_rows(name, config, split, place=key, streaming=False), columns)))
