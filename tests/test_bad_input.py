@@ -95,7 +95,7 @@ SETTINGS: dict[str, tuple[list[str], tuple[str, ...]]] = {
         ("error: num_generations", "'many'", "a whole number", "Correct"),
     ),
     "a number that is none": (["--beta", ".nan"], ("error: beta", "nan", "a number", "Correct")),
-    "no rollouts": (["--num_generations", "0"], ("error: num_generations", "0", "at least 1", "Use a positive number")),
+    "no rollouts": (["--num_generations", "0"], ("error: num_generations", "0", "at least 1", "Use 1 or more")),
     "one rollout": (
         ["--num_generations", "1"],
         ("error: num_generations", "1", "no selection signal", "Use 2 or more"),
@@ -138,7 +138,7 @@ SETTINGS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     ),
     "adapters that drop everything": (
         ["--lora_dropout", "1"],
-        ("error: lora_dropout", "1", "a share below 1", "Use 0.05"),
+        ("error: lora_dropout", "1", "in [0, 1)", "Use 0.05"),
     ),
     "a dataset that is not there": (
         ["--dataset_name", "nowhere/train.jsonl"],
@@ -182,7 +182,10 @@ RECIPES = {
     "nothing": (b"", ("NoneType", "`key: value` lines", "Write some")),
     "broken YAML": (b"seed: 1\nlearning_rate: [1\n", ("line 3", "a recipe is YAML", "Correct it")),
     "a key twice": (b"seed: 1\nseed: 2\n", ("line 2", "'seed'", "a key stands once", "Remove one")),
-    "Latin-1": ("run_name: caf\xe9\n".encode("latin-1"), ("'utf-8' codec", "UTF-8 text", "Convert the file")),
+    "Latin-1": (
+        "run_name: caf\xe9\n".encode("latin-1"),
+        ("invalid continuation", "UTF-8 text", "Convert the file"),
+    ),
     "control characters": (b"run_name: \x00\n", ("x0000", "UTF-8 text", "Convert the file")),
 }
 

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from trl.trainer.base_config import _BaseConfig
 
 from dro_rl.config import DROConfig
 from dro_rl.errors import InputError
-from dro_rl.recipe import NOT_OURS, RunConfig, describe_keys, known_fields, load_recipe, parse_command_line
+from dro_rl.keys.inherited import REFUSED, WITHOUT_EFFECT
+from dro_rl.recipe import KEYS, RunConfig, keys_page, load_recipe, parse_command_line
 
 ROOT = Path(__file__).parent.parent / "recipes"
 SHIPPED = sorted(path for path in ROOT.rglob("*.y*ml") if "accelerate" not in path.relative_to(ROOT).parts)
@@ -117,7 +119,7 @@ def test_a_key_like_no_other_is_refused_too() -> None:
     assert "--help" in str(refusal(zzzz=1))
 
 
-@pytest.mark.parametrize("key", NOT_OURS)
+@pytest.mark.parametrize("key", WITHOUT_EFFECT)
 def test_a_key_without_effect_is_refused_with_what_to_use(key: str) -> None:
     error = refusal(**{key: 1})
     assert str(error).startswith(f"{key}: 1: this key has no effect in dro_rl. Use ")
@@ -322,7 +324,7 @@ def test_a_key_that_stands_twice_is_refused_with_both_lines(recipe_file) -> None
         ("", "`key: value` lines"),
         ("# nothing\n", "`key: value` lines"),
         ("- a\n- b\n", "`key: value` lines"),
-        ("1: 2\n", "`key: value` lines"),
+        ("1: 2\n", "a key is a name"),
         ("seed: [1\n", "line 2"),
         ("seed: 1\n\tbeta: 2\n", "line 2"),
     ],
@@ -360,14 +362,40 @@ def test_the_resolved_recipe_loads_again_as_the_same(recipe_file, tmp_path) -> N
 def test_the_resolved_recipe_holds_every_key_of_ours(recipe_file) -> None:
     """Another release with other defaults repeats the run."""
     values = load_recipe(recipe_file()).values
-    assert set(values) >= {key for key, _, _ in describe_keys()}
+    assert set(values) == set(KEYS)
     assert values["num_generations"] == 8
     assert values["warmup"] == "none"
 
 
-def test_every_key_of_ours_is_described() -> None:
-    assert all(help for _, _, help in describe_keys())
-    assert {key for key, _, _ in describe_keys()} <= set(known_fields())
+def test_every_key_stands_under_a_heading_and_is_described_in_a_sentence() -> None:
+    for key in KEYS.values():
+        assert key.group
+        assert re.match(r".{10,}[.…]$", key.help), key.name
+
+
+def test_the_reference_page_is_what_the_keys_say() -> None:
+    """`python -m dro_rl.recipe --keys > docs/keys.md`."""
+    assert (ROOT.parent / "docs" / "keys.md").read_text() == keys_page()
+
+
+@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(_BaseConfig)])
+def test_every_inherited_key_is_taken_or_refused_or_said_to_have_no_effect(name: str) -> None:
+    assert [name in KEYS, name in WITHOUT_EFFECT, name in REFUSED].count(True) == 1
+
+
+def test_a_key_that_is_taken_over_keeps_its_default_but_for_these() -> None:
+    """What a user of the stock Trainer expects of a key holds here too."""
+    differ = {
+        "learning_rate", "weight_decay", "logging_steps", "metric_for_best_model", "greater_is_better",
+        "load_best_model_at_end", "save_total_limit", "report_to",
+    }  # fmt: skip
+    stock = {f.name: f.default for f in dataclasses.fields(_BaseConfig)}
+    taken = {name for name in stock if name in KEYS}
+    assert {name for name in taken if KEYS[name].default != stock[name]} == differ
+
+
+def test_every_default_obeys_its_own_rule() -> None:
+    assert all(key.check(key.default) == key.default for key in KEYS.values())
 
 
 def test_no_key_belongs_to_both_configs() -> None:

@@ -12,7 +12,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
 from dro_rl.em.timing import Phase, rates
-from dro_rl.recipe import describe_keys
+from dro_rl.recipe import KEYS, as_yaml
 
 COLUMNS = (("evidence_bound", "bound", ".2f"), ("ess", "ess", ".1f"), ("answer_logp", "answer", ".2f"),
            ("recall@3", "recall@3", ".2f"), ("rollouts/valid", "valid", ".2f"))  # fmt: skip
@@ -110,10 +110,6 @@ def print_help(summary: str) -> None:
     """Usage with examples, and every key of ours."""
     console = Console(soft_wrap=False)
     console.print(summary.strip(), markup=False, highlight=False)
-    table = Table(box=None, pad_edge=False)
-    for title in ("key", "default", "what it is"):
-        table.add_column(title, overflow="fold")
-    for row in describe_keys():
-        table.add_row(*row)
-    console.print(table, markup=False)
-    console.print("Every key of transformers.TrainingArguments is one too, but for those that have no meaning here.")
+    for key in KEYS.values():
+        default = "required" if key.default == "" else as_yaml(key.default)
+        console.print(f"\n{key.name}  ({key.allowed}; {default})\n    {key.help}", markup=False, highlight=False)

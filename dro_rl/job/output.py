@@ -11,18 +11,8 @@ from accelerate import PartialState
 from transformers.trainer_utils import get_last_checkpoint
 
 from dro_rl.errors import InputError
-from dro_rl.recipe import Recipe, read_yaml
-
-MAY_CHANGE = frozenset(
-    {
-        "output_dir", "resume_from_checkpoint", "num_iterations", "max_steps", "early_stopping_patience", "save_steps",
-        "save_total_limit", "logging_steps", "report_to", "disable_tqdm", "run_name", "per_device_eval_batch_size",
-        "warmup_cache_dir", "vllm_server_base_url", "vllm_server_timeout", "vllm_request_timeout",
-        "vllm_gpu_memory_utilization", "vllm_tensor_parallel_size", "vllm_enable_sleep_mode", "vllm_weight_sync",
-        "vllm_weights_dir", "vllm_group_port",
-    }
-)  # fmt: skip
-"""Keys that a resumed run may change: how long it runs and what it says, not what it computes."""
+from dro_rl.flat_yaml import read_yaml
+from dro_rl.recipe import KEYS, Recipe
 
 
 def claim_output_dir(recipe: Recipe) -> str | None:
@@ -74,11 +64,12 @@ def _same_recipe(recipe: Recipe, path: Path) -> None:
     if not path.is_file():
         return
     before: dict[str, Any] = read_yaml(path)
-    for key in sorted({*before, *recipe.values} - MAY_CHANGE):
-        if json.dumps(before.get(key), default=str) != json.dumps(recipe.values.get(key), default=str):
+    for name, key in sorted(KEYS.items()):
+        was = before.get(name, key.default)
+        if not key.resumes and json.dumps(was) != json.dumps(recipe.values[name]):
             raise InputError(
-                key,
-                recipe.values.get(key),
-                f"the run in {path.parent}{os.sep} has {before.get(key)!r}, and a resumed run computes what it began",
+                name,
+                recipe.values[name],
+                f"the run in {path.parent}{os.sep} has {was!r}, and a resumed run computes what it began",
                 "Give it the same value, or use another output_dir.",
             )

@@ -1,0 +1,391 @@
+"""Keys of training: the method's own, and those of transformers and TRL that mean here what they mean there."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from dro_rl.errors import InputError
+from dro_rl.keys import Rule, above, at_least, check_keys, either, option, within
+
+RATE = at_least(0, "Use 0 to freeze the model.")
+SHARE = within("(0, 1)", "Use 0.5, or leave it unset.")
+BETA = within("[0, 1)", "Leave it out for the usual value.")
+EVERY = Rule(
+    "above 0: a share of all steps, or a whole number of them",
+    "Use a whole number.",
+    lambda value: 0 < value < 1 or (value >= 1 and value == int(value)),
+)
+
+
+def _is_address(url: str) -> bool:
+    """Whether this is a scheme, a host and perhaps a port, and nothing more."""
+    try:
+        return bool(re.fullmatch(r"https?://[^/\s?#]+/?", url)) and urlsplit(url).port != 0
+    except ValueError:  # no number, or none that a port has
+        return False
+
+
+ADDRESSES = Rule(
+    "a server as a scheme, a host and a port, or a list of them",
+    "Use http://127.0.0.1:8000.",
+    lambda value: bool(value) and all(map(_is_address, [value] if isinstance(value, str) else value)),
+)
+
+
+@dataclass
+class TrainingKeys:
+    """What `DROConfig` adds to TRL's base config, and what of that it takes over.
+
+    `per_device_train_batch_size` counts rollouts, as in TRL: a step covers
+    `per_device_train_batch_size * processes * gradient_accumulation_steps / num_generations` questions.
+    """
+
+    output_dir: str | None = option(None, "The run's folder.", group="The run", resumes=True)
+    seed: int = option(
+        42, "What every draw, shuffle and sample follows from.", within("[0, 4294967295]", "Use 0 or more.")
+    )
+    resume_from_checkpoint: str | None = option(
+        None, "Go on from the last whole checkpoint (auto), or from this one.", resumes=True
+    )
+    full_determinism: bool = option(False, "Ask every operation of torch for a deterministic form, at a price.")
+    use_cpu: bool = option(False, "Train on the CPU even where there is a GPU.")
+
+    num_iterations: int = option(
+        5,
+        "Iterations (the paper's N): each is one E-step and its M-step.",
+        at_least(1),
+        resumes=True,
+        group="The loop",
+    )
+    questions_per_iteration: int | None = option(
+        None, "Questions that one E-step covers: from one step's (online) to all of the training set (unset).",
+        at_least(1),
+    )  # fmt: skip
+    m_step_epochs: int = option(
+        1, "Passes of the M-step over the iteration's rollouts, with fixed weights.", at_least(1)
+    )
+    max_steps: int = option(
+        -1, "Stop after so many optimizer steps.", either(-1, at_least(1), "all of num_iterations"), resumes=True
+    )
+    per_device_train_batch_size: int = option(8, "Rollouts that one device trains on at a time.", at_least(1))
+    gradient_accumulation_steps: int = option(1, "Batches that make one optimizer step.", at_least(1))
+    interleave: Literal["joint", "alternate"] = option(
+        "joint", "Train both models in each step, or in turns of selector_steps and generator_steps."
+    )
+    selector_steps: int = option(1, "Consecutive selector steps of a turn (interleave: alternate).", at_least(1))
+    generator_steps: int = option(1, "Consecutive generator steps of a turn (interleave: alternate).", at_least(1))
+
+    num_generations: int = option(8, "Rollouts sampled for a question (m).", at_least(1), group="Rollouts")
+    allow_single_generation: bool = option(
+        False, "Accept num_generations: 1, whose weights are all one: no selection signal, a control."
+    )
+    num_selected: int = option(5, "Documents that the selector is asked for (K).", at_least(1))
+    max_prompt_length: int | None = option(
+        4096, "Tokens of a prompt at most; documents are cut evenly to fit, the question never.", at_least(1)
+    )
+    max_completion_length: int = option(64, "Tokens of a selection at most.", at_least(1))
+    max_answer_length: int = option(64, "Tokens of a generated answer at most (evaluation and serving).", at_least(1))
+    constrain_selection: bool = option(
+        False, "Let the selector write K distinct valid numbers and nothing else: sampled, scored and served like that."
+    )
+    temperature: float = option(
+        1.0,
+        "Sampling temperature. Other than 1 the weights are corrected by p/q.",
+        above(0, "Use 1.0 to sample from p."),
+    )
+    temperature_end: float | None = option(
+        None,
+        "Temperature of the last iteration, reached in a straight line; unset: temperature throughout.",
+        above(0, "Use 1.0 to end at p, or leave it unset."),
+    )
+    duplicate_threshold: float | None = option(
+        None,
+        "Raise the temperature after an iteration in which more than this share of rollouts repeat another.",
+        SHARE,
+    )  # fmt: skip
+    temperature_max: float = option(2.0, "The most that duplicate_threshold raises the temperature to.", above(0))
+    top_p: float = option(
+        1.0,
+        "Nucleus truncation of the proposal; 1 is off. Corrected by p/q on what is left.",
+        within("(0, 1]", "Use 1.0 to switch it off."),
+    )
+    top_k: int = option(
+        0,
+        "Top-k truncation of the proposal; 0 is off. Corrected by p/q on what is left.",
+        at_least(0, "Use 0 to switch it off."),
+    )
+    min_p: float = option(
+        0.0,
+        "Minimum probability, relative to the likeliest token; 0 is off. Corrected by p/q on what is left.",
+        within("[0, 1)", "Use 0 to switch it off."),
+    )
+    max_log_ratio: float = option(2.0, "Truncation from above of log p/q in the weights, in nats.", at_least(0))
+
+    rollout_engine: Literal["auto", "transformers", "vllm"] = option(
+        "auto",
+        "What samples rollouts: auto is vllm with a server, or where it is installed beside CUDA.",
+        group="Rollout engine",
+    )
+    vllm_mode: Literal["colocate", "server"] = option(
+        "colocate", "vLLM in the trainer's process, or servers of their own (`dro-rl serve-rollouts`)."
+    )
+    vllm_dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto", "Type that vLLM computes in; auto is the trainer's. Another makes q another: corrected by p/q."
+    )
+    vllm_model_impl: Literal["auto", "vllm", "transformers"] = option(
+        "auto", "Whose implementation of the model vLLM runs; auto is its own where it has one."
+    )
+    vllm_max_model_length: int | None = option(
+        None, "Tokens of vLLM's longest sequence; unset: max_prompt_length + max_completion_length.", at_least(1)
+    )
+    vllm_tensor_parallel_size: int = option(
+        1, "Devices that one copy of the selector in vLLM is spread over.", at_least(1), resumes=True
+    )
+    vllm_gpu_memory_utilization: float = option(
+        0.3,
+        "Share of a GPU's memory that vLLM takes beside the trainer (vllm_mode: colocate).",
+        within("(0, 1]", "Use 0.3."),
+        resumes=True,
+    )
+    vllm_enable_sleep_mode: bool = option(
+        False, "Give vLLM's GPU memory back while models train (vllm_mode: colocate).", resumes=True
+    )
+    vllm_server_base_url: str | list[str] = option(
+        "http://127.0.0.1:8000",
+        "The server, or a list of replicas that share the questions (vllm_mode: server).",
+        ADDRESSES,
+        resumes=True,
+    )
+    vllm_server_timeout: float = option(
+        240.0, "Seconds to wait for a server that is not up, or has gone away.", above(0), resumes=True
+    )
+    vllm_request_timeout: float = option(
+        600.0, "Seconds that a server may take over the rollouts of one question.", above(0), resumes=True
+    )
+    overlap_rollouts: bool = option(
+        False, "Sample the next step's rollouts while this one trains: weights one step old, corrected by p/q (server)."
+    )
+    vllm_weight_sync: Literal["auto", "folder", "nccl"] = option(
+        "auto", "How servers get weights; auto is nccl where trainer and server have it, else folder.", resumes=True
+    )
+    vllm_weights_dir: str | None = option(
+        None,
+        "Folder that trainer and servers both see, for vllm_weight_sync: folder; unset: in output_dir.",
+        resumes=True,
+    )
+    vllm_group_port: int = option(
+        51216,
+        "Port of the group that weights travel in (vllm_weight_sync: nccl).",
+        within("[1, 65535]", "Use 51216."),
+        resumes=True,
+    )
+
+    answer_likelihood: Literal["sum", "mean"] = option(
+        "sum", "log p(answer): sum over its tokens (the posterior), or mean (another posterior).", group="Objective"
+    )
+    answer_aliases: Literal["first", "max", "logsumexp"] = option(
+        "first", "How several accepted answers make one likelihood."
+    )
+    weighting: Literal["likelihood", "uniform"] = option(
+        "likelihood",
+        "What weighs rollouts: the answer's likelihood, or nothing, so that all valid ones tie: no selection signal, "
+        "a control.",
+    )
+    selector_baseline: Literal["none", "mean"] = option(
+        "none", "Control variate of the selector: none (the paper's form) or mean (weight less 1/m, less variance)."
+    )
+    weight_temperature: float = option(
+        1.0, "Softens the importance weights; 1 is the posterior.", at_least(1, "Use 1 for the posterior.")
+    )
+    target_ess: float | None = option(
+        None, "Pick, per question, the smallest weight temperature whose effective sample size is this share of m.",
+        SHARE,
+    )  # fmt: skip
+    beta: float = option(0.0, "Weight of the KL divergence to the initial selector.", at_least(0))
+    entropy_coef: float = option(0.0, "Weight of the selector's entropy bonus.", at_least(0))
+
+    learning_rate: float = option(1e-5, "Learning rate of both models.", at_least(0), group="Optimisation")
+    selector_learning_rate: float | None = option(None, "Learning rate of the selector; 0 freezes it.", RATE)
+    generator_learning_rate: float | None = option(None, "Learning rate of the generator; 0 freezes it.", RATE)
+    weight_decay: float = option(0.01, "Weight decay of both models.", at_least(0))
+    max_grad_norm: float = option(1.0, "The norm that each model's gradient is clipped to.", at_least(0))
+    lr_scheduler_type: Literal[
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
+        "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay",
+    ] = option("linear", "How both learning rates go from the first step to the last.")  # fmt: skip
+    lr_scheduler_kwargs: dict[str, Any] | None = option(
+        None, "What else the schedule takes, such as {min_lr_rate: 0.1} of cosine_with_min_lr."
+    )
+    warmup_steps: float = option(
+        0, "Steps over which learning rates rise from 0, or the share of all steps (below 1).", at_least(0)
+    )
+    optim: Literal[
+        "adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop", "adamw_8bit",
+        "adamw_bnb_8bit", "paged_adamw_32bit", "paged_adamw_8bit",
+    ] = option("adamw_torch_fused", "The optimizer; those named 8bit or paged need bitsandbytes.")  # fmt: skip
+    optim_args: str | None = option(None, "What else the optimizer takes, as name=value,name=value.")
+    adam_beta1: float = option(0.9, "Decay of AdamW's mean of gradients.", BETA)
+    adam_beta2: float = option(0.999, "Decay of AdamW's mean of squares.", BETA)
+    adam_epsilon: float = option(1e-8, "What AdamW adds to the root of the mean of squares.", above(0))
+
+    bf16: bool | None = option(
+        None, "Compute in bfloat16; unset: on a GPU yes, unless fp16, on a CPU no.", group="Speed and memory"
+    )
+    fp16: bool = option(False, "Compute in float16, with a scaled loss.")
+    tf32: bool | None = option(None, "Multiply float32 by TF32 (Ampere and later GPUs); unset: as torch has it.")
+    gradient_checkpointing: bool = option(True, "Recompute activations in the backward pass: less memory, more time.")
+    gradient_checkpointing_kwargs: dict[str, Any] | None = option(
+        None,
+        "How: {use_reentrant: false}, which is the default, or true.",
+        Rule(
+            "{use_reentrant: true or false}",
+            "Leave it out.",
+            lambda value: set(value) <= {"use_reentrant"} and all(isinstance(flag, bool) for flag in value.values()),
+        ),
+    )
+    torch_empty_cache_steps: int | None = option(
+        None, "Steps after which torch's cache of GPU memory is emptied; unset: never.", at_least(1)
+    )
+    tokens_per_microbatch: int = option(
+        16384,
+        "Tokens that go through the models at once: bounds memory. A longer question goes alone.",
+        at_least(1),
+    )
+    shared_prefix: Literal["auto", "on", "off"] = option(
+        "auto", "Compute each prompt once for all its completions: auto where that is exact, on to insist, off never."
+    )
+    prefix_tree: bool = option(
+        True, "Compute the documents that generator prompts begin with alike once (where prefixes are shared)."
+    )
+    fused_e_step: Literal["auto", "off"] = option(
+        "auto",
+        "Where an iteration is one step (questions_per_iteration), one forward pass gives likelihoods, weights and "
+        "losses: auto where that is exact, off to score first.",
+    )
+    min_weight: float = option(
+        0.0,
+        "The generator skips rollouts of less weight than this; the mass dropped is logged. 0 is off.",
+        within("[0, 1)", "Use 0 to switch it off."),
+    )
+    verify_fast_path: bool = option(
+        True, "On the first step compare the shared-prefix path with the plain one, and stop where they differ."
+    )
+    ddp_backend: Literal["nccl", "gloo"] | None = option(
+        None, "What processes talk by; unset: nccl between GPUs, gloo between CPUs."
+    )
+    ddp_timeout: int = option(
+        1800, "Seconds that processes wait for each other.", within("[1, 31536000]", "Use 1800."), resumes=True
+    )
+    ddp_bucket_cap_mb: int | None = option(
+        None, "MB of gradients that travel at once between processes.", within("[1, 65536]", "Leave it unset.")
+    )
+    ddp_broadcast_buffers: bool | None = option(None, "Whether DDP broadcasts the models' buffers in each pass.")
+
+    eval_iterations: int = option(
+        1,
+        "Iterations between two evaluations on the dev split, each with a checkpoint.",
+        at_least(1),
+        group="Evaluation, checkpoints, logs",
+    )
+    per_device_eval_batch_size: int = option(
+        8, "Sequences that one device samples or evaluates at a time.", at_least(1), resumes=True
+    )
+    early_stopping_patience: int | None = option(
+        1,
+        "Evaluations without improvement after which training stops; unset never stops early.",
+        at_least(1),
+        resumes=True,
+    )
+    metric_for_best_model: str | None = option("f1", "Dev metric that decides: em, f1, recall@5, answer_logp, …")
+    greater_is_better: bool | None = option(True, "Whether a higher metric is better.")
+    load_best_model_at_end: bool = option(True, "Keep the best evaluated iteration, not the last.")
+    save_steps: float = option(
+        500, "Optimizer steps between two checkpoints within an iteration.", either(0, EVERY, "none"), resumes=True
+    )
+    save_total_limit: int | None = option(
+        2, "Checkpoints kept; the best one is always among them.", at_least(1), resumes=True
+    )
+    logging_steps: float = option(1, "Optimizer steps between two log lines.", EVERY, resumes=True)
+    logging_first_step: bool = option(False, "Log the first step too.", resumes=True)
+    log_level: Literal["passive", "detail", "debug", "info", "warning", "error", "critical"] = option(
+        "passive", "What transformers says of itself in the main process; passive leaves it.", resumes=True
+    )
+    log_level_replica: Literal["passive", "detail", "debug", "info", "warning", "error", "critical"] = option(
+        "warning", "What it says in the other processes.", resumes=True
+    )
+    log_on_each_node: bool = option(True, "Whether the main process of each node counts as one, or the first's alone.")
+    disable_tqdm: bool | None = option(
+        None, "No progress bar; unset: where standard error is no terminal.", resumes=True
+    )
+    report_to: str | list[str] | None = option(
+        "tensorboard", "tensorboard, wandb, trackio, mlflow, or none.", resumes=True
+    )
+    run_name: str | None = option(None, "What trackers call the run.", resumes=True)
+    project: str = option("huggingface", "The project that trackio keeps the run in.", resumes=True)
+
+    def check(self) -> None:
+        """Raise `InputError` for the first value that breaks its key's rule, or a rule over several keys."""
+        check_keys(self)
+        self._require(
+            "num_generations",
+            self.num_generations > 1 or self.allow_single_generation,
+            "one rollout has weight one whatever it is, and gives no selection signal",
+            "Use 2 or more, or set allow_single_generation: true for the control.",
+        )
+        highest = max(self.temperature, self.temperature_end or 0.0)
+        self._require(
+            "temperature_max",
+            self.duplicate_threshold is None or self.temperature_max > highest,
+            f"duplicate_threshold raises the temperature above the {highest} that it has without it",
+            "Raise it, or leave duplicate_threshold unset.",
+        )
+        self._require(
+            "target_ess",
+            self.target_ess is None or self.weight_temperature == 1,
+            "target_ess chooses the weight temperature itself",
+            "Set one of target_ess and weight_temperature.",
+        )
+        self._require(
+            "weighting",
+            self.weighting == "likelihood" or (self.target_ess is None and self.weight_temperature == 1),
+            "uniform weights have no temperature",
+            "Leave target_ess and weight_temperature unset, or use weighting: likelihood.",
+        )
+        self._require(
+            "min_weight",
+            self.min_weight < 1 / self.num_generations,
+            f"this is below 1/num_generations = {1 / self.num_generations:.4g}, which the largest weight of a question "
+            "reaches",
+            "Use 0 to switch it off.",
+        )
+        rates = [self.role_learning_rate(role) for role in ("selector", "generator")]
+        self._require(
+            "generator_learning_rate", max(rates) > 0, "one of the two models trains", "Give one a rate above 0."
+        )
+        self._require(
+            "interleave",
+            self.interleave == "joint" or min(rates) > 0,
+            "taking turns needs two models that train",
+            "Use interleave: joint, which skips the frozen model.",
+        )
+        self._require(
+            "fp16", not (self.fp16 and self.bf16), "one type is computed in, and bf16 is another", "Set one of them."
+        )
+        self._require(
+            "vllm_enable_sleep_mode",
+            not self.vllm_enable_sleep_mode or self.vllm_mode == "colocate",
+            "a server has its memory to itself",
+            "Leave it out, or use vllm_mode: colocate.",
+        )
+
+    def _require(self, name: str, holds: bool, rule: str, fix: str) -> None:
+        if not holds:
+            raise InputError(name, getattr(self, name), rule, fix)
+
+    def role_learning_rate(self, role: str) -> float:
+        """The learning rate of `selector` or `generator`, in the optimizer's units."""
+        own = getattr(self, f"{role}_learning_rate")
+        return self.learning_rate if own is None else own
