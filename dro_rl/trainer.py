@@ -47,7 +47,7 @@ from dro_rl.pipeline import PROMPT, PipelineSettings, RAGPipeline, save_settings
 from dro_rl.prompts import Prompter
 from dro_rl.records import Question, Rollout
 from dro_rl.roles import ROLES, Role
-from dro_rl.rollouts.diagnostics import rollout_metrics
+from dro_rl.rollouts.diagnostics import columns, logged, summarize
 
 logger = logging.getLogger(__name__)
 
@@ -429,7 +429,8 @@ class DROTrainer(_BaseTrainer):
         rollouts = self.rollouts.weighed(iteration, step, self._done)
         self._done.clear()
         groups = [rollouts[position * m : (position + 1) * m] for position in positions]
-        for name, value in rollout_metrics(groups, self.train_questions, self.args).items():
+        limits = {"max_log_ratio": self.args.max_log_ratio, "min_weight": self.args.min_weight}
+        for name, value in logged(summarize(columns(groups, self.train_questions), **limits)).items():
             self._step_metrics[name].append(value)
         plain = [r for group in groups for r in group if self.args.sampling_at(r.temperature).on_policy]
         if self._vllm is not None and plain:  # the E-step scored them by the weights that vLLM was sent

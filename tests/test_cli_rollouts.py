@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 from dro_rl import __version__
 from dro_rl.cli import app
 from dro_rl.records import Document, Question, Rollout, Selection
-from dro_rl.rollouts import analysis, log
-from dro_rl.rollouts.analysis import GroupRollout, SelectedDocument, explain
+from dro_rl.rollouts import log, read
+from dro_rl.rollouts.explain import GroupRollout, SelectedDocument, explain
 
 DOCUMENTS = (
     Document("d1", "Béla Bartók", "A composer."),
@@ -138,7 +138,8 @@ def test_ls_averages_likelihoods_and_bounds(run: Path) -> None:
     first = document("rollouts", "ls", run)["iterations"][0]
     assert first["evidence_bound"] == pytest.approx((math.log(0.8 / 4) + math.log(0.5)) / 2)
     assert first["answer_logp"] == pytest.approx((math.log(0.4) + 2 * math.log(0.2) + 4 * math.log(0.5)) / 7)
-    assert first["ess"] == pytest.approx((1 / 0.375 / 4 + 1 + 0) / 3)
+    assert first["ess"] == pytest.approx((1 / 0.375 + 4 + 0) / 3)
+    assert first["ess_share"] == pytest.approx((1 / 0.375 / 4 + 1 + 0) / 3)
 
 
 def test_ls_recall_is_over_labelled_questions_plain_and_by_weight(run: Path) -> None:
@@ -147,7 +148,8 @@ def test_ls_recall_is_over_labelled_questions_plain_and_by_weight(run: Path) -> 
     assert first["labelled"] == 1
     assert first["recall"] == pytest.approx({"1": 1.5 / 4, "3": 2 / 4, "5": 2 / 4})
     assert first["weighted_recall"] == pytest.approx({"1": 0.5, "3": 0.75, "5": 0.75})
-    assert second["recall"]["1"] == pytest.approx(0.5)
+    # p/q is e and 1: what the selector itself would find, of rollouts that another proposal drew.
+    assert second["recall"]["1"] == pytest.approx(math.e / (math.e + 1))
     assert second["weighted_recall"]["1"] == pytest.approx(0.6225, abs=1e-4)
 
 
@@ -164,15 +166,15 @@ def test_ls_says_null_where_there_is_nothing_to_average(tmp_path: Path) -> None:
 
 def test_the_order_of_rows_and_parts_does_not_matter(run: Path) -> None:
     """Guards that groups are found by their position, not by adjacency."""
-    table = analysis.read_iteration(run, 1)
+    table = read.read_iteration(run, 1)
     backwards = table.take(list(range(table.num_rows))[::-1])
-    assert analysis.summarize(backwards) == analysis.summarize(table)
+    assert repr(read.summarize_iteration(backwards)) == repr(read.summarize_iteration(table))
 
 
 def test_answers_that_are_impossible_are_a_tie() -> None:
     """Defect: −inf less −inf is NaN, and NaN is neither a tie nor none."""
     group = rollouts(0, [[1], [2]], [-math.inf, -math.inf], [0.5, 0.5])
-    summary = analysis.summarize(log.to_table(group, QUESTIONS, 1, 0, 0, 2))
+    summary = read.summarize_iteration(log.to_table(group, QUESTIONS, 1, 0, 0, 2)).rollouts
     assert summary.all_tie == 1
     assert summary.evidence_bound == -math.inf
 
@@ -182,10 +184,11 @@ def test_ls_prints_a_table_in_the_order_of_time(run: Path) -> None:
     result = invoke("rollouts", "ls", run)
     assert result.exit_code == 0
     lines = result.stdout.splitlines()
-    assert lines[0].split()[:6] == ["iter", "step", "q", "rollouts", "valid", "dup"]
-    assert lines[1].split()[:8] == ["1", "0", "3", "12", "58", "80", "33", "56"]
-    assert lines[2].split()[:4] == ["2", "4", "1", "2"]
+    assert lines[0].split()[:8] == ["iter", "step", "q", "valid", "clean", "dup", "tie", "ESS/m"]
+    assert lines[1].split()[:8] == ["1", "0", "3", "58", "58", "80", "33", "56"]
+    assert lines[2].split()[:4] == ["2", "4", "1", "100"]
     assert "38/50/50" in lines[1]
+    assert lines[1].split()[-1] == "[2]57"
     assert "ESS/m: effective share" in " ".join(lines)
 
 
@@ -223,7 +226,7 @@ def test_show_orders_the_rollouts_of_a_question_by_weight(run: Path) -> None:
         {"number": 1, "id": "d1", "title": "Béla Bartók", "supporting": True},
         {"number": 3, "id": "d3", "title": "東京 [red]tower[/red]", "supporting": True},
     ]
-    assert (best["weight"], best["selector_coefficient"]) == (0.5, 0.25)
+    assert best["weight"] == 0.5
     assert (best["selection_logp"], best["proposal_logp"]) == (-1.5, -1.5)
     assert (last["answer_logp"], last["valid"], last["problems"]) == (None, False, ["format", "too_few"])
     assert last["text"] == "I cannot [b]tell"
@@ -275,7 +278,6 @@ def grouped(*items: tuple[Sequence[int], float, float]) -> list[GroupRollout]:
         GroupRollout(
             sample=sample,
             weight=weight,
-            selector_coefficient=weight,
             documents=tuple(SelectedDocument(n, f"d{n}", f"T{n}", False) for n in numbers),
             valid=bool(numbers),
             problems=(),
@@ -312,6 +314,50 @@ def test_why_has_words_for_every_case(items: list[tuple[Sequence[int], float, fl
     assert said in explain(grouped(*items))
 
 
+GOLD = 4
+"""The document of `TIES` that explains the answer."""
+TIES = [
+    # Four selections that all hold the gold document.
+    ([((4, 1), -1.0, 0.25), ((4, 2), -1.0, 0.25), ((3, 4), -1.0, 0.25), ((4, 5), -1.0, 0.25)], 4),
+    # The same, but for rounding and a little more.
+    ([((4, 1), -1.0, 0.252), ((4, 2), -1.01, 0.25), ((3, 4), -1.015, 0.249), ((4, 5), -1.02, 0.248)], 4),
+    # The first two of four, of which the first only just leads.
+    ([((4, 1), -1.0, 0.42), ((2, 4), -1.03, 0.41), ((1, 2), -2.0, 0.10), ((3, 5), -2.5, 0.07)], 2),
+    # One of those that tie was drawn twice, and stands behind the other twice.
+    ([((4, 1), -1.0, 0.3), ((4, 2), -1.0, 0.3), ((4, 1), -1.0, 0.3), ((1, 2), -2.1, 0.1)], 2),
+    # Equal weights of unequal likelihoods, as uniform weighting gives.
+    ([((4, 1), -1.0, 0.5), ((4, 2), -3.0, 0.5)], 2),
+    # Answers that none can give.
+    ([((4, 1), -math.inf, 0.5), ((4, 2), -math.inf, 0.5)], 2),
+]
+
+
+@pytest.mark.parametrize(("items", "tied"), TIES)
+def test_a_tie_is_called_one_and_credits_what_all_that_tie_share(
+    items: list[tuple[Sequence[int], float, float]], tied: int
+) -> None:
+    """Defect: "only it reads [1]", of the first of several that explain the answer alike."""
+    why = explain(grouped(*items))
+    assert why.startswith("A tie")
+    assert f" {tied} " in why
+    assert f"read [{GOLD}] T{GOLD}." in why
+    assert "nan" not in why
+    for number in (1, 2, 3, 5):
+        assert f"[{number}] T{number}" not in why, "a distractor"
+
+
+def test_a_tie_of_selections_without_a_common_document_credits_none() -> None:
+    why = explain(grouped(((1, 2), -1.0, 0.5), ((3, 4), -1.0, 0.5)))
+    assert "They have no document in common." in why
+
+
+def test_a_clear_winner_is_none() -> None:
+    """0.06 nats ahead is a win, and said to be a small one."""
+    why = explain(grouped(((1, 2), -1.0, 0.515), ((1, 3), -1.06, 0.485)))
+    assert "exceeds that of the next distinct selection, [1] > [3], by 0.06 nats" in why
+    assert "Only it reads [2] T2." in why
+
+
 # stats ----------------------------------------------------------------------------------------------------
 
 
@@ -325,13 +371,13 @@ def test_stats_counts_problems_over_the_run(run: Path) -> None:
 
 def test_stats_signals_pool_the_latest_iterations(run: Path) -> None:
     """Few questions are pooled over iterations, each diagnostic by what it is a share of."""
-    found = {signal["threshold"]["name"]: signal for signal in document("rollouts", "stats", run)["signals"]}
+    found = {signal["name"]: signal for signal in document("rollouts", "stats", run)["signals"]}
     assert found["valid"]["value"] == pytest.approx(9 / 14)
     assert found["all_tie"]["value"] == pytest.approx(1 / 4)
     assert found["duplicate"]["value"] == pytest.approx(4 / 6)
-    assert [name for name, signal in found.items() if signal["fired"]] == ["valid"]
-    assert (found["ess"]["first_iteration"], found["ess"]["last_iteration"]) == (1, 2)
-    assert found["ess"]["questions"] == 4
+    assert [name for name, signal in found.items() if signal["fired"]] == ["clean", "valid", "all_invalid"]
+    assert (found["ess_share"]["first_iteration"], found["ess_share"]["last_iteration"]) == (1, 2)
+    assert found["ess_share"]["questions"] == 4
 
 
 def test_stats_judges_the_present_not_the_past(tmp_path: Path) -> None:
@@ -341,20 +387,12 @@ def test_stats_judges_the_present_not_the_past(tmp_path: Path) -> None:
     write(tmp_path, 1, 0, 0, 0, spread)
     write(tmp_path, 2, 0, 9, 0, collapsed)
     signals = document("rollouts", "stats", tmp_path)["signals"]
-    assert [signal["threshold"]["name"] for signal in signals if signal["fired"]] == ["all_tie", "duplicate"]
+    assert [signal["name"] for signal in signals if signal["fired"]] == ["all_tie", "duplicate", "position"]
     assert {signal["first_iteration"] for signal in signals} == {2}
     text = invoke("rollouts", "stats", tmp_path).stdout
     assert "! all_tie" in text
-    assert "num_generations: " in text
-    assert "target_ess: " not in text
-
-
-def test_every_signal_names_a_key_that_recipes_have() -> None:
-    """Advice to change a key that does not exist would be worse than none."""
-    from dro_rl.config import DROConfig
-
-    for threshold in analysis.THRESHOLDS:
-        assert threshold.recipe_key in DROConfig.__dataclass_fields__
+    assert "Raise num_generations" in text
+    assert "target_ess" not in text
 
 
 # errors ---------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from dro_rl.prompts import Prompter
 from dro_rl.proposal import Completion
 from dro_rl.recipe import RunConfig
 from dro_rl.records import Question, Rollout, Selection
-from dro_rl.rollouts.diagnostics import rollout_metrics
+from dro_rl.rollouts.diagnostics import columns, logged, summarize
 
 K = 2
 
@@ -168,8 +168,8 @@ def test_light_rollouts_are_left_out_of_the_generators_loss_when_asked(lab) -> N
     assert micro_batch.rows("generator").coefficients == [rollout.weight for rollout in kept]
     assert len(micro_batch.rows("generator").rows) == 3
     assert len(micro_batch.rows("selector").rows[0].completions) == 4
-    metrics = rollout_metrics([rollouts], lab.questions, lab.config(4, min_weight=second))
-    assert metrics["dropped_mass"] == pytest.approx(light)
+    found = summarize(columns([rollouts], lab.questions), min_weight=second)
+    assert found.dropped_mass == pytest.approx(light)
 
 
 def test_a6_another_proposal_is_corrected(lab) -> None:
@@ -212,9 +212,8 @@ def test_a10_every_accepted_answer_can_count(lab, aliases: str) -> None:
 
 def test_a11_every_step_reports_what_its_weights_are_worth(lab) -> None:
     """A11: neither effective sample size nor variance nor recall was ever logged."""
-    config = lab.config(4)
     rollouts = lab.rollouts(["[1] > [2]", "[2] > [1]", "[1] > [2]", "none"])
-    metrics = rollout_metrics([rollouts], lab.questions, config)
+    metrics = logged(summarize(columns([rollouts], lab.questions)))
     weights = torch.tensor([rollout.weight for rollout in rollouts])
     assert metrics["ess"] == pytest.approx(1 / weights.square().sum().item(), rel=1e-4)
     assert metrics["rollouts/valid"] == 0.75

@@ -34,7 +34,7 @@ from dro_rl.proposal import SamplingParams
 from dro_rl.recipe import load_recipe
 from dro_rl.records import Rollout, Selection
 from dro_rl.rollouts import log as rollout_log
-from dro_rl.rollouts.diagnostics import rollout_metrics
+from dro_rl.rollouts.diagnostics import columns, summarize
 from dro_rl.selection import format_selection, parse_selection
 from dro_rl.selection.constraint import SelectionConstraint, allowed_for
 
@@ -219,10 +219,10 @@ def test_log_q_is_the_distribution_that_was_sampled_from(make_model, tokenizer, 
         assert mass < 0.95
     else:
         assert mass == pytest.approx(1, abs=0.01)
-    metrics = rollout_metrics([rollouts], questions(1, documents=4), config)
-    assert metrics["sampling/ratio_mean"] == pytest.approx(mass, abs=0.1)
-    assert metrics["rollouts/clean"] == 1
-    assert metrics["sampling/temperature"] == pytest.approx(config.temperature)
+    found = summarize(columns([rollouts], questions(1, documents=4)))
+    assert found.ratio_mean == pytest.approx(mass, abs=0.1)
+    assert found.clean == 1
+    assert found.temperature == pytest.approx(config.temperature)
 
 
 @pytest.mark.parametrize("name", ["hot", "cold", "top_k"])
@@ -240,17 +240,17 @@ def test_corrected_weights_are_the_posterior_among_what_can_be_drawn(make_model,
 def test_the_reference_is_scored_under_the_same_constraint(make_model, tokenizer) -> None:
     """The reference is the selector itself here: no divergence, whatever the proposal."""
     for settings in PROPOSALS.values():
-        rollouts, config = sampled(make_model, tokenizer, m=16, beta=0.1, **settings)
+        rollouts, _ = sampled(make_model, tokenizer, m=16, beta=0.1, **settings)
         assert all(r.reference_logp == pytest.approx(r.selection_logp, abs=1e-4) for r in rollouts)
-        assert rollout_metrics([rollouts], questions(1, documents=4), config)["kl"] == pytest.approx(0, abs=1e-4)
+        assert summarize(columns([rollouts], questions(1, documents=4))).kl == pytest.approx(0, abs=1e-4)
 
 
 def test_the_share_of_truncated_ratios_is_logged(make_model, tokenizer) -> None:
-    rollouts, config = sampled(make_model, tokenizer, m=400, temperature=2.5, max_log_ratio=0.2)
+    rollouts, _ = sampled(make_model, tokenizer, m=400, temperature=2.5, max_log_ratio=0.2)
     beyond = [r.selection_logp - r.proposal_logp > 0.2 for r in rollouts]
     assert 0 < sum(beyond) < 400
-    found = rollout_metrics([rollouts], questions(1, documents=4), config)["sampling/truncated"]
-    assert found == pytest.approx(sum(beyond) / 400)
+    found = summarize(columns([rollouts], questions(1, documents=4)), max_log_ratio=0.2)
+    assert found.truncated == pytest.approx(sum(beyond) / 400)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from dro_rl.config import DROConfig
 from dro_rl.em.e_step import EStep
 from dro_rl.em.schedule import Schedule
-from dro_rl.em.temperature import duplicate_share, groups_of, guarded_temperature
+from dro_rl.em.temperature import guarded_temperature, repeated_share
 from dro_rl.em.timing import PhaseClock
 from dro_rl.engines.protocol import RolloutEngine
 from dro_rl.proposal import Completion, rollout_seed
@@ -134,7 +134,7 @@ class IterationRollouts:
                 before = self._rollouts if known else rollout_log.to_rollouts(rollout_log.read(logged))
             found[0] = guarded_temperature(self.args, iteration, before)
             if before and found[0] != before[0].temperature:
-                repeated = duplicate_share(groups_of(before, self.args.num_generations))
+                repeated = repeated_share(before, self.args.num_generations)
                 logger.info(
                     f"iteration {iteration + 1}: temperature {before[0].temperature:.3g} -> {found[0]:.3g}, after "
                     f"{repeated:.0%} of the rollouts repeated another "

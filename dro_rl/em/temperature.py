@@ -6,11 +6,11 @@ weights are corrected for whatever temperature was used: log q is stored at it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from dro_rl.config import DROConfig
 from dro_rl.records import Rollout
+from dro_rl.rollouts.diagnostics import duplicate_share
 
 STEP = 1.25
 """The guard multiplies the scheduled temperature by this once more after each iteration that repeats itself too often,
@@ -31,7 +31,7 @@ def guarded_temperature(config: DROConfig, iteration: int, before: Sequence[Roll
     if config.duplicate_threshold is None or not before:
         return scheduled
     factor = before[0].temperature / scheduled_temperature(config, iteration - 1)
-    repeated = duplicate_share(groups_of(before, config.num_generations))
+    repeated = repeated_share(before, config.num_generations)
     if repeated > config.duplicate_threshold:
         factor *= STEP
     elif repeated <= config.duplicate_threshold:  # not so where no rollout could repeat another (NaN)
@@ -39,14 +39,6 @@ def guarded_temperature(config: DROConfig, iteration: int, before: Sequence[Roll
     return min(scheduled * factor, max(scheduled, config.temperature_max))
 
 
-def groups_of(rollouts: Sequence[Rollout], m: int) -> list[Sequence[Rollout]]:
-    """Rollouts in order as the groups of m that belong to one question."""
-    return [rollouts[i : i + m] for i in range(0, len(rollouts), m)]
-
-
-def duplicate_share(groups: Sequence[Sequence[Rollout]]) -> float:
-    """Of the valid rollouts that could repeat an earlier one of their group, the share that does: 0..1 for any m, NaN
-    where none could."""
-    named = [[rollout.selection.numbers for rollout in group if rollout.selection.valid] for group in groups]
-    repeated, repeatable = sum(len(g) - len(set(g)) for g in named), sum(max(len(g) - 1, 0) for g in named)
-    return repeated / repeatable if repeatable else math.nan
+def repeated_share(rollouts: Sequence[Rollout], m: int) -> float:
+    """`duplicate_share` of rollouts in order, m of each question."""
+    return duplicate_share([[r.selection for r in rollouts[i : i + m]] for i in range(0, len(rollouts), m)])

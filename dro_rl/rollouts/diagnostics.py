@@ -1,71 +1,438 @@
-"""What every step reports about its rollouts."""
+"""What rollouts say about a run: one set of figures for the step log, the signals, the guard and the command line.
+
+Pure functions of arrays, numpy alone. `columns` and `dro_rl.rollouts.read.columns_of` make the arrays, from records and
+from a table of the log.
+
+What speaks of the policy p (evidence bound, likelihood, entropy, divergence, recall) is corrected where rollouts were
+drawn from another proposal q: the bound by p/q, so that its exponential still has expectation p(y|x), the others by p/q
+normalised over the question. What speaks of the rollouts (`rollouts/…` and `sampling/…` in the step log) is as drawn.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
 
-import torch
+import numpy as np
 
-from dro_rl.config import DROConfig
-from dro_rl.em.temperature import duplicate_share
-from dro_rl.metrics import recall_at_k
-from dro_rl.objective import evidence_bound, weight_entropy
-from dro_rl.records import Question, Rollout
+from dro_rl.records import Question, Rollout, Selection
+
+RECALL_AT = (1, 3, 5)
+TIE = 0.05
+"""Nats. Selections whose answer log-likelihoods lie closer have weights within 5 % of each other: they tie."""
 
 
-def rollout_metrics(
-    groups: Sequence[Sequence[Rollout]], questions: Sequence[Question], config: DROConfig
-) -> dict[str, float]:
-    """Means over a step's questions: nats for log-probabilities and entropies, shares in 0..1; NaN where undefined.
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """The rollouts of some questions: groups one after another, all rollouts of a group together.
 
     Args:
-        groups: the m rollouts of each question.
+        size, num_documents, num_supporting: (questions,) m, N, and how many of the N are labelled as supporting.
+        ess, weight_temperature: (questions,) effective sample size of the weights, 0..m, and their temperature.
+        prompt_cut: (questions,) the selector read documents cut to fit.
+        valid, clean: (rollouts,) a document is named; the selection is exactly as asked.
+        answer_logp, selection_logp, proposal_logp, reference_logp: (rollouts,) log p(y|x,d_z), log p(z|x), log q(z|x),
+            and log p(z|x) under the initial selector, nats; NaN where there is none.
+        weight, temperature: (rollouts,) importance weight; what it was sampled at.
+        length: (rollouts,) documents selected.
+        numbers, supporting: (documents selected,) the selections one after another: 1-based numbers, best first, and
+            whether each is labelled as supporting.
+        problems: how many rollouts have each problem.
+    """
+
+    size: np.ndarray
+    num_documents: np.ndarray
+    num_supporting: np.ndarray
+    ess: np.ndarray
+    weight_temperature: np.ndarray
+    prompt_cut: np.ndarray
+    valid: np.ndarray
+    clean: np.ndarray
+    answer_logp: np.ndarray
+    selection_logp: np.ndarray
+    proposal_logp: np.ndarray
+    reference_logp: np.ndarray
+    weight: np.ndarray
+    temperature: np.ndarray
+    length: np.ndarray
+    numbers: np.ndarray
+    supporting: np.ndarray
+    problems: Mapping[str, int]
+
+    @property
+    def start(self) -> np.ndarray:
+        """(questions,) where each group begins."""
+        return np.cumsum(self.size) - self.size
+
+    @property
+    def group(self) -> np.ndarray:
+        """(rollouts,) the place of each rollout's question."""
+        return np.repeat(np.arange(len(self.size)), self.size)
+
+    @property
+    def row(self) -> np.ndarray:
+        """(documents selected,) the rollout that selected each."""
+        return np.repeat(np.arange(len(self.length)), self.length)
+
+    @property
+    def place(self) -> np.ndarray:
+        """(documents selected,) its 0-based place in the selection."""
+        return np.arange(len(self.numbers)) - np.repeat(np.cumsum(self.length) - self.length, self.length)
+
+
+def columns(groups: Sequence[Sequence[Rollout]], questions: Sequence[Question]) -> Columns:
+    """Weighed rollouts as columns.
+
+    Args:
+        groups: the rollouts of each question.
         questions: the training set, indexed by `Rollout.question`.
     """
+    asked = [questions[group[0].question] for group in groups]
+    gold = {group[0].question: frozenset(q.supporting_numbers) for group, q in zip(groups, asked, strict=True)}
     everything = [rollout for group in groups for rollout in group]
 
-    def column(name: str) -> torch.Tensor:
-        return torch.tensor([[getattr(rollout, name) for rollout in group] for group in groups], dtype=torch.float64)
+    def of_group(value: Callable[[Rollout], float], kind: type = float) -> np.ndarray:
+        return np.array([value(group[0]) for group in groups], dtype=kind)
 
-    valid = torch.tensor([[rollout.selection.valid for rollout in group] for group in groups])
-    weights, answers, policy = column("weight"), column("answer_logp"), column("selection_logp")
-    log_ratio = policy - column("proposal_logp")
-    bound = evidence_bound(answers, mask=valid)
-    tie = (answers.masked_fill(~valid, -math.inf).amax(-1) - answers.masked_fill(~valid, math.inf).amin(-1)) < 1e-6
-    metrics = {
-        "evidence_bound": _mean(bound[bound.isfinite()]),
-        "answer_logp": _mean(answers[valid]),
-        "ess": _mean(column("ess")[:, 0]),
-        "ess_share": _mean(column("ess")[:, 0]) / config.num_generations,
-        "weight_entropy": _mean(weight_entropy(weights)),
-        "weight_temperature": _mean(column("weight_temperature")[:, 0]),
-        "selector_entropy": -_mean(policy),
-        "rollouts/valid": _mean(valid.double()),
-        "rollouts/clean": _mean(torch.tensor([not r.selection.problems for r in everything], dtype=torch.float64)),
-        "rollouts/duplicate": duplicate_share(groups),
-        "rollouts/prompt_cut": _mean(torch.tensor([group[0].prompt_cut for group in groups], dtype=torch.float64)),
-        "rollouts/all_tie": _mean((valid.any(-1) & tie).double()),
-        "rollouts/all_invalid": _mean((~valid.any(-1)).double()),
-        "sampling/temperature": _mean(column("temperature")),
-        "sampling/log_ratio_mean": _mean(log_ratio),
-        "sampling/log_ratio_max": log_ratio.max().item(),
-        "sampling/ratio_mean": _mean(log_ratio.exp()),
-        "sampling/truncated": _mean((log_ratio > config.max_log_ratio).double()),
+    def of_rollout(value: Callable[[Rollout], float], kind: type = float) -> np.ndarray:
+        return np.array([value(rollout) for rollout in everything], dtype=kind)
+
+    return Columns(
+        size=np.array([len(group) for group in groups], dtype=int),
+        num_documents=np.array([len(question.documents) for question in asked], dtype=int),
+        num_supporting=of_group(lambda r: len(gold[r.question]), int),
+        ess=of_group(lambda r: r.ess),
+        weight_temperature=of_group(lambda r: r.weight_temperature),
+        prompt_cut=of_group(lambda r: r.prompt_cut, bool),
+        valid=of_rollout(lambda r: r.selection.valid, bool),
+        clean=of_rollout(lambda r: not r.selection.problems, bool),
+        answer_logp=of_rollout(lambda r: r.answer_logp),
+        selection_logp=of_rollout(lambda r: r.selection_logp),
+        proposal_logp=of_rollout(lambda r: r.proposal_logp),
+        reference_logp=of_rollout(lambda r: r.reference_logp),
+        weight=of_rollout(lambda r: r.weight),
+        temperature=of_rollout(lambda r: r.temperature),
+        length=of_rollout(lambda r: len(r.selection.numbers), int),
+        numbers=np.array([n for r in everything for n in r.selection.numbers], dtype=int),
+        supporting=np.array([n in gold[r.question] for r in everything for n in r.selection.numbers], dtype=bool),
+        problems=Counter(problem for rollout in everything for problem in rollout.selection.problems),
+    )
+
+
+# One question -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class GroupFigures:
+    """Arrays of (questions,).
+
+    Args:
+        valid: rollouts that name a document.
+        distinct: different selections that these make; order counts.
+        tie: there is a valid rollout, and the answer log-likelihoods of all lie within `TIE`: comparing them says
+            nothing.
+        max_weight: largest weight, 0..1.
+        weight_entropy: −Σ w log w, nats.
+        evidence_bound: log((1/m) Σ p/q p(y|x,d_z)), nats; −inf where no rollout is valid.
+        answer_logp: mean of log p(y|x,d_z) under p over what is valid, nats; NaN where nothing is.
+        policy_valid: probability under p that a rollout is valid.
+        selector_entropy: −Σ p log p, nats.
+        kl: from the initial selector, nats; NaN where that was not asked.
+        recall, weighted_recall: by k, the share of the supporting documents among the first k selected, under p and by
+            weight; an invalid rollout counts as 0. NaN without labels.
+    """
+
+    valid: np.ndarray
+    distinct: np.ndarray
+    tie: np.ndarray
+    max_weight: np.ndarray
+    weight_entropy: np.ndarray
+    evidence_bound: np.ndarray
+    answer_logp: np.ndarray
+    policy_valid: np.ndarray
+    selector_entropy: np.ndarray
+    kl: np.ndarray
+    recall: dict[int, np.ndarray]
+    weighted_recall: dict[int, np.ndarray]
+
+
+def diagnose(rollouts: Columns) -> GroupFigures:
+    """The figures of each question."""
+    start, group, valid = rollouts.start, rollouts.group, rollouts.valid
+
+    def total(values: np.ndarray) -> np.ndarray:
+        return np.add.reduceat(values, start, dtype=float)
+
+    log_ratio = rollouts.selection_logp - rollouts.proposal_logp
+    policy = np.exp(log_ratio - np.maximum.reduceat(log_ratio, start)[group])
+    policy /= total(policy)[group]
+    answers = np.where(valid, rollouts.answer_logp, -np.inf)
+    highest = np.maximum.reduceat(answers, start)
+    lowest = np.minimum.reduceat(np.where(valid, rollouts.answer_logp, np.inf), start)
+    entropies = -rollouts.weight * np.log(np.where(rollouts.weight > 0, rollouts.weight, 1.0))
+    hits = {k: np.bincount(rollouts.row[rollouts.supporting & (rollouts.place < k)], minlength=len(group))
+            for k in RECALL_AT}  # fmt: skip
+    some = total(valid) > 0
+    with np.errstate(invalid="ignore", divide="ignore"):
+        policy_valid = total(np.where(valid, policy, 0.0))
+        return GroupFigures(
+            valid=total(valid).astype(int),
+            distinct=_distinct(rollouts.size, rollouts.length, rollouts.numbers),
+            tie=some & ((highest == lowest) | (highest - lowest <= TIE)),
+            max_weight=np.maximum.reduceat(rollouts.weight, start),
+            weight_entropy=total(entropies),
+            evidence_bound=_log_sums(np.where(valid, log_ratio + answers, -np.inf), start) - np.log(rollouts.size),
+            answer_logp=total(np.where(valid & (policy > 0), policy * answers, 0.0)) / policy_valid,
+            policy_valid=policy_valid,
+            selector_entropy=-total(policy * rollouts.selection_logp),
+            kl=total(policy * (rollouts.selection_logp - rollouts.reference_logp)),
+            recall={k: total(policy * hits[k]) / rollouts.num_supporting for k in RECALL_AT},
+            weighted_recall={k: total(rollouts.weight * hits[k]) / rollouts.num_supporting for k in RECALL_AT},
+        )
+
+
+def _log_sums(values: np.ndarray, start: np.ndarray) -> np.ndarray:
+    """log Σ exp over each group."""
+    with np.errstate(invalid="ignore"):
+        return np.logaddexp.reduceat(values, start)
+
+
+def _distinct(size: np.ndarray, length: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """How many different selections, of which the empty one is none, each group makes. Arguments as in `Columns`."""
+    group = np.repeat(np.arange(len(size)), size)
+    begin, code = np.cumsum(length) - length, group
+    for place in range(int(length.max(initial=0))):
+        named, here = np.zeros(len(code), dtype=np.int64), length > place
+        named[here] = numbers[begin[here] + place]
+        code = np.unique(code * (named.max() + 1) + named, return_inverse=True)[1]
+    _, first = np.unique(code[length > 0], return_index=True)
+    return np.bincount(group[length > 0][first], minlength=len(size))
+
+
+def duplicate_share(groups: Sequence[Sequence[Selection]]) -> float:
+    """Of the valid selections that could repeat an earlier one of their group, the share that does: 0..1 for any m, NaN
+    where none could. `Summary.duplicate`, of selections alone."""
+    size, length = (np.array([len(g) for g in groups]), np.array([len(s.numbers) for g in groups for s in g]))
+    numbers = np.array([number for group in groups for selection in group for number in selection.numbers], dtype=int)
+    valid = np.add.reduceat(length > 0, np.cumsum(size) - size, dtype=int)
+    return _duplicate_share(valid, _distinct(size, length, numbers))
+
+
+def _duplicate_share(valid: np.ndarray, distinct: np.ndarray) -> float:
+    return _ratio((valid - distinct).sum(), np.maximum(valid - 1, 0).sum())
+
+
+# Some questions ---------------------------------------------------------------------------------------------
+
+
+def _mean_over(count: str, log: str | None = None) -> Any:
+    """A field that is a mean over what `count` counts, and its name in the step log."""
+    return field(metadata={"count": count, "log": log})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """The rollouts of a step, an iteration or a window in figures. Shares are 0..1; NaN where nothing is to average.
+
+    Args:
+        questions, rollouts, valid_rollouts, valid_questions, repeatable, labelled: how many; valid rollouts name a
+            document, valid questions have one, repeatable rollouts are valid and not the first such of their question,
+            labelled questions have supporting documents among their candidates.
+        evidence_bound, evidence_bound_sd: nats, mean and standard deviation over the valid questions.
+        answer_logp: nats, mean over the valid rollouts.
+        ess, ess_share: effective sample size in rollouts, 0..m, and over m; means over questions.
+        weight_entropy, weight_temperature: mean over questions; the first in nats.
+        selector_entropy: nats, mean over questions.
+        kl: nats from the initial selector, mean over questions; NaN without `beta`.
+        valid, clean: shares of the rollouts: a document is named; the selection is exactly as asked.
+        duplicate: share of the repeatable rollouts that repeat an earlier selection of their question: 0 when all
+            differ and 1 when all are the same, whatever m is.
+        prompt_cut, all_tie, all_invalid: shares of the questions.
+        temperature: mean sampling temperature.
+        log_ratio_mean, log_ratio_max, ratio_mean: log p − log q in nats, and p/q.
+        truncated: share of the rollouts whose ratio was truncated.
+        dropped_mass: weight that the generator does not learn from (`min_weight`), mean over questions.
+        recall, recall_sd, weighted_recall: by k, over the labelled questions; see `GroupFigures`.
+        first, selected: for each document number, in order, the share of the valid rollouts that name it first, and at
+            all.
+        first_chance: what the share of a number would be if it were drawn at random: the mean of 1/N.
+        problems: how many rollouts have each problem, the most frequent first.
+    """
+
+    questions: int
+    rollouts: int
+    valid_rollouts: int
+    valid_questions: int
+    repeatable: int
+    labelled: int
+    evidence_bound: float = _mean_over("valid_questions", "evidence_bound")
+    evidence_bound_sd: float
+    answer_logp: float = _mean_over("valid_rollouts", "answer_logp")
+    ess: float = _mean_over("questions", "ess")
+    ess_share: float = _mean_over("questions", "ess_share")
+    weight_entropy: float = _mean_over("questions", "weight_entropy")
+    weight_temperature: float = _mean_over("questions", "weight_temperature")
+    selector_entropy: float = _mean_over("questions", "selector_entropy")
+    kl: float = _mean_over("questions", "kl")
+    valid: float = _mean_over("rollouts", "rollouts/valid")
+    clean: float = _mean_over("rollouts", "rollouts/clean")
+    duplicate: float = _mean_over("repeatable", "rollouts/duplicate")
+    prompt_cut: float = _mean_over("questions", "rollouts/prompt_cut")
+    all_tie: float = _mean_over("questions", "rollouts/all_tie")
+    all_invalid: float = _mean_over("questions", "rollouts/all_invalid")
+    temperature: float = _mean_over("rollouts", "sampling/temperature")
+    log_ratio_mean: float = _mean_over("rollouts", "sampling/log_ratio_mean")
+    log_ratio_max: float = field(metadata={"log": "sampling/log_ratio_max"})
+    ratio_mean: float = _mean_over("rollouts", "sampling/ratio_mean")
+    truncated: float = _mean_over("rollouts", "sampling/truncated")
+    dropped_mass: float = _mean_over("questions", "dropped_mass")
+    recall: dict[int, float] = _mean_over("labelled", "recall")
+    recall_sd: dict[int, float]
+    weighted_recall: dict[int, float] = _mean_over("labelled", "weighted_recall")
+    first: tuple[float, ...] = _mean_over("valid_rollouts")
+    selected: tuple[float, ...] = _mean_over("valid_rollouts")
+    first_chance: float = _mean_over("valid_rollouts")
+    problems: dict[str, int]
+
+
+def summarize(rollouts: Columns, *, max_log_ratio: float = math.nan, min_weight: float = 0.0) -> Summary:
+    """The figures of some questions together.
+
+    Args:
+        max_log_ratio: where the ratios were truncated, nats; NaN where that is not known, and neither is `truncated`.
+        min_weight: the least weight that the generator learned from.
+    """
+    return summarize_groups(rollouts, diagnose(rollouts), max_log_ratio=max_log_ratio, min_weight=min_weight)
+
+
+def summarize_groups(rollouts: Columns, groups: GroupFigures, *, max_log_ratio: float, min_weight: float) -> Summary:
+    """`summarize`, of what `diagnose` has found."""
+    valid = groups.valid > 0
+    count = {
+        "questions": len(rollouts.size),
+        "rollouts": len(rollouts.valid),
+        "valid_rollouts": int(groups.valid.sum()),
+        "valid_questions": int(valid.sum()),
+        "labelled": int((rollouts.num_supporting > 0).sum()),
     }
-    if config.beta:
-        metrics["kl"] = _mean(policy - column("reference_logp"))
-    if config.min_weight:
-        metrics["dropped_mass"] = _mean((weights * (weights < config.min_weight)).sum(-1))
-    for k in (1, 3, 5):
-        recalls = [
-            recall_at_k(rollout.selection.numbers, questions[rollout.question].supporting_numbers, k)
-            for rollout in everything
-        ]
-        metrics[f"recall@{k}"] = _mean(torch.tensor(recalls, dtype=torch.float64))
-    return metrics
+    bound, labelled = groups.evidence_bound[valid], rollouts.num_supporting > 0
+    log_ratio = rollouts.selection_logp - rollouts.proposal_logp
+    dropped = np.where(rollouts.weight < min_weight, rollouts.weight, 0.0)
+    likely = rollouts.size * groups.policy_valid
+    first, selected = rollouts.place == 0, np.ones_like(rollouts.row, dtype=bool)
+    chance = (1 / rollouts.num_documents)[rollouts.group][rollouts.valid]
+    with np.errstate(invalid="ignore", over="ignore"):
+        return Summary(
+            **count,
+            repeatable=count["valid_rollouts"] - count["valid_questions"],
+            evidence_bound=_mean(bound),
+            evidence_bound_sd=_deviation(bound),
+            answer_logp=_ratio((likely * groups.answer_logp)[valid].sum(), likely[valid].sum()),
+            ess=_mean(rollouts.ess),
+            ess_share=_mean(rollouts.ess / rollouts.size),
+            weight_entropy=_mean(groups.weight_entropy),
+            weight_temperature=_mean(rollouts.weight_temperature),
+            selector_entropy=_mean(groups.selector_entropy),
+            kl=_mean(groups.kl),
+            valid=_mean(rollouts.valid),
+            clean=_mean(rollouts.clean),
+            duplicate=_duplicate_share(groups.valid, groups.distinct),
+            prompt_cut=_mean(rollouts.prompt_cut),
+            all_tie=_mean(groups.tie),
+            all_invalid=_mean(~valid),
+            temperature=_mean(rollouts.temperature),
+            log_ratio_mean=_mean(log_ratio),
+            log_ratio_max=float(log_ratio.max(initial=-math.inf)),
+            ratio_mean=_mean(np.exp(log_ratio)),
+            truncated=math.nan if math.isnan(max_log_ratio) else _mean(log_ratio > max_log_ratio),
+            dropped_mass=_ratio(dropped.sum(), count["questions"]) if min_weight else math.nan,
+            recall={k: _mean(values[labelled]) for k, values in groups.recall.items()},
+            recall_sd={k: _deviation(values[labelled]) for k, values in groups.recall.items()},
+            weighted_recall={k: _mean(values[labelled]) for k, values in groups.weighted_recall.items()},
+            first=_shares(rollouts, first, count["valid_rollouts"]),
+            selected=_shares(rollouts, selected, count["valid_rollouts"]),
+            first_chance=_mean(chance),
+            problems=_most_first(rollouts.problems),
+        )
 
 
-def _mean(values: torch.Tensor) -> float:
-    values = values[~values.isnan()].double()
-    return values.mean().item() if values.numel() else float("nan")
+def pooled(summaries: Sequence[Summary]) -> Summary:
+    """Several summaries of different questions as one: every figure by the count of what it is a mean over."""
+    merged: dict[str, Any] = {}
+    for item in fields(Summary):
+        values = [getattr(summary, item.name) for summary in summaries]
+        if item.type == "int":
+            merged[item.name] = sum(values)
+        elif "count" in item.metadata:
+            merged[item.name] = _pool(values, [getattr(summary, item.metadata["count"]) for summary in summaries])
+    questions = [summary.valid_questions for summary in summaries]
+    labelled = [summary.labelled for summary in summaries]
+    return Summary(
+        **merged,
+        evidence_bound_sd=_pool_deviation(
+            [summary.evidence_bound for summary in summaries], [s.evidence_bound_sd for s in summaries], questions
+        ),
+        recall_sd={
+            k: _pool_deviation([s.recall[k] for s in summaries], [s.recall_sd[k] for s in summaries], labelled)
+            for k in RECALL_AT
+        },
+        log_ratio_max=max(summary.log_ratio_max for summary in summaries),
+        problems=_most_first(sum((Counter(summary.problems) for summary in summaries), Counter())),
+    )
+
+
+def logged(summary: Summary) -> dict[str, float]:
+    """A summary as the step log has it: its figures by the names there, but for those that are NaN."""
+    found: dict[str, float] = {}
+    for item in fields(Summary):
+        if name := item.metadata.get("log"):
+            value = getattr(summary, item.name)
+            found.update({f"{name}@{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value})
+    return {name: value for name, value in found.items() if not math.isnan(value)}
+
+
+def _mean(values: np.ndarray) -> float:
+    """The mean of what is known; NaN where nothing is."""
+    known = values[~np.isnan(values)] if values.dtype.kind == "f" else values
+    return float(known.mean()) if len(known) else math.nan
+
+
+def _deviation(values: np.ndarray) -> float:
+    known = values[~np.isnan(values)]
+    return float(known.std()) if len(known) else math.nan
+
+
+def _ratio(total: float, count: float) -> float:
+    return float(total) / float(count) if count else math.nan
+
+
+def _shares(rollouts: Columns, which: np.ndarray, of: int) -> tuple[float, ...]:
+    """For each document number, how many of the documents selected, of those asked for, bear it, over `of`."""
+    most = int(rollouts.num_documents.max(initial=0))
+    counts = np.bincount(rollouts.numbers[which], minlength=most + 1)[1:]
+    return tuple((counts / of).tolist()) if of else ()
+
+
+def _most_first(problems: Mapping[str, int]) -> dict[str, int]:
+    return dict(sorted(problems.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _pool(values: Sequence[Any], counts: Sequence[int]) -> Any:
+    """The mean of means: numbers, or by k, or by document number, where a missing one is 0."""
+    if isinstance(values[0], dict):
+        return {k: _pool([value[k] for value in values], counts) for k in values[0]}
+    if isinstance(values[0], tuple):
+        padded = ([*value, *[0.0] * (max(map(len, values)) - len(value))] for value in values)
+        return tuple(_pool(place, counts) for place in zip(*padded, strict=True))
+    known = [(value, count) for value, count in zip(values, counts, strict=True) if count and not math.isnan(value)]
+    return _ratio(sum(value * count for value, count in known), sum(count for _, count in known))
+
+
+def _pool_deviation(means: Sequence[float], deviations: Sequence[float], counts: Sequence[int]) -> float:
+    """Within and between: the variance of all about the mean of all."""
+    mean = _pool(means, counts)
+    squares = [d**2 + (m - mean) ** 2 for m, d in zip(means, deviations, strict=True)]
+    return math.sqrt(_pool(squares, counts))

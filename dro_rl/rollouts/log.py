@@ -16,7 +16,7 @@ from dro_rl.errors import InputError, Phrase, first_line
 from dro_rl.files import written_whole
 from dro_rl.records import Question, Rollout, Selection
 
-VERSION = "2"
+VERSION = "3"
 
 
 def _column(name: str, kind: pa.DataType, description: str) -> pa.Field:
@@ -41,6 +41,7 @@ SCHEMA = pa.schema(
         _column("document_ids", pa.list_(pa.string()), "ids of the selected documents"),
         _column("document_titles", pa.list_(pa.string()), "titles of the selected documents, or how their texts start"),
         _column("supporting", pa.list_(pa.bool_()), "whether each selected document is labelled as supporting"),
+        _column("num_documents", pa.int32(), "candidates of the question (N)"),
         _column("num_supporting", pa.int32(), "labelled documents among the candidates; 0 where there are no labels"),
         _column("proposal_logps", pa.list_(pa.float64()), "log q of each sampled token, nats"),
         _column("proposal_logp", pa.float64(), "log q of the rollout, nats"),
@@ -102,6 +103,7 @@ def to_table(
                 "document_ids": [document.id for document in selected],
                 "document_titles": [document.title or document.text[:60] for document in selected],
                 "supporting": [document.id in question.supporting for document in selected],
+                "num_documents": len(question.documents),
                 "num_supporting": len(question.supporting_numbers),
                 "proposal_logps": rollout.proposal_logps,
                 "proposal_logp": rollout.proposal_logp,
