@@ -15,13 +15,14 @@ from dro_rl.engines.transformers_engine import TransformersEngine
 from dro_rl.errors import InputError, Phrase
 from dro_rl.files import written_whole
 from dro_rl.likelihood import Model
-from dro_rl.models.loading import check_model, load_model, load_tokenizer
+from dro_rl.models.loading import check_model, declared_ends, load_model, load_tokenizer
 from dro_rl.prompts import Prompter
 from dro_rl.proposal import SamplingParams
 from dro_rl.records import Document, Question, Selection
 from dro_rl.roles import ROLES, Role
 from dro_rl.selection import parse_selection
 from dro_rl.selection.constraint import SelectionConstraint
+from dro_rl.selection.thinking import without_thinking
 
 if TYPE_CHECKING:
     from dro_rl.config import DROConfig
@@ -35,9 +36,9 @@ class Answer:
     """An answer.
 
     Args:
-        text: what the generator wrote.
+        text: what the generator wrote, outside a thinking block.
         selection: what it read. Invalid when the selector named no document: then it read the first K candidates.
-        logp: log-probability of the text under the generator, end-of-sequence included, nats.
+        logp: log-probability of all that it wrote, its end included, nats.
     """
 
     text: str
@@ -139,6 +140,7 @@ class RAGPipeline:
                 templates[role] if templates else str(folder / PROMPT),
                 settings.max_prompt_length,
                 settings.chat_template_kwargs,
+                declared_ends(str(folder)),
             )
         return cls(lambda role: nullcontext(models[role]), prompters, settings, batch_size)
 
@@ -161,7 +163,8 @@ class RAGPipeline:
         written = self._greedy("generator", prompts, self.settings.max_answer_length)
         decode = self.prompters["generator"].decode
         return [
-            Answer(decode(ids), selection, logp) for selection, (ids, logp) in zip(selections, written, strict=True)
+            Answer(without_thinking(decode(ids)).strip(), selection, logp)
+            for selection, (ids, logp) in zip(selections, written, strict=True)
         ]
 
     def select_all(self, questions: Sequence[Question]) -> list[Selection]:
@@ -187,7 +190,7 @@ class RAGPipeline:
     ) -> list[tuple[tuple[int, ...], float]]:
         sampling = SamplingParams(length, temperature=0.0)
         with self.open_role(role) as model:
-            engine = TransformersEngine(model, self.prompters[role].eos_token_id, self.batch_size, self.shared_prefix)
+            engine = TransformersEngine(model, self.prompters[role].ends.stops, self.batch_size, self.shared_prefix)
             groups = engine.generate(prompts, 1, sampling, [0] * len(prompts), constraints)
         return [(group[0].ids, sum(group[0].logps)) for group in groups]
 

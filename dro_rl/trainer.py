@@ -226,23 +226,23 @@ class DROTrainer(_BaseTrainer):
         with self._open("selector") as model:
             yield TransformersEngine(
                 model,
-                self.prompters["selector"].eos_token_id,
+                self.prompters["selector"].ends.stops,
                 batch_size=self.args.per_device_eval_batch_size,
                 shared_prefix=self.args.scoring.shared_prefix,
             )
 
     def _start_vllm(self) -> ColocatedEngine | ServerEngine:
-        tokenizer = self.prompters["selector"].tokenizer
+        tokenizer, ends = self.prompters["selector"].tokenizer, self.prompters["selector"].ends.stops
         if self.args.vllm_mode == "colocate":
             logger.info("rollouts: vLLM in this process; starting it takes a minute")
-            return ColocatedEngine(self._selector, self.accelerator, tokenizer, self.args)
+            return ColocatedEngine(self._selector, self.accelerator, tokenizer, self.args, ends)
         if self.is_world_process_zero():
             check_servers(self.args)
         self.accelerator.wait_for_everyone()
         folder = Path(self.args.vllm_weights_dir or self.run_dir / "vllm_weights")
         publish = publisher(self.args, folder, self._save_selector, self._selector, tokenizer, self.accelerator)
         logger.info(f"rollouts: vLLM at {', '.join(self.args.vllm_servers)}")
-        return ServerEngine(self.args, tokenizer.eos_token_id, publish)
+        return ServerEngine(self.args, ends, publish)
 
     def _selector(self) -> Any:
         return self._unwrapped().selector

@@ -137,3 +137,46 @@ def test_line_breaks_separate_but_are_not_the_format() -> None:
 def test_prose_after_the_list_is_reported() -> None:
     """Guards that the whole text is looked at: the log counts chatter."""
     assert parse_selection("[2] > [1]. Document [4] is off.", 5, 2) == Selection((2, 1), True, ("format", "too_many"))
+
+
+# Thinking ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<think>[3] fits, [1] not</think>\n[2] > [4]",
+        "<think>\n\n</think>\n\n[2] > [4]",
+        "[3] fits, [1] not</think>\n[2] > [4]",
+        "<think>[1]<think>[3]</think>[5]</think>[2] > [4]",
+        "<think>[1]</think><think>[3]</think>[2] > [4]",
+        "[2] > [4]<think>[1] would do too</think>",
+        "<Thinking>[3]</Thinking>[2] > [4]",
+        "<thought>[3]</thought>[2] > [4]",
+        "<reasoning>[3]</reasoning>[2] > [4]",
+        "<seed:think>[3]</seed:think>[2] > [4]",
+        "[THINK][3][/THINK][2] > [4]",
+        "◁think▷[3]◁/think▷[2] > [4]",
+        "<|begin_of_thought|>[3]<|end_of_thought|>[2] > [4]",
+        "<|channel|>analysis<|message|>[3]<|end|><|start|>assistant<|channel|>final<|message|>[2] > [4]",
+    ],
+)
+def test_what_stands_in_a_thinking_block_is_not_the_selection(text: str) -> None:
+    assert parse_selection(text, 5, 2) == Selection((2, 4), True)
+
+
+@pytest.mark.parametrize("text", ["<think>[3] fits", "<think>[3] fits\n[2] > [4]", "[THINK]I take [2]", "[2]</think>"])
+def test_a_block_that_is_not_closed_holds_no_selection(text: str) -> None:
+    """The completion was too short for the thoughts: what they name was not chosen."""
+    assert not parse_selection(text, 5, 2).valid
+
+
+def test_a_word_that_names_thinking_is_no_mark() -> None:
+    assert parse_selection("I think [2] > [4] <thinks>", 5, 2).numbers == (2, 4)
+
+
+@pytest.mark.parametrize(
+    "text", ["<think>" * 200_000, "</think>" * 200_000 + "[1]", "<think" * 200_000, "<" * 1_000_000]
+)
+def test_a_million_marks_are_read_once(text: str) -> None:
+    assert len(parse_selection(text, 5, 2).numbers) <= 1

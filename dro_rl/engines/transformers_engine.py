@@ -26,14 +26,16 @@ class TransformersEngine:
 
     Args:
         model: the selector (or the generator, for greedy answers), or what stands for it.
-        eos_token_id: ends a completion.
+        ends: the token that ends a completion, or several of which each does.
         batch_size: prompts decoded at once.
         shared_prefix: decode the m samples of a prompt over one cache where that is exact.
     """
 
-    def __init__(self, model: Model, eos_token_id: int, batch_size: int = 8, shared_prefix: bool = True) -> None:
+    def __init__(
+        self, model: Model, ends: int | Sequence[int], batch_size: int = 8, shared_prefix: bool = True
+    ) -> None:
         self.model = model
-        self.eos_token_id = eos_token_id
+        self.ends = (ends,) if isinstance(ends, int) else tuple(ends)
         self.batch_size = batch_size
         self.shared_prefix = shared_prefix
 
@@ -86,6 +88,7 @@ class TransformersEngine:
 
         tokens = torch.empty(batch, m, length, dtype=torch.long, device=device)
         logps = torch.empty(batch, m, length, dtype=torch.float32, device=device)
+        ends = torch.tensor(self.ends, device=device)
         finished = torch.zeros(batch, m, dtype=torch.bool, device=device)
         lengths = torch.full((batch, m), length, device=device)
         for t in range(length):
@@ -97,7 +100,7 @@ class TransformersEngine:
                 place, logp = draw(few, sampling, draws[:, :, t].reshape(-1))
                 tokens[:, :, t] = ids.gather(-1, place.unsqueeze(-1)).view(batch, m)
                 logps[:, :, t] = logp.view(batch, m)
-            ended = ~finished & (tokens[:, :, t] == self.eos_token_id)
+            ended = ~finished & torch.isin(tokens[:, :, t], ends)
             lengths[ended] = t + 1
             finished |= ended
             if t == length - 1 or bool(finished.all()):
@@ -125,10 +128,9 @@ class TransformersEngine:
         ]
 
     def _allowed(self, constraints: Sequence[SelectionConstraint], written: Tensor) -> list[tuple[int, ...]]:
-        """The next tokens of each sample, in order; a finished one goes on with the end, which is dropped."""
-        end = (self.eos_token_id,)
+        """The next tokens of each sample, in order; a finished one goes on with its end, which is dropped."""
         return [
-            end if self.eos_token_id in sample else constraint.allowed(sample)
+            (constraint.end,) if constraint.end in sample else constraint.allowed(sample)
             for constraint, group in zip(constraints, written.tolist(), strict=True)
             for sample in group
         ]

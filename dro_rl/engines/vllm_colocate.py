@@ -48,6 +48,7 @@ class ColocatedEngine:
         accelerator: the trainer's.
         tokenizer: the selector's.
         config: the settings under `vllm_*`.
+        ends: token ids, each of which ends a completion; the tokenizer's end of sequence, unless told.
 
     Raises:
         InputError: vLLM is not installed, or cannot load the selector.
@@ -59,12 +60,13 @@ class ColocatedEngine:
         accelerator: Accelerator,
         tokenizer: PreTrainedTokenizerBase,
         config: DROConfig,
+        ends: Sequence[int] = (),
     ) -> None:
         check_installed("rollout_engine", config.rollout_engine)
         self._selector, self._config = selector, config
         self._sharded = is_sharded(accelerator)
         self._cpu = accelerator.device.type == "cpu"
-        self._eos_token_id: int = tokenizer.eos_token_id
+        self._ends = ends or (tokenizer.eos_token_id,)
         self._pushed: int | None = None
         with random_state_kept(), _launch_variables_kept(), _llvmlite_aside(), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # vLLM's imports give some, on what it uses of torch
@@ -178,7 +180,7 @@ class ColocatedEngine:
                 [{"prompt_token_ids": list(prompt)} for prompt, _, _ in requests],
                 [
                     VLLMSamplingParams(
-                        **request_options(sampling, num_generations, seed, self._eos_token_id),
+                        **request_options(sampling, num_generations, seed, self._ends),
                         detokenize=False,
                         extra_args=asked,
                     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -60,12 +60,14 @@ def vllm_version() -> str:
     return "0"
 
 
-def request_options(sampling: SamplingParams, num_generations: int, seed: int, eos_token_id: int) -> dict[str, Any]:
+def request_options(
+    sampling: SamplingParams, num_generations: int, seed: int, ends: int | Sequence[int]
+) -> dict[str, Any]:
     """One question's sampling parameters, under the names that vLLM's `SamplingParams` and its server share.
 
     vLLM gives sample i of a request the seed `seed + i`, so the samples differ, and are the same whatever else is in
     the batch. Every parameter is said, so that a model's `generation_config.json` has no part in q, and a completion
-    ends where the transformers engine ends it, with the tokenizer's end of sequence.
+    ends where the transformers engine ends it, with one of `ends`.
     """
     return {
         "n": num_generations,
@@ -78,13 +80,13 @@ def request_options(sampling: SamplingParams, num_generations: int, seed: int, e
         "max_tokens": sampling.max_completion_length,
         "logprobs": 0,  # that of the sampled token alone
         "ignore_eos": True,
-        "stop_token_ids": [eos_token_id],
+        "stop_token_ids": [ends] if isinstance(ends, int) else list(ends),
     }
 
 
 def constrained(constraint: SelectionConstraint) -> dict[str, int]:
     """What a request says to `vllm_constraint.SelectionLogits`, which makes the constraint again where vLLM is."""
-    return {"num_documents": constraint.num_documents, "num_selected": constraint.k}
+    return {"num_documents": constraint.num_documents, "num_selected": constraint.k, "end": constraint.end}
 
 
 def engine_dtype(config: DROConfig, weights: str) -> str:

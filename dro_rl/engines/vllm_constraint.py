@@ -38,7 +38,7 @@ def _processor() -> type:
             tokenizer = AutoTokenizer.from_pretrained(
                 model.tokenizer, revision=model.tokenizer_revision, trust_remote_code=model.trust_remote_code
             )
-            self._constraint = lru_cache(lambda documents, k: SelectionConstraint(tokenizer, documents, k))
+            self._constraint = lru_cache(lambda *which: SelectionConstraint(tokenizer, *which))
 
         def is_argmax_invariant(self) -> bool:
             """The likeliest token of all need not be one that is allowed."""
@@ -49,7 +49,7 @@ def _processor() -> type:
             asked = params.extra_args or {}
             if "num_selected" not in asked:
                 return None
-            constraint = self._constraint(asked["num_documents"], asked["num_selected"])
+            constraint = self._constraint(asked["num_documents"], asked["num_selected"], asked["end"])
 
             def allow(written: list[int], logits: Tensor) -> Tensor:
                 ids = torch.tensor(constraint.allowed(written), device=logits.device)

@@ -213,16 +213,16 @@ class ServerEngine:
 
     Args:
         config: the settings under `vllm_*`.
-        eos_token_id: ends a completion.
+        ends: the token that ends a completion, or several of which each does.
         publish: brings the selector's weights of the moment to all servers, from all processes together. Returns the
             folder they can be read from again, None where there is none.
     """
 
-    def __init__(self, config: DROConfig, eos_token_id: int, publish: Publish) -> None:
+    def __init__(self, config: DROConfig, ends: int | Sequence[int], publish: Publish) -> None:
         self.servers = [
             Server(url, config.vllm_server_timeout, config.vllm_request_timeout) for url in config.vllm_servers
         ]
-        self._config, self._eos_token_id, self._publish = config, eos_token_id, publish
+        self._config, self._ends, self._publish = config, ends, publish
         self._instances: list[str] = []
         self._pushed: int | None = None
         self._weights: Path | None = None
@@ -276,7 +276,7 @@ class ServerEngine:
             return []
 
         def ask(i: int) -> list[Completion]:
-            options = request_options(sampling, num_generations, seeds[i], self._eos_token_id)
+            options = request_options(sampling, num_generations, seeds[i], self._ends)
             if constraints is not None:
                 options["vllm_xargs"] = constrained(constraints[i])
             # Each process begins with another server: one may have a single question.

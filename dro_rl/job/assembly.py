@@ -16,7 +16,7 @@ from dro_rl.errors import InputError
 from dro_rl.evaluation.evaluator import evaluate_stage, read_stages
 from dro_rl.job.warmup import WarmUp, warm_up
 from dro_rl.likelihood.attention import ARCHITECTURES, takes_packed_rows
-from dro_rl.models.loading import LoraSettings, add_adapter, load_model, load_tokenizer
+from dro_rl.models.loading import LoraSettings, add_adapter, declared_ends, load_model, load_tokenizer
 from dro_rl.models.module import SelectorGenerator
 from dro_rl.models.sharding import whole_parameters
 from dro_rl.pipeline import PipelineSettings, RAGPipeline
@@ -52,19 +52,17 @@ def lora_settings(run: RunConfig, role: Role) -> LoraSettings | None:
 def build_prompters(recipe: Recipe) -> dict[Role, Prompter]:
     """The prompts of each role, with their tokenizers."""
     run = recipe.run
-    return {
-        role: Prompter(
-            load_tokenizer(
-                run.model_name(role),
-                revision=getattr(run, f"{role}_model_revision"),
-                trust_remote_code=run.trust_remote_code,
-            ),
+    prompters: dict[Role, Prompter] = {}
+    for role in ROLES:
+        name, revision = run.model_name(role), getattr(run, f"{role}_model_revision")
+        prompters[role] = Prompter(
+            load_tokenizer(name, revision=revision, trust_remote_code=run.trust_remote_code),
             getattr(run, f"{role}_prompt_template"),
             recipe.training.max_prompt_length,
             run.chat_template_kwargs,
+            declared_ends(name, revision=revision, trust_remote_code=run.trust_remote_code),
         )
-        for role in ROLES
-    }
+    return prompters
 
 
 def warm_up_models(recipe: Recipe, train: Sequence[Question], prompters: dict[Role, Prompter]) -> dict[Role, str]:

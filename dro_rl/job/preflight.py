@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import jinja2
 import torch
 from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
@@ -26,6 +25,7 @@ from dro_rl.job.warmup import selection_order
 from dro_rl.models.loading import check_model
 from dro_rl.models.sharding import whole_parameters
 from dro_rl.prompts import Prompter, load_template
+from dro_rl.prompts.templates import PLACE as TEMPLATE
 from dro_rl.recipe import Recipe, RunConfig
 from dro_rl.records import Document, Question
 from dro_rl.roles import ROLES, Role
@@ -253,21 +253,17 @@ def check_prompts(questions: Sequence[Question], prompters: Mapping[Role, Prompt
     for role, prompter in prompters.items():
         try:
             _check_role_prompts(questions, role, prompter, k)
-        except (jinja2.TemplateError, TypeError, AttributeError, ZeroDivisionError) as error:
-            raise InputError(
-                f"{role}_prompt_template",
-                prompter.template,
-                "a template renders from question and documents (id, title, text), the selector's from k and example "
-                f"too ({first_line(error)})",
-                "Correct the template, or the tokenizer's chat template.",
-            ) from None
+        except InputError as error:
+            if error.place != TEMPLATE:
+                raise
+            raise InputError(f"{role}_prompt_template", error.value, error.rule, error.fix) from None
 
 
 def _check_role_prompts(questions: Sequence[Question], role: Role, prompter: Prompter, k: int) -> None:
     """A token is at least one byte, so only the first question and those with more bytes than tokens are rendered."""
     variables = {"k": k, "example": format_selection(range(k, 0, -1))} if role == "selector" else {}
     count = max((len(question.documents) for question in questions), default=0) if role == "selector" else k
-    overhead = len(prompter.render("x", [Document("x", "x", "x")] * count, **variables).encode())
+    overhead = len(prompter.render("", [Document("x", "x", "x")] * count, **variables).encode())
     limit = prompter.max_prompt_length
     for place, question in enumerate(questions):
         titles = sum(len(document.title.encode()) + 8 for document in question.documents)

@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
@@ -76,6 +83,18 @@ def load_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def declared_ends(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> tuple[int, ...]:
+    """The tokens that a model says its sequences end in: of its generation config, else of its config."""
+    try:
+        declared = GenerationConfig.from_pretrained(name, revision=revision or "main").eos_token_id
+    except (OSError, ValueError):  # there is none, or it is not one
+        declared = None
+    if declared is None:
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+        declared = getattr(config.get_text_config(), "eos_token_id", None)
+    return () if declared is None else (declared,) if isinstance(declared, int) else tuple(declared)
 
 
 @dataclass(frozen=True, slots=True)

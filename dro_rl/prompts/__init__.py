@@ -8,18 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from dro_rl.errors import InputError, Phrase
+from dro_rl.prompts.chat import ChatTemplate, Ends, ends_of
+from dro_rl.prompts.defusing import Defuser
+from dro_rl.prompts.templates import TEMPLATES, PromptTemplate, load_template, template_path
 from dro_rl.records import Document, Question
 from dro_rl.selection import format_selection
 from dro_rl.selection.constraint import SelectionConstraint
+from dro_rl.selection.thinking import is_mark
 
-TEMPLATES = Path(__file__).parent
+__all__ = ["TEMPLATES", "Ends", "Prompt", "PromptTemplate", "Prompter", "load_template", "template_path"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,30 +41,35 @@ class Prompter:
         template: a Jinja template: the name of one shipped in this folder (`selector`, `generator`, …) or a path.
             It receives `question`, `documents`, and for the selector `k` and `example`.
         max_prompt_length: in tokens. Longer prompts have their documents cut evenly; the question never is.
-        chat_template_kwargs: passed to the chat template (`{"enable_thinking": false}`).
+        chat_template_kwargs: passed to the chat template. Thinking is off where it has the switch, unless they say
+            `{"enable_thinking": true}`.
+        declared_ends: token ids that the model's own configuration names as ends of a sequence.
     """
 
     tokenizer: PreTrainedTokenizerBase
     template: str
     max_prompt_length: int | None = None
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    declared_ends: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         self._template = load_template(self.template)
-        self._special = tuple(
-            token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special and token.content
-        )
+        self._chat = ChatTemplate(self.tokenizer, self.chat_template_kwargs) if self.tokenizer.chat_template else None
+        self.ends: Ends = ends_of(self.tokenizer, self._chat, self.declared_ends)
+        self._defused = Defuser(self.tokenizer).defuse
+        special = [token for token in self.tokenizer.added_tokens_decoder.items() if token[1].special]
+        self._thinking = {number: token.content for number, token in special if is_mark(token.content)}
         self._constraints: dict[tuple[int, int], SelectionConstraint] = {}
 
     @property
     def eos_token_id(self) -> int:
-        """The token that ends what the model writes."""
-        return self.tokenizer.eos_token_id
+        """The token that ends what the model should write: `ends.written`."""
+        return self.ends.written
 
     @property
     def source(self) -> str:
         """The template's text, saved beside a trained model so that serving asks as training did."""
-        return template_path(self.template).read_text(encoding="utf-8")
+        return self._template.source
 
     def selector_prompt(self, question: Question, k: int) -> Prompt:
         """The prompt that asks for exactly K of the question's candidates, numbered from 1."""
@@ -74,40 +81,48 @@ class Prompter:
         return self._fit(question, [question.documents[number - 1] for number in numbers])
 
     def completion(self, text: str) -> tuple[int, ...]:
-        """Token ids of what the model should write: `text` and the end of the sequence."""
+        """Token ids of what the model should write: `text` and its end."""
         ids = self.tokenizer(self._defused(text), add_special_tokens=False)["input_ids"]
-        return (*ids, self.tokenizer.eos_token_id)
+        return (*ids, self.ends.written)
 
     def constraint(self, num_documents: int, k: int) -> SelectionConstraint:
         """What keeps a selection valid, made once for each N and K. It admits what `completion` writes."""
         if (num_documents, k) not in self._constraints:
-            self._constraints[num_documents, k] = SelectionConstraint(self.tokenizer, num_documents, k)
+            self._constraints[num_documents, k] = SelectionConstraint(
+                self.tokenizer, num_documents, k, self.ends.written
+            )
         return self._constraints[num_documents, k]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of sampled tokens, without special tokens."""
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+        """The text of sampled tokens, without special tokens but those that say what is thinking."""
+        pieces: list[list[int]] = [[]]
+        for token in ids:
+            pieces += [[token], []] if token in self._thinking else []
+            pieces[-1] += [] if token in self._thinking else [token]
+        texts = [self._thinking.get(piece[0]) if piece else "" for piece in pieces]
+        return "".join(
+            str(self.tokenizer.decode(piece, skip_special_tokens=True)) if text is None else text
+            for piece, text in zip(pieces, texts, strict=True)
+        ).strip()
 
     def render(self, question: str, documents: Sequence[Document], **variables: Any) -> str:
-        """The prompt as text, chat template included."""
-        text = self._template.render(question=question, documents=documents, **variables).strip("\n") + "\n"
-        if not self.tokenizer.chat_template:
-            return text
-        rendered = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": text.rstrip("\n")}],
-            add_generation_prompt=True,
-            tokenize=False,
-            **self.chat_template_kwargs,
-        )
-        assert isinstance(rendered, str)
-        return rendered
+        """The prompt as text, chat template included.
 
-    def _defused(self, text: str) -> str:
-        """The text with the spelling of special tokens broken: a document must not end a sequence or open a turn."""
-        for token in self._special:
-            if token in text:
-                text = text.replace(token, f"{token[0]} {token[1:]}")
-        return text
+        Raises:
+            InputError: a template does not render, or the chat template leaves the question out.
+        """
+        text = self._template.render(question, documents, **variables).strip("\n") + "\n"
+        if self._chat is None:
+            return text
+        rendered = self._chat.ask(text.rstrip("\n"))
+        if question in text and question.strip() not in rendered:
+            raise InputError(
+                f"chat template of {self.tokenizer.name_or_path or 'the tokenizer'}",
+                rendered,
+                "the prompt holds the question, and this template leaves a message of plain text out",
+                "Use a tokenizer whose chat template takes text as content, or take chat_template off this one.",
+            )
+        return rendered
 
     def _encode(self, text: str) -> tuple[int, ...]:
         # A chat template writes its own special tokens; plain text gets the tokenizer's, less a closing one.
@@ -159,31 +174,3 @@ def _even_cap(lengths: Sequence[int], excess: int) -> int:
         else:
             high = middle - 1
     return low
-
-
-def template_path(name: str) -> Path:
-    """Where a template is: one shipped in this folder, by name, or any `.jinja` file."""
-    return Path(name) if name.endswith(".jinja") else TEMPLATES / f"{name}.jinja"
-
-
-def load_template(name: str) -> jinja2.Template:
-    """Load a template by name or path. Raises `InputError` for one that is missing or is not Jinja."""
-    path = template_path(name)
-    if not path.is_file():
-        shipped = ", ".join(sorted(p.stem for p in TEMPLATES.glob("*.jinja")))
-        raise InputError(
-            "prompt template", name, f"a template is one of {shipped}, or a path to a .jinja file", "Check the name."
-        )
-    environment = jinja2.Environment(
-        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False
-    )
-    try:
-        return environment.from_string(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise InputError(
-            str(path), Phrase(f"byte {error.start} is not UTF-8"), "a template is UTF-8 text", "Convert the file."
-        ) from None
-    except jinja2.TemplateSyntaxError as error:
-        raise InputError(
-            f"{path}: line {error.lineno}", Phrase(str(error)), "a template is valid Jinja", "Correct it."
-        ) from None

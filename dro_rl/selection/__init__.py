@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 
 from dro_rl.records import Selection
+from dro_rl.selection.thinking import without_thinking
 
 SEPARATOR = " > "
 # Brackets are required: digits in prose ("the top 5 of 2018") are not document numbers.
@@ -21,14 +22,16 @@ def format_selection(numbers: Sequence[int]) -> str:
 def parse_selection(text: str, num_documents: int, k: int) -> Selection:
     """Read a selector's text.
 
-    Numbers out of 1..`num_documents` are dropped, then repeats (the first counts), then all after the K-th: in that
-    order, so that a bad number never costs a good one its place.
+    What stands in a thinking block (`selection.thinking`) is not the selection. Numbers out of 1..`num_documents` are
+    dropped, then repeats (the first counts), then all after the K-th: in that order, so that a bad number never costs a
+    good one its place.
 
     Args:
         text: the selector's completion, without special tokens.
         num_documents: N, the number of candidates.
         k: K, the number of documents asked for.
     """
+    text = without_thinking(text)
     problems: list[str] = []
     if not _WELL_FORMED.fullmatch(text.strip()):
         problems.append("format")

@@ -2,7 +2,7 @@
 
 `SelectionConstraint(tokenizer, N, K)` admits exactly K distinct numbers of 1..N in the selection format, each list in
 one spelling, the tokenizer's own encoding of the text (what `Prompter.completion` gives, and what a warm-up teaches),
-and then the end of the sequence. One selection is one sequence of tokens, so p(z|x) is the probability of a selection
+and then their end. One selection is one sequence of tokens, so p(z|x) is the probability of a selection
 and not of a spelling, and the probabilities of all N!/(N−K)! of them sum to one.
 
 **How.** Nothing is enumerated. The text `[a] > [b] > [c]` is cut into stretches, `[a]`, ` > [b]`, ` > [c]`, and a token
@@ -19,7 +19,7 @@ tokenizers keep the condition: they merge within words, or within brackets, arro
 on trust: before a run it compares with the tokenizer itself, on every selection where there are few, and refuses what
 does not agree.
 
-Engines in other processes build their own from the same three arguments: it holds caches and is not meant to be sent.
+Engines in other processes build their own from the same arguments: it holds caches and is not meant to be sent.
 """
 
 from __future__ import annotations
@@ -61,13 +61,14 @@ class SelectionConstraint:
         tokenizer: a fast tokenizer with an end-of-sequence token.
         num_documents: N, the number of candidates, at least 1.
         k: K, the number of documents asked for; with fewer candidates, all of them.
+        end: the token that ends a selection; the tokenizer's end of sequence, unless told.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, num_documents: int, k: int) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, num_documents: int, k: int, end: int | None = None) -> None:
         if num_documents < 1 or k < 1:
             raise ValueError(f"there is nothing to select: {k} of {num_documents}")
         self.num_documents, self.k = num_documents, min(k, num_documents)
-        self.tokenizer, self.eos_token_id = tokenizer, tokenizer.eos_token_id
+        self.tokenizer, self.end = tokenizer, tokenizer.eos_token_id if end is None else end
         self._everything = (1 << (num_documents + 1)) - 2
         self._spellings, self._followers = cache(self._spell), cache(self._classify)
         self._continuations = lru_cache(KEPT_PREFIXES)(self._continue)
@@ -101,7 +102,7 @@ class SelectionConstraint:
 
     def _advance(self, reading: _Reading, token: int) -> list[_Reading]:
         """What a reading becomes when its next token has been written; nothing, when that was the end."""
-        if token == self.eos_token_id:
+        if token == self.end:
             return []
         if len(reading.rest) > 1:
             return [_Reading(reading.numbers, reading.rest[1:], reading.followers)]
@@ -110,7 +111,7 @@ class SelectionConstraint:
     def _choose(self, numbers: tuple[int, ...], candidates: int) -> list[_Reading]:
         """The readings of what may come when `numbers` are written: one of the candidates, or the end."""
         if len(numbers) == self.k:
-            return [_Reading(numbers, (self.eos_token_id,), 0)]
+            return [_Reading(numbers, (self.end,), 0)]
         chosen = sum(1 << number for number in numbers)
         readings: list[_Reading] = []
         for number, spellings in self._table(len(numbers), numbers[-1] if numbers else None).items():
