@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import reprlib
 
 
 class InputError(ValueError):
@@ -21,9 +22,33 @@ class InputError(ValueError):
 
 
 def shorten(value: object, limit: int = 120) -> str:
-    """`repr(value)`, or the text itself for a string that is already a phrase, cut to `limit` characters."""
-    text = value if isinstance(value, Phrase) else repr(value)
+    """`repr(value)`, or the text itself for a string that is already a phrase, cut to `limit` characters.
+
+    Takes no longer for a value of any size or depth.
+    """
+    text = value if isinstance(value, Phrase) else _Short().repr(value)
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+class _Short(reprlib.Repr):
+    """The beginning of a value's `repr`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel = 4
+        self.maxlist = self.maxtuple = self.maxdict = self.maxset = 12
+
+    def repr_str(self, value: str, level: int) -> str:
+        return repr(value[:200])
+
+    def repr_int(self, value: int, level: int) -> str:
+        return repr(value) if value.bit_length() < 4096 else f"a number of {value.bit_length():,} bits"
+
+    def repr_instance(self, value: object, level: int) -> str:
+        try:
+            return repr(value)
+        except Exception:
+            return f"a {type(value).__name__}"
 
 
 class Phrase(str):

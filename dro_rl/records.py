@@ -5,16 +5,20 @@ Nothing here knows of models, trainers, engines or the command line.
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
 from dro_rl.errors import InputError, Phrase
 from dro_rl.files import write_json_lines
-from dro_rl.rows import Bad, Rows, Watch, refuse, rows
+from dro_rl.rows import TABLES, Bad, Rows, Watch, refuse, rows, suffix, with_names
+from dro_rl.rows.spelled import spelled
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +122,11 @@ class Rollout:
 
 
 REQUIRED_FIELDS = ("id", "question", "answers", "documents")
-FIELDS = (*REQUIRED_FIELDS, "supporting", "missed", "dataset", "type")
-SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+OPTIONAL_FIELDS = ("supporting", "missed", "dataset", "type")
+FIELDS = (*REQUIRED_FIELDS, *OPTIONAL_FIELDS)
+AS_NAMED: Mapping[str, str] = MappingProxyType({})
+"""Columns that have the names of their fields."""
+LISTS = ("answers", "documents", "supporting", "missed")
 
 
 Candidates = Literal["required", "optional"]
@@ -127,9 +134,10 @@ Candidates = Literal["required", "optional"]
 
 
 def read_questions(
-    path: str | Path, *, candidates: Candidates = "required", columns: Mapping[str, str] = MappingProxyType({})
+    path: str | Path, *, candidates: Candidates = "required", columns: Mapping[str, str] = AS_NAMED
 ) -> list[Question]:
-    """Read a question file: one JSON object a line (`.jsonl`, `.jsonl.gz`), or the same columns as `.parquet`.
+    """Read a question file: JSON lines (`.jsonl`), a JSON array (`.json`), or a table (`.parquet`, `.csv`, `.tsv`) with
+    the same columns; each but Parquet also as `.gz`.
 
     Args:
         path: the file.
@@ -144,10 +152,15 @@ def read_questions(
         InputError: naming the file, the line (the row, in Parquet), the field, what is wrong and what to do. A file
             with one bad line is refused whole: a training set that silently shrank is worse than none.
     """
+    return shared_documents(iter_questions(path, candidates=candidates, columns=columns))
+
+
+def shared_documents(questions: Iterable[Question]) -> list[Question]:
+    """The questions, of which a document that is a candidate of many stands in memory once."""
     shared: dict[Document, Document] = {}
     return [
         replace(question, documents=tuple(shared.setdefault(document, document) for document in question.documents))
-        for question in iter_questions(path, candidates=candidates, columns=columns)
+        for question in questions
     ]
 
 
@@ -155,22 +168,53 @@ def iter_questions(
     path: str | Path,
     *,
     candidates: Candidates = "required",
-    columns: Mapping[str, str] = MappingProxyType({}),
+    columns: Mapping[str, str] = AS_NAMED,
     bad: Bad = refuse,
     watch: Watch | None = None,
 ) -> Iterator[Question]:
     """`read_questions` as a stream: one question in memory at a time. `bad` and `watch` are those of `dro_rl.rows`."""
     path = Path(path)
-    if path.is_file() and not path.name.lower().endswith(SUFFIXES):
-        raise InputError(
-            str(path), path.suffix, f"a question file ends in {', '.join(SUFFIXES)}", "Rename or convert the file."
-        )
+    found = question_rows(path, columns, bad=bad, watch=watch)
+    yield from some_questions(parse_questions(found, candidates=candidates, bad=bad), path)
+
+
+def some_questions(questions: Iterator[Question], source: str | Path) -> Iterator[Question]:
+    """The questions; an `InputError` where there are none."""
     empty = True
-    for question in parse_questions(renamed(rows(path, bad=bad, watch=watch), columns), candidates=candidates, bad=bad):
+    for question in questions:
         empty = False
         yield question
     if empty:
-        raise InputError(str(path), Phrase("no questions"), "a question file has at least one line", "Check the file.")
+        raise InputError(
+            str(source), Phrase("no questions"), "a question file has at least one line", "Check the file."
+        )
+
+
+def question_rows(
+    path: Path, columns: Mapping[str, str] = AS_NAMED, *, bad: Bad = refuse, watch: Watch | None = None
+) -> Rows:
+    """The rows of a question file under the names of fields, whatever file it is."""
+    found = rows(path, bad=bad, watch=watch, wanted=lambda name: is_field(name, columns))
+    if suffix(path) in TABLES:
+        named = with_names(found, (columns.get("question", "question"),), bad=bad)
+        return ((place, _with_lists(row)) for place, row in renamed(named, columns))
+    return renamed(found, columns)
+
+
+def is_field(column: str, columns: Mapping[str, str] = AS_NAMED) -> bool:
+    """Whether a column is a field of questions, or is meant to be one."""
+    return column in FIELDS or column in columns.values() or _meant(column, OPTIONAL_FIELDS) is not None
+
+
+def _with_lists(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of a table: what is no list, among the fields that are, is the only item of one."""
+    for field in LISTS:
+        value = row.get(field)
+        if isinstance(value, str):
+            found = spelled(value)
+            alone = found is None and field != "documents" and not value.lstrip().startswith("[")
+            row[field] = [value] if alone else value if found is None else found
+    return row
 
 
 def renamed(rows: Rows, columns: Mapping[str, str]) -> Rows:
@@ -193,12 +237,17 @@ def renamed(rows: Rows, columns: Mapping[str, str]) -> Rows:
             for field in [field for field, column in missing.items() if column in row]:
                 del missing[field]
             kept = {name: value for name, value in row.items() if name not in columns}
-            row = kept | {field: row.get(column) for field, column in columns.items()}
+            row = kept | {field: _alone(field, row.get(column)) for field, column in columns.items()}
         yield place, row
     for field, column in missing.items():
         raise InputError(
             f"dataset_columns: {field}", column, "the data has such a column, and no row does", "Correct the name."
         )
+
+
+def _alone(field: str, value: Any) -> Any:
+    """A text in a column that somebody names for a list is the only item of one."""
+    return [value] if isinstance(value, str) and field in ("answers", "supporting", "missed") else value
 
 
 def parse_questions(rows: Rows, *, candidates: Candidates = "required", bad: Bad = refuse) -> Iterator[Question]:
@@ -253,9 +302,10 @@ def parse_question(row: Any, place: str, candidates: Candidates = "required") ->
     for field in REQUIRED_FIELDS:
         if row.get(field) is None and not (optional and field == "documents"):
             raise InputError(
-                f"{place}: {field}", Phrase("missing"), f"a question has {', '.join(REQUIRED_FIELDS)}", "Add the field."
+                f"{place}: {field}", Phrase("missing"), f"a question has {', '.join(REQUIRED_FIELDS)}", _add(field)
             )
-    identifier = check_text(row["id"], f"{place}: id")
+    _check_names(row, OPTIONAL_FIELDS, place)
+    identifier = check_id(row["id"], f"{place}: id")
     place = f"{place} (id {identifier})"
     documents = () if optional and not row.get("documents") else _documents(row["documents"], place)
     answers = _texts(row["answers"], f"{place}: answers")
@@ -267,7 +317,7 @@ def parse_question(row: Any, place: str, candidates: Candidates = "required") ->
             "Add one, or drop the line.",
         )
     supporting = row.get("supporting")
-    supporting = () if supporting is None else _texts(supporting, f"{place}: supporting")
+    supporting = () if supporting is None else _ids(supporting, f"{place}: supporting")
     known = {document.id for document in documents}
     for support in supporting:
         if documents and support not in known:
@@ -277,7 +327,7 @@ def parse_question(row: Any, place: str, candidates: Candidates = "required") ->
                 "supporting ids are ids of this question's documents",
                 "Add the document to the candidates, or drop the id.",
             )
-    missed = () if row.get("missed") is None else _texts(row["missed"], f"{place}: missed")
+    missed = () if row.get("missed") is None else _ids(row["missed"], f"{place}: missed")
     for gold in missed:
         if gold in known:
             raise InputError(
@@ -292,8 +342,8 @@ def parse_question(row: Any, place: str, candidates: Candidates = "required") ->
         answers=answers,
         documents=documents,
         supporting=supporting,
-        dataset=str(row.get("dataset") or ""),
-        type=str(row.get("type") or ""),
+        dataset=_label(row.get("dataset"), f"{place}: dataset"),
+        type=_label(row.get("type"), f"{place}: type"),
         missed=missed,
     )
 
@@ -317,13 +367,12 @@ def _documents(value: Any, place: str) -> tuple[Document, ...]:
         for field in ("id", "text"):
             if item.get(field) is None:
                 raise InputError(f"{where}.{field}", Phrase("missing"), "a document has id and text", "Add the field.")
+        _check_names(item, ("title",), where)
         title = item.get("title")
         if title is not None and not isinstance(title, str):
             raise InputError(f"{where}.title", title, "a title is text, empty when there is none", "Write a string.")
         check_unicode(title or "", f"{where}.title")
-        document = Document(
-            check_text(item["id"], f"{where}.id"), title or "", check_text(item["text"], f"{where}.text")
-        )
+        document = Document(check_id(item["id"], f"{where}.id"), title or "", check_text(item["text"], f"{where}.text"))
         if document.id in seen:
             raise InputError(
                 f"{where}.id", document.id, "a document stands once among the candidates", "Drop the second one."
@@ -331,6 +380,13 @@ def _documents(value: Any, place: str) -> tuple[Document, ...]:
         seen.add(document.id)
         documents.append(document)
     return tuple(documents)
+
+
+def check_id(value: Any, place: str) -> str:
+    """The value, if it is an id: text, or a whole number, which is read as text; else an `InputError` at `place`."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return check_text(value, place)
 
 
 def check_text(value: Any, place: str) -> str:
@@ -355,7 +411,44 @@ def check_unicode(value: str, place: str) -> None:
         ) from None
 
 
-def _texts(value: Any, place: str) -> tuple[str, ...]:
+def _texts(value: Any, place: str, check: Callable[[Any, str], str] = check_text) -> tuple[str, ...]:
     if not isinstance(value, list | tuple):
         raise InputError(place, value, "this is a list of strings", "Write a JSON list, also for a single one.")
-    return tuple(check_text(item, f"{place}[{n}]") for n, item in enumerate(value, start=1))
+    return tuple(check(item, f"{place}[{n}]") for n, item in enumerate(value, start=1))
+
+
+def _ids(value: Any, place: str) -> tuple[str, ...]:
+    return _texts(value, place, check_id)
+
+
+def _label(value: Any, place: str) -> str:
+    """The name of a dataset or of a type, which may be missing or blank, or a number (of hops)."""
+    return "" if value is None or value == "" else check_id(value, place)
+
+
+def _add(field: str) -> str:
+    other = f"name its column, dataset_columns: {{{field}: …}}"
+    if field == "id":
+        return f"Add the field, {other}, or let dro-rl data prepare number the rows."
+    return f"Add the field, or {other}."
+
+
+def _check_names(row: Mapping[Any, Any], fields: tuple[str, ...], place: str) -> None:
+    """Refuse the misspelt name of a field that need not be there: what it says would be lost without a word."""
+    for name in row:
+        field = None if name in FIELDS or name == "title" else _meant(name, fields)
+        if field is not None and (row.get(field) is None or str(name).casefold() == field):
+            raise InputError(
+                f"{place}: {name}",
+                row[name],
+                f"there is no such field, and {field} is much like it",
+                f"Name it {field}, or something else.",
+            )
+
+
+@lru_cache(maxsize=1024)
+def _meant(name: str, fields: tuple[str, ...]) -> str | None:
+    """The field whose name an unknown one is a misspelling of."""
+    plain = re.sub(r"[\W_]", "", str(name).casefold())
+    close = difflib.get_close_matches(plain, fields, n=1, cutoff=0.8)
+    return close[0] if close else None

@@ -49,7 +49,11 @@ HOTPOT_COLUMNS = {
     "supporting_facts": {"title": ["Ann", "Bob", "Ann"], "sent_id": [0, 1, 2]},
     "context": {"title": [pair[0] for pair in HOTPOT["context"]], "sentences": [pair[1] for pair in HOTPOT["context"]]},
 }
-TWO_WIKI = {
+HOTPOT_OBJECTS = HOTPOT_COLUMNS | {
+    "supporting_facts": [{"title": title, "sent_id": n} for title, n in HOTPOT["supporting_facts"]],
+    "context": [{"title": title, "sentences": sentences} for title, sentences in HOTPOT["context"]],
+}
+TWO_WIKI: dict[str, Any] = {
     "_id": "8813f87c0bdd11eba7f7acde48001122",
     "type": "compositional",
     "question": "Who is the mother of the director?",
@@ -58,6 +62,34 @@ TWO_WIKI = {
     "evidences": [["Film", "director", "Mia"], ["Mia", "mother", "Eva"]],
     "answer": "Eva",
     "answer_id": "Q12",
+}
+AS_TEXT = {field: json.dumps(TWO_WIKI[field]) for field in ("context", "supporting_facts", "evidences")}
+TWO_WIKI_MIRRORS: dict[str, dict[str, Any]] = {
+    "JSON as text": TWO_WIKI | AS_TEXT,
+    "Python's spelling": TWO_WIKI | {field: str(TWO_WIKI[field]) for field in AS_TEXT},
+    "pairs as text": TWO_WIKI
+    | {field: [json.dumps(pair) for pair in TWO_WIKI[field]] for field in ("context", "supporting_facts")},
+    "sentences as text": TWO_WIKI | {"context": [[title, json.dumps(said)] for title, said in TWO_WIKI["context"]]},
+    "title and sentences as text": TWO_WIKI
+    | {
+        "context": [[json.dumps(title), json.dumps(said)] for title, said in TWO_WIKI["context"]],
+        "supporting_facts": [[json.dumps(title), n] for title, n in TWO_WIKI["supporting_facts"]],
+    },
+    "columns of text": TWO_WIKI
+    | {
+        "context": {
+            "title": json.dumps([title for title, _ in TWO_WIKI["context"]]),
+            "content": json.dumps([said for _, said in TWO_WIKI["context"]]),
+        },
+        "supporting_facts": json.dumps({"title": ["Film", "Mia"], "sent_id": [0, 0]}),
+    },
+    "columns of sentences as text": TWO_WIKI
+    | {
+        "context": {
+            "title": [title for title, _ in TWO_WIKI["context"]],
+            "sentences": [json.dumps(said) for _, said in TWO_WIKI["context"]],
+        },
+    },
 }
 MUSIQUE = {
     "id": "3hop1__13_27_9",

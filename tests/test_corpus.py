@@ -24,7 +24,7 @@ from dro_rl.rows import Skips
 
 DATA = Path(os.environ.get("DRO_RL_DATA") or Path(__file__).parent.parent.parent / "shared" / "data")
 PASSAGES = [
-    Document("1", "Łódź", 'The "White Factory"\tof Łódź\nstands by a pond.'),
+    Document("1", "Łódź", 'The "White Factory", of Łódź; stands by a pond.'),
     Document("2", "", "A passage\u2028without a title."),
     Document("30", "東京", "東京 is a city."),
 ]
@@ -38,9 +38,9 @@ def lines(items: list[Any]) -> bytes:
     return "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items).encode()
 
 
-def write_tsv(path: Path, header: bool = True) -> Path:
+def write_table(path: Path, header: bool = True, delimiter: str = "\t") -> Path:
     with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, delimiter="\t", lineterminator="\r\n")
+        writer = csv.writer(file, delimiter=delimiter, lineterminator="\r\n")
         if header:
             writer.writerow(["id", "text", "title"])
         writer.writerows([each.id, each.text, each.title] for each in PASSAGES)
@@ -51,7 +51,9 @@ def spelled(folder: Path, name: str) -> Path:
     """`PASSAGES` as the name says."""
     path = folder / name
     if ".tsv" in name:
-        write_tsv(path)
+        write_table(path)
+    elif ".csv" in name:
+        write_table(path, delimiter=name[0] if name[0] in ",;" else ",")
     elif ".parquet" in name:
         pq.write_table(pa.Table.from_pylist(rows()), path)
     elif ".jsonl" in name.lower():
@@ -70,10 +72,23 @@ def refusal(path: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    "name", ["c.tsv", "c.tsv.gz", "c.jsonl", "c.jsonl.gz", "C.JSONL", "c.json", "c.json.gz", "c.parquet"]
+    "name",
+    [
+        "c.tsv",
+        "c.tsv.gz",
+        "c.jsonl",
+        "c.jsonl.gz",
+        "C.JSONL",
+        "c.json",
+        "c.json.gz",
+        "c.parquet",
+        "c.csv",
+        ";.csv",
+        "c.csv.gz",
+    ],
 )
 def test_every_spelling_gives_the_same_passages(tmp_path: Path, name: str) -> None:
-    """Quotes, tabs, line breaks, other alphabets, Windows line ends, byte order marks."""
+    """Quotes, other alphabets, Windows line ends, byte order marks."""
     assert list(read_corpus(spelled(tmp_path, name))) == PASSAGES
 
 
@@ -85,7 +100,7 @@ def test_a_folder_of_shards_is_read_in_the_order_of_names(tmp_path: Path) -> Non
 
 
 def test_columns_of_a_tsv_go_by_their_header_and_without_one_by_dprs_order(tmp_path: Path) -> None:
-    assert list(read_corpus(write_tsv(tmp_path / "c.tsv", header=False))) == PASSAGES
+    assert list(read_corpus(write_table(tmp_path / "c.tsv", header=False))) == PASSAGES
     path = tmp_path / "other.tsv"
     path.write_text("title\tid\ttext\nT\t7\tx\n")
     assert list(read_corpus(path)) == [Document("7", "T", "x")]
@@ -155,8 +170,14 @@ BAD: dict[str, tuple[str, bytes, tuple[str, ...]]] = {
     ".gz without gzip": ("c.jsonl.gz", lines(rows()), ("gzip file is whole",)),
     "not Parquet": ("c.parquet", lines(rows()), ("Parquet", "Write it again")),
     "a column too many": ("c.tsv", b"id\ttext\ttitle\n1\tx\ty\tz\n", ("line 2: 4 fields", "id, text, title", "quotes")),
-    "an open quote": ("c.tsv", b'id\ttext\n1\t"x\n2\ty\n', ("line 2", "quoted", "JSON lines")),
-    "a quote that is not doubled": ("c.tsv", b'id\ttext\n1\tx\n2\t"a" b\n', ("line 3", "doubled")),
+    "a tab within quotes": ("c.tsv", b'id\ttext\n1\t"x\ty"\n', ("line 2: 3 fields", "no tabs", "JSON lines")),
+    "a line break within quotes": ("c.tsv", b'id\ttext\n1\tx\n2\t"a\nb"\n', ("line 4: 1 fields", "line breaks")),
+    "line ends of old": ("c.tsv", b"id\ttext\r1\tx\r2\ty\r", ("line 1", "carriage return", "Convert the line ends")),
+    "a carriage return in a text": ("c.tsv", b"1\tx\n2\ta\rb\n", ("line 2", "carriage return", "space")),
+    "an open quote in CSV": ("c.csv", b'id,text\n1,"x\n2,y\n', ("line 2", "quoted", "JSON lines")),
+    "a quote that is not doubled": ("c.csv", b'id,text\n1,x\n2,"a" b\n', ("line 3", "doubled")),
+    "a column that stands twice": ("c.csv", b"id,text,text\n1,x,y\n", ("line 1: 'text'", "a column stands once")),
+    "a field that stands twice": ("c.json", b'[{"id": "1", "id": "2", "text": "x"}]', ("item 1: 'id' twice", "Remove")),
     "nothing": ("c.jsonl", b"", ("no passages", "at least one")),
     "an empty array": ("c.json", b"[]", ("no passages",)),
     "no array": ("c.json", b"", ("nothing", "JSON array")),
@@ -248,3 +269,22 @@ def test_ids_are_told_apart_as_a_set_would() -> None:
 @pytest.mark.skipif(not DATA.is_dir(), reason="no question files at DRO_RL_DATA or ../shared/data")
 def test_a_real_corpus_reads_whole() -> None:
     assert sum(1 for _ in read_corpus(DATA / "corpus" / "wow.jsonl.gz")) > 1000
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "texts"),
+    [
+        ("c.tsv", '1\t"Opened only\n2\tEnds here\n', ['"Opened only', "Ends here"]),
+        ("c.tsv", '1\t"Opened\n2\tand closed"\n', ['"Opened', 'and closed"']),
+        ("c.tsv", '1\t"Ja" said "no"\tT\n2\t"A ""b"" c"\tT\n', ['"Ja" said "no"', 'A "b" c']),
+        ("c.tsv", "1\t" + "x" * 200_000 + "\tT\n", ["x" * 200_000]),
+        ("c.csv", 'id,text\n1,"a,\nb"\n2,' + "x" * 200_000 + "\n", ["a,\nb", "x" * 200_000]),
+    ],
+)
+def test_tabs_and_lines_alone_split_a_tsv_and_quotes_hold_a_csv_together(
+    tmp_path: Path, name: str, content: str, texts: list[str]
+) -> None:
+    """Defect: a quote at the start of a text swallowed the passage after it."""
+    path = tmp_path / name
+    path.write_text(content)
+    assert [passage.text for passage in read_corpus(path)] == texts

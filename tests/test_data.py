@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
 import sys
@@ -13,10 +14,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import released
 from training_world import questions, write_questions
 
 from dro_rl.data import TOY_SIZES, dev_beside, load_questions
 from dro_rl.data.hub import is_local
+from dro_rl.data.prepare import Preparation, prepare
 from dro_rl.errors import InputError
 from dro_rl.records import Question
 
@@ -206,3 +209,132 @@ def test_columns_of_other_names_are_the_fields_that_the_recipe_says(tmp_path: Pa
         load_questions(str(path), "train", columns={**columns, "type": "hops"})
     with pytest.raises(InputError, match=r"^dataset_columns: query: .*one of id, question"):
         load_questions(str(path), "train", columns={"query": "question"})
+
+
+# Layouts ------------------------------------------------------------------------------------------------------
+
+
+def shards(folder: Path, split: str, made: list[Question], count: int = 2) -> None:
+    """A split as a hub lays it out."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        write(folder / f"{split}-{number:05d}-of-{count:05d}.parquet", made[number::count])
+
+
+@pytest.mark.parametrize("inner", ["", "data"])
+def test_the_shards_of_a_hub_layout_are_one_split(tmp_path: Path, inner: str) -> None:
+    shards(tmp_path / inner, "train", questions(5))
+    shards(tmp_path / inner, "validation", questions(3, seed=1), count=1)
+    (tmp_path / "README.md").write_text("---\nconfigs: []\n---\n")
+    made = questions(5)
+    assert load_questions(str(tmp_path), "train") == made[0::2] + made[1::2]
+    assert load_questions(str(tmp_path), "dev") == questions(3, seed=1)
+
+
+def test_shards_of_a_configuration(tmp_path: Path) -> None:
+    shards(tmp_path / "nq", "train", questions(4))
+    assert len(load_questions(str(tmp_path), "train", config="nq")) == 4
+
+
+def test_a_shard_that_is_missing_is_said(tmp_path: Path) -> None:
+    shards(tmp_path / "data", "train", questions(5), count=3)
+    (tmp_path / "data" / "train-00001-of-00003.parquet").unlink()
+    with pytest.raises(InputError, match=r"data: 2 of 3 shards of train: a split is whole"):
+        load_questions(str(tmp_path), "train")
+
+
+@pytest.mark.parametrize("name", ["validation.jsonl", "valid.parquet", "validation.json", "valid.csv"])
+def test_validation_is_another_word_for_dev(tmp_path: Path, name: str) -> None:
+    made = questions(3)
+    if name.endswith(("json", "csv")):
+        table(tmp_path / name, made)
+    else:
+        write(tmp_path / name, made)
+    assert load_questions(str(tmp_path), "dev") == load_questions(str(tmp_path), "validation") == made
+    write(tmp_path / "dev.jsonl", questions(2))
+    assert len(load_questions(str(tmp_path), "dev")) == 2, "the word itself comes first"
+
+
+def test_a_folder_without_the_split_says_what_it_has(tmp_path: Path) -> None:
+    write(tmp_path / "training.jsonl", questions(2))
+    with pytest.raises(InputError, match=r"0 files for split train: .*There are training\.jsonl\."):
+        load_questions(str(tmp_path), "train")
+
+
+def test_a_dataset_that_was_saved_to_disk_is_read(tmp_path: Path) -> None:
+    from datasets import Dataset, DatasetDict
+
+    splits = {
+        "train": Dataset.from_list(rows(questions(5))),
+        "validation": Dataset.from_list(rows(questions(3, seed=1))),
+    }
+    DatasetDict(splits).save_to_disk(str(tmp_path / "both"))
+    splits["train"].save_to_disk(str(tmp_path / "alone"))
+    assert load_questions(str(tmp_path / "both"), "train") == questions(5)
+    assert load_questions(str(tmp_path / "both"), "dev") == questions(3, seed=1)
+    assert load_questions(str(tmp_path / "alone"), "train") == questions(5)
+    with pytest.raises(InputError, match="no split test: the saved splits are train, validation"):
+        load_questions(str(tmp_path / "both"), "test")
+    for file in (tmp_path / "alone").glob("*.arrow"):
+        file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(InputError, match=r"alone.*Save it again"):
+        load_questions(str(tmp_path / "alone"), "train")
+
+
+def table(path: Path, made: list[Question]) -> None:
+    """Questions as an array, or as CSV whose lists are JSON in a field."""
+    if path.suffix == ".json":
+        path.write_text(json.dumps(rows(made), indent=1))
+        return
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(rows(made)[0])
+        for row in rows(made):
+            writer.writerow([json.dumps(value) if isinstance(value, list) else value for value in row.values()])
+
+
+def test_a_csv_of_ones_own_has_its_names_above_and_one_answer_or_a_list(tmp_path: Path) -> None:
+    path = tmp_path / "mine.csv"
+    passages = """[{""id"": ""a"", ""text"": ""x""}, {'id': 'b', 'text': ""it's""}]"""
+    path.write_text(f'qid,question,gold,documents,supporting\n1,"Who, then?",Ann,"{passages}",b\n', encoding="utf-8")
+    (found,) = load_questions(str(path), "train", columns={"id": "qid", "answers": "gold"})
+    assert (found.id, found.question, found.answers, found.supporting) == ("1", "Who, then?", ("Ann",), ("b",))
+    path.write_text("1;Who?;Ann\n")
+    with pytest.raises(InputError, match="the first line names the columns, one of which is question"):
+        load_questions(str(path), "train")
+
+
+@pytest.mark.parametrize("answers", ["['a' 'b']", "[citation needed]"])
+def test_a_list_that_cannot_be_read_is_no_answer(tmp_path: Path, answers: str) -> None:
+    path = tmp_path / "mine.csv"
+    path.write_text(f'id,question,answers,documents\n1,who,"{answers}","[{{""id"": ""a"", ""text"": ""x""}}]"\n')
+    with pytest.raises(InputError, match=r"answers: .*Write a JSON list"):
+        load_questions(str(path), "train")
+
+
+def test_a_single_text_in_a_column_of_answers_is_the_only_one(tmp_path: Path) -> None:
+    made = [{**row, "answer": "Ann"} for row in rows(questions(2))]
+    path = tmp_path / "mine.jsonl"
+    path.write_text("\n".join(json.dumps({k: v for k, v in row.items() if k != "answers"}) for row in made))
+    assert [found.answers for found in load_questions(str(path), "train", columns={"answers": "answer"})] == [
+        ("Ann",)
+    ] * 2
+
+
+def test_a_missing_id_says_what_to_do_and_prepare_does_it(tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_text("\n".join(json.dumps({k: v for k, v in row.items() if k != "id"}) for row in rows(questions(3))))
+    with pytest.raises(InputError, match=r"line 1: id: missing.*dataset_columns: \{id: …\}.*dro-rl data prepare"):
+        load_questions(str(path), "train")
+    prepare(Preparation("mine", str(path), tmp_path / "made.jsonl"))
+    assert [question.id for question in load_questions(str(tmp_path / "made.jsonl"), "train")] == [
+        f"mine-train-{n}" for n in (1, 2, 3)
+    ]
+
+
+def test_a_released_file_says_how_a_question_file_is_made_of_it(tmp_path: Path) -> None:
+    path = released.write(tmp_path / "train.json", released.HOTPOT)
+    with pytest.raises(
+        InputError, match=r"a row of the format hotpotqa.*dro-rl data prepare hotpotqa --input .*train\.json"
+    ):
+        load_questions(str(path), "train")

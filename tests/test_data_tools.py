@@ -16,6 +16,7 @@ from released import HOTPOT, MUSIQUE, RANK_LLM, TWO_WIKI, WOW, write
 from typer.testing import CliRunner
 
 from dro_rl.cli import app
+from dro_rl.data import load_questions
 from dro_rl.data.check import check, draw
 from dro_rl.data.corpus import read_corpus
 from dro_rl.data.manifest import manifest_path, questions_hash, read_manifest
@@ -238,6 +239,66 @@ def test_check_says_when_there_is_nothing(tmp_path: Path) -> None:
     assert check(tmp_path / "none.jsonl").wrong == {"a file to read exists": 1}
     with pytest.raises(InputError, match="formats are"):
         check(tmp_path / "q.json", "squad")
+
+
+UNREADABLE = {
+    "pretty-printed": (json.dumps(good(0), indent=2), "line 1", "whole on one line"),
+    "single-quoted": (str(good(0)) + "\n" + str(good(1)), "line 1", "double quotes"),
+    "text": ("Who?\nAnn\n", "line 1", "one object a line"),
+    "an array": (json.dumps([good(0)], indent=1), "line 1", "not an array over many lines"),
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_check_names_the_line_of_a_file_that_has_no_row_to_read(tmp_path: Path, name: str) -> None:
+    """Defect: "no fields… name one with --format", where the lines are no JSON."""
+    text, place, fix = UNREADABLE[name]
+    path = tmp_path / "q.jsonl"
+    path.write_text(text)
+    said: list[str] = []
+    report = check(path, on_error=lambda error: said.append(str(error)))
+    assert report.format == ""
+    assert f"{path}: {place}" in said[0]
+    assert fix in said[0]
+    assert "--format" not in "".join(said)
+
+
+@pytest.mark.parametrize("name", ["q.jsonl", "q.json", "q.csv", "q.jsonl.gz"])
+def test_check_says_that_an_empty_file_has_no_rows(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(gzip.compress(b"") if name.endswith(".gz") else b"")
+    (error,) = check(tmp_path / name).wrong
+    assert "--format" not in error
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "train.json", "train.csv"])
+def test_check_and_training_read_the_same(tmp_path: Path, name: str) -> None:
+    made = [good(n) | {"documents": [{"id": "d", "text": "t", "title": ""}], "supporting": ["d"]} for n in range(3)]
+    if name.endswith(".csv"):
+        cells = [[json.dumps(v).replace('"', '""') if isinstance(v, list) else v for v in row.values()] for row in made]
+        lines = [",".join(made[0]), *(",".join(f'"{cell}"' for cell in row) for row in cells)]
+        (tmp_path / name).write_text("\n".join(lines))
+    else:
+        write(tmp_path / name, *made)
+    found = load_questions(str(tmp_path / name), "train")
+    report = check(tmp_path / name)
+    assert (report.hash, report.wrong.total()) == (questions_hash(found), 0)
+    by_split = check(tmp_path, split="train")
+    assert (by_split.hash, by_split.counts["questions with labels"]) == (report.hash, 3)
+
+
+def test_check_reads_the_columns_that_a_recipe_names(tmp_path: Path) -> None:
+    row = {"qid": 1, "query": "who?", "answers": ["a"], "documents": [{"id": "d", "text": "t"}]}
+    path = write(tmp_path / "q.jsonl", row)
+    assert check(path).wrong
+    report = check(path, columns={"id": "qid", "question": "query"})
+    assert (report.format, report.counts["questions"], report.wrong.total()) == ("questions", 1, 0)
+    assert "1 questions" in run("check", path, "--column", "id=qid", "--column", "question=query")
+    assert "NAME=COLUMN" in run("check", path, "--column", "qid", code=2)
+
+
+def test_check_says_that_candidates_are_missing(tmp_path: Path) -> None:
+    path = write(tmp_path / "q.jsonl", {key: value for key, value in good(0).items() if key != "documents"})
+    assert "1 without candidates: dro-rl retrieve finds some" in run("check", path)
 
 
 # show -------------------------------------------------------------------------------------------------------

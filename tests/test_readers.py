@@ -16,20 +16,22 @@ from released import (
     FLASHRAG_CONTEXT,
     HOTPOT,
     HOTPOT_COLUMNS,
+    HOTPOT_OBJECTS,
     KILT,
     MUSIQUE,
     RANK_LLM,
     RETRIEVED,
     SEARCH_R1,
     TWO_WIKI,
+    TWO_WIKI_MIRRORS,
     WOW,
     write,
 )
 
-from dro_rl.data.readers import FORMATS, read_aliases, read_answers, read_released, released_rows, sniff
+from dro_rl.data.readers import COLUMNS, FORMATS, read_aliases, read_answers, read_released, released_rows, sniff
 from dro_rl.data.readers.fields import Source, document_id
 from dro_rl.errors import InputError
-from dro_rl.records import Document, Question, read_questions, write_questions
+from dro_rl.records import Document, Question, is_field, read_questions, write_questions
 from dro_rl.rows import Skips
 
 
@@ -78,6 +80,7 @@ GOLDEN: dict[str, tuple[str, Any, list[Question]]] = {
     ),
     "HotpotQA": ("hotpotqa", HOTPOT, [HOTPOT_QUESTION]),
     "HotpotQA of a hub": ("hotpotqa", HOTPOT_COLUMNS, [HOTPOT_QUESTION]),
+    "HotpotQA of objects": ("hotpotqa", HOTPOT_OBJECTS, [HOTPOT_QUESTION]),
     "HotpotQA fullwiki, gold not retrieved": (
         "hotpotqa",
         HOTPOT | {"context": HOTPOT["context"][:2]},
@@ -217,6 +220,53 @@ def test_what_is_read_goes_through_a_question_file(tmp_path: Path, name: str) ->
     assert read(path, "questions") == GOLDEN[name][2]
 
 
+@pytest.mark.parametrize("name", TWO_WIKI_MIRRORS)
+@pytest.mark.parametrize("container", ["r.jsonl", "r.parquet"])
+def test_mirrors_that_keep_json_as_text_give_the_same(tmp_path: Path, name: str, container: str) -> None:
+    """Defect: brackets and quotes of JSON became passages, and no title met its label."""
+    row = TWO_WIKI_MIRRORS[name]
+    if container.endswith(".parquet"):  # whose columns have one type
+        row = {key: value if isinstance(value, str) else json.dumps(value) for key, value in row.items()}  # fmt: skip
+    path = write(tmp_path / container, row)
+    assert explicit(path) == "2wikimultihopqa"
+    assert read(path) == GOLDEN["2WikiMultihopQA"][2]
+
+
+def musique_columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    return {key: [row[key] for row in rows] for key in rows[0]}
+
+
+@pytest.mark.parametrize(
+    "paragraphs",
+    [
+        musique_columns,
+        json.dumps,
+        lambda rows: json.dumps(musique_columns(rows)),
+        lambda rows: list(map(json.dumps, rows)),
+    ],
+    ids=["columns", "text", "columns as text", "texts"],
+)
+def test_musique_of_columns_or_text_gives_the_same(tmp_path: Path, paragraphs: Callable[[Any], Any]) -> None:
+    row = MUSIQUE | {"paragraphs": paragraphs(MUSIQUE["paragraphs"]), "answer_aliases": str(MUSIQUE["answer_aliases"])}
+    assert read(write(tmp_path / "r.jsonl", row)) == GOLDEN["MuSiQue"][2]
+
+
+def test_a_title_may_stand_in_quotes_of_its_own(tmp_path: Path) -> None:
+    context = [['"Heroes"', ["An album."]], ["Low", ["Another album."]]]
+    row = HOTPOT | {"context": context, "supporting_facts": [['"Heroes"', 0]]}
+    question = read(write(tmp_path / "r.json", row))[0]
+    assert [each.title for each in question.documents] == ['"Heroes"', "Low"]
+    assert question.supporting_numbers == (1,)
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_of_columns_no_others_are_read_than_the_readers_know(tmp_path: Path, name: str) -> None:
+    """Defect: a column that a reader reads is not on the list of those that are read."""
+    format, row, expected = GOLDEN[name]
+    known = {key: value for key, value in row.items() if key in COLUMNS or is_field(key)}
+    assert read(write(tmp_path / "r.jsonl", known), format) == expected
+
+
 def test_dpr_json_keeps_the_corpus_ids_and_hides_which_come_first(tmp_path: Path) -> None:
     """Defect: positives first, so that the place tells the label."""
     rows = [DPR | {"question": f"wer malte es {n}"} for n in range(40)]
@@ -308,6 +358,12 @@ BAD: dict[str, tuple[str, Any, tuple[str, ...]]] = {
         HOTPOT | {"context": [["Ann"]]},
         ("context[1]", "pair of title and sentences"),
     ),
+    "columns of labels and passages of two lengths": (
+        "musique",
+        MUSIQUE | {"paragraphs": {"title": ["A", "B"], "paragraph_text": ["x"]}},
+        ("paragraphs: title 2, paragraph_text 1", "one length"),
+    ),
+    "text that is no JSON": ("hotpotqa", HOTPOT | {"context": "[['Ann' 'x']]"}, ("context: \"[['Ann'", "a list")),
     "an empty paragraph": ("hotpotqa", HOTPOT | {"context": [["Ann", [""]]]}, ("context[1]", "not empty")),
     "sentences that are numbers": ("hotpotqa", HOTPOT | {"context": [["Ann", [1]]]}, ("context[1]", "sentences")),
     "columns of two lengths": (

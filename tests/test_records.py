@@ -123,7 +123,8 @@ DOCUMENT = {"id": "d1", "title": "", "text": "Ann did."}
 BAD_ROWS: dict[str, tuple[Any, list[str]]] = {
     "no id": (changed(id=...), ["line 2: id", "missing", "Add the field"]),
     "null id": (changed(id=None), ["line 2: id", "missing"]),
-    "numeric id": (changed(id=7), ["line 2: id", "7", "text", "Write a JSON string"]),
+    "an id that is a fraction": (changed(id=7.5), ["line 2: id", "7.5", "text", "Write a JSON string"]),
+    "an id that is true": (changed(id=True), ["line 2: id", "True", "text", "Write a JSON string"]),
     "blank id": (changed(id=" "), ["line 2: id", "not empty"]),
     "no question": (changed(question=...), ["line 2: question", "missing"]),
     "blank question": (changed(question="\n"), ["line 2", "2hop__2", "question", "not empty", "Fill it in"]),
@@ -243,8 +244,9 @@ BAD_FILES: dict[str, tuple[str, Callable[[bytes], bytes], list[str]]] = {
     "corrupt Parquet": ("q.parquet", corrupt, ["after row", "Parquet", "Write it again"]),
     "empty Parquet": ("q.parquet", lambda raw: b"", ["Parquet", "Write it again"]),
     "Parquet that is none": ("q.parquet", lambda raw: lines(FIRST), ["Parquet", "Write it again"]),
-    "unknown suffix": ("q.csv", lambda raw: raw, [".csv", ".jsonl, .jsonl.gz, .parquet", "convert"]),
-    "an array file": ("q.json", lambda raw: raw, [".json", "Rename or convert"]),
+    "unknown suffix": ("q.txt", lambda raw: raw, [".txt", ".jsonl, ", "convert"]),
+    "lines in a table": ("q.csv", lambda raw: raw, [".csv", ".jsonl, .jsonl.gz, .parquet", "convert"]),
+    "lines in an array": ("q.json", lambda raw: raw, [".json", "Rename or convert"]),
 }
 
 

@@ -69,6 +69,23 @@ def test_the_permutation_test_is_the_count_over_all_exchanges() -> None:
     assert found.difference == pytest.approx(sum(moved) / 6)
 
 
+@pytest.mark.parametrize(
+    ("a", "b", "p_value"),
+    [
+        ([0.0, 0.5, 1.0], [0.0, 0.5, 0.8], 1.0),
+        ([20.0, 40.0, 60.0, 80.0], [25.0, 40.0, 60.0, 80.0], 1.0),
+        ([-3.5], [-1.25], 1.0),
+        ([0.0, 0.5, 1.0], [0.3, 0.5, 1.3], 0.5),
+    ],
+)
+def test_a_question_or_two_that_moved_are_no_evidence(a: list[float], b: list[float], p_value: float) -> None:
+    """Defect: with exactly one that moved, a traceback of scipy, which wants two."""
+    found = compare(a, b)
+    assert found is not None
+    assert found.p_value == pytest.approx(p_value)
+    assert found.wins + found.losses == sum(x != y for x, y in zip(a, b, strict=True))
+
+
 def test_two_valued_metrics_are_tested_by_exact_mcnemar() -> None:
     """8 won, 1 lost: twice the tail of a fair coin, 2 · (9 + 1) / 2⁹, whatever the ties."""
     a, b = [0.0] * 8 + [100.0] + [0.0] * 4 + [100.0] * 3, [100.0] * 8 + [0.0] + [0.0] * 4 + [100.0] * 3

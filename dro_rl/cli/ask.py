@@ -108,7 +108,7 @@ def _with_documents(question: str, path: Path) -> Question:
     """Read a document file. Documents are checked by the rules of the question files they could stand in."""
     from dro_rl.errors import InputError, Phrase
     from dro_rl.records import parse_question
-    from dro_rl.rows import json_lines
+    from dro_rl.rows.strict_json import json_lines
 
     if not path.exists() or path.is_dir():
         raise InputError(str(path), Phrase("no such file"), "a document file must exist", "Check the path.")

@@ -22,6 +22,16 @@ app = typer.Typer(help="Prepare, check and show question files.", no_args_is_hel
 FORMAT = "questions, dpr, dpr-csv, nq-open, retrieved, hotpotqa, 2wikimultihopqa, musique, wow, kilt, flashrag, search-r1, rank-llm, dro"  # fmt: skip # noqa: E501
 
 
+Column = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--column",
+        metavar="FIELD=COLUMN",
+        help="A column of yours that is a field of question files: question=query. As often as needed.",
+    ),
+]
+
+
 @app.callback()
 def group() -> None:
     """Prepare, check and show question files."""
@@ -70,6 +80,7 @@ def prepare(
     documents: Annotated[
         bool, typer.Option("--documents/--no-documents", help="Keep the candidates that the release has.")
     ] = True,
+    column: Column = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Write a question file, and its manifest beside it, from a released file or a hub dataset.
@@ -88,8 +99,9 @@ def prepare(
     from dro_rl.data.prepare import prepare as run
 
     job = Preparation(
-        name, source, output, format, split, config, limit, skip_bad, licence, aliases, answers, corpus, documents
-    )
+        name, source, output, format, split, config, limit, skip_bad, licence, aliases, answers, corpus, documents,
+        columns_of(column),
+    )  # fmt: skip
     with _bars(hub="" if is_local(source) else source) as watch:
         manifest, skips = run(job, watch=watch)
     if json:
@@ -118,9 +130,13 @@ def check(
     answers: Annotated[
         Path | None, typer.Option("--answers", help="JSON lines of {id, answers}, for requests of rank_llm.")
     ] = None,
+    split: Annotated[
+        str | None, typer.Option("--split", help="The split of a folder, found and read as training would.")
+    ] = None,
     limit: Annotated[
         int, typer.Option("--limit", min=0, help="Errors to print of each kind; 0 prints all. All are counted.")
     ] = 20,
+    column: Column = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Report everything that is wrong with question files, released files and corpora, and what they hold.
@@ -132,12 +148,13 @@ def check(
       dro-rl data check data/dev/*.jsonl.gz
       dro-rl data check hotpot_train_v1.1.json --limit 0
       dro-rl data check psgs_w100.tsv.gz --format corpus
+      dro-rl data check data/mine --split train --column question=query
     """
     from dro_rl.cli.output import console, plain, print_json
     from dro_rl.data.check import check as run
     from dro_rl.rows import kind
 
-    out, reports, errors = console(), [], []
+    out, reports, errors, columns = console(), [], [], columns_of(column)
     for file in files:
         shown: Counter[str] = Counter()
 
@@ -150,7 +167,7 @@ def check(
                 out.print(plain(str(error)), soft_wrap=True)
 
         with _bars() as watch:
-            report = run(file, format, answers=answers, on_error=on_error, watch=watch)
+            report = run(file, format, answers=answers, split=split, columns=columns, on_error=on_error, watch=watch)
         reports.append(report)
         if json:
             continue
@@ -159,6 +176,8 @@ def check(
         if report.manifest is not None:
             about = report.manifest
             out.print(f"  as its manifest says: {about.dataset}, {about.split}, {about.licence or 'no licence named'}")
+        if report.format == "questions" and (lacking := report.without_candidates):
+            out.print(f"  {lacking:,} without candidates: dro-rl retrieve finds some, and training needs them")
         for what, count in report.wrong.most_common():
             hidden = max(0, count - limit) if limit else 0
             rest = f" ({hidden:,} not shown)" if hidden else ""
@@ -184,6 +203,7 @@ def show(
         Path | None, typer.Option("--answers", help="JSON lines of {id, answers}, for requests of rank_llm.")
     ] = None,
     full: Annotated[bool, typer.Option("--full", help="Print whole passages.")] = False,
+    column: Column = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Draw questions at random and print them with their answers and candidates, supporting ones marked.
@@ -198,7 +218,8 @@ def show(
     from dro_rl.data.check import draw
 
     with _bars() as watch:
-        questions = draw(file, number, seed, identifier=identifier, format=format, answers=answers, watch=watch)
+        questions = draw(file, number, seed, identifier=identifier, format=format, answers=answers,
+                         columns=columns_of(column), watch=watch)  # fmt: skip
     if json:
         print_json({"questions": questions})
         return
@@ -227,6 +248,19 @@ def _print_question(out: Console, question: Question, full: bool) -> None:
         lines.append("\nno candidates yet: dro-rl retrieve finds some", style="dim")
     about = ", ".join(part for part in (question.dataset, question.type) if part)
     out.print(Panel(lines, title=Text(plain(question.id)), subtitle=Text(plain(about)), title_align="left"))
+
+
+def columns_of(options: list[str] | None) -> dict[str, str]:
+    """The columns that `--column` names."""
+    from dro_rl.errors import InputError
+
+    columns = {}
+    for option in options or []:
+        field, equals, column = option.partition("=")
+        if not equals or field in columns:
+            raise InputError("--column", option, "this is NAME=COLUMN, each field once", "Write question=query.")
+        columns[field] = column
+    return columns
 
 
 @contextmanager

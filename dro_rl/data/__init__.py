@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
-from types import MappingProxyType
 from typing import Any, cast
 
 from dro_rl.data.hub import hub_rows, is_local
-from dro_rl.data.manifest import read_manifest
+from dro_rl.data.readers import FORMATS, released_format
+from dro_rl.data.sources import dev_beside, files_of_split, same_split, split_rows
 from dro_rl.errors import InputError, Phrase
-from dro_rl.records import SUFFIXES, Question, parse_questions, read_questions, renamed
+from dro_rl.records import AS_NAMED, Question, is_field, parse_questions, renamed, shared_documents, some_questions
+from dro_rl.rows import Rows
 from dro_rl.toy.world import make_world
+
+__all__ = ["TOY_SIZES", "dev_beside", "files_of_split", "load_questions"]
 
 TOY_SIZES = {"train": 2048, "dev": 256, "test": 512}
 """Questions of the toy world's splits, unless the recipe says how many."""
@@ -23,15 +25,14 @@ def load_questions(
     *,
     config: str | None = None,
     limit: int | None = None,
-    columns: Mapping[str, str] = MappingProxyType({}),
+    columns: Mapping[str, str] = AS_NAMED,
     key: str = "dataset_name",
 ) -> list[Question]:
     """The questions of a split.
 
     Args:
-        name: a question file; a folder with `<split>.jsonl`, `.jsonl.gz` or `.parquet` (given a config, with
-            `<split>/<config>.jsonl` or `<config>/<split>.jsonl`); `toy`; or a hub dataset whose columns are the fields
-            of a question file.
+        name: a question file; a folder in one of the layouts of `dro_rl.data.sources`; `toy`; or a hub dataset whose
+            columns are the fields of a question file.
         split: which split; ignored for a single file.
         config: configuration of a hub dataset, or a dataset of a folder that holds several.
         limit: the first so many.
@@ -45,41 +46,32 @@ def load_questions(
         if split not in ("train", "dev", "test"):
             raise InputError(f"{key}: toy", split, f"its splits are {', '.join(TOY_SIZES)}", "Use one of them.")
         return make_world(cast(Any, split), limit or TOY_SIZES[split])
-    path = Path(name).expanduser()
-    if path.is_file() or path.is_dir():
-        file = path if path.is_file() else file_of_split(path, split, config)
-        read_manifest(file)  # a file that is not what its manifest describes is refused
-        questions = read_questions(file, columns=columns)
-    elif is_local(name):
-        raise InputError(key, name, "a question file or folder exists", "Check the path.")
+    if is_local(name):
+        found = split_rows(name, split, config=config, columns=columns, key=key)
     else:
-        questions = _from_hub(name, split, config, columns, key)
+        found = _from_hub(name, split, config, columns, key)
+    questions = shared_documents(some_questions(parse_questions(_own(found, name, split)), name))
     return questions[:limit] if limit else questions
 
 
-def dev_beside(train_file: str, train_split: str, dev_split: str) -> str | None:
-    """The dev file beside a training file: `dev.jsonl` by `train.jsonl`, or `dev/x.jsonl` by `train/x.jsonl`."""
-    path = Path(train_file).expanduser()
-    beside = [path.with_name(path.name.replace(train_split, dev_split, 1))] if train_split in path.name else []
-    if path.parent.name == train_split:
-        beside.append(path.parent.parent / dev_split / path.name)
-    return next((str(candidate) for candidate in beside if candidate != path and candidate.is_file()), None)
+def _from_hub(name: str, split: str, config: str | None, columns: Mapping[str, str], key: str) -> Rows:
+    splits = same_split(split)
+    found = hub_rows(name, config, splits, place=key, streaming=False, wanted=lambda column: is_field(column, columns))
+    return renamed(found, columns)
 
 
-def file_of_split(folder: Path, split: str, config: str | None) -> Path:
-    """The question file of a split in a folder. Raises `InputError` unless there is one."""
-    stems = [split] if config is None else [f"{split}/{config}", f"{config}/{split}"]
-    wanted = [folder / f"{stem}{suffix}" for stem in stems for suffix in SUFFIXES]
-    found = [path for path in wanted if path.is_file()]
-    if len(found) != 1:
-        raise InputError(
-            str(folder),
-            Phrase(f"{len(found)} files for split {split}"),
-            f"a folder has one of {', '.join(str(path.relative_to(folder)) for path in wanted)}",
-            "Name the file itself, or leave one.",
-        )
-    return found[0]
-
-
-def _from_hub(name: str, split: str, config: str | None, columns: Mapping[str, str], key: str) -> list[Question]:
-    return list(parse_questions(renamed(hub_rows(name, config, split, place=key, streaming=False), columns)))
+def _own(rows: Rows, name: str, split: str) -> Rows:
+    """The rows; an `InputError` with the way to a question file where the first is of a released format."""
+    for place, row in rows:
+        format = released_format(row, place)
+        if format is not None:
+            dataset = FORMATS[format].dataset or "NAME"
+            raise InputError(
+                place,
+                Phrase(f"a row of the format {format}"),
+                "training and evaluation read question files",
+                f"Make one: dro-rl data prepare {dataset} --input {name} --split {split} --output FILE.jsonl.",
+            )
+        yield place, row
+        break
+    yield from rows

@@ -1,8 +1,8 @@
 """Corpora: the passages to retrieve from, read as a stream. Twenty-one million of them never stand in memory.
 
-A corpus is a file (`.tsv` as DPR published it, `.jsonl`, `.json`, `.parquet`; gzipped or not), a folder of such files
-(shards, read in the order of their names), or a hub dataset. Passages have an id, a title, which may be empty, and a
-text.
+A corpus is a file (`.tsv` as DPR published it, `.csv`, `.jsonl`, `.json`, `.parquet`; gzipped or not), a folder of
+such files (shards, read in the order of their names), or a hub dataset. Passages have an id, a title, which may be
+empty, and a text.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import numpy as np
 from dro_rl.data.hub import hub_rows, is_local
 from dro_rl.errors import InputError, Phrase
 from dro_rl.files import write_json_lines
-from dro_rl.records import Document, check_text, check_unicode
-from dro_rl.rows import Bad, Rows, Watch, refuse, rows
+from dro_rl.records import Document, check_id, check_text, check_unicode
+from dro_rl.rows import SUFFIXES, TABLES, Bad, Rows, Watch, is_readable, refuse, rows, suffix, with_names
 
 ID_FIELDS = ("id", "_id", "docid", "passage_id")
 TEXT_FIELDS = ("text", "contents")
-SUFFIXES = (".tsv", ".jsonl", ".json", ".parquet", ".tsv.gz", ".jsonl.gz", ".json.gz")
+COLUMNS = (*ID_FIELDS, *TEXT_FIELDS, "title")
 BATCH = 8192
 """Passages whose ids are checked together. A passage leaves the stream when its batch is checked."""
 
@@ -54,7 +54,7 @@ def read_corpus(
         files = corpus_files(Path(source).expanduser())
         found: Rows = itertools.chain.from_iterable(_file_rows(file, bad, watch) for file in files)
     else:
-        found = hub_rows(str(source), config, split, place="corpus")
+        found = hub_rows(str(source), config, [split], place="corpus", wanted=_is_column)
     empty = True
     for document in _without_twins(_parsed(found, bad), bad):
         empty = False
@@ -87,14 +87,14 @@ def corpus_files(path: Path) -> list[Path]:
     files = shards(path)
     if not files:
         raise InputError(
-            str(path), Phrase("no corpus files"), f"a folder has files in {', '.join(SUFFIXES)}", "Name another."
+            str(path), Phrase("no corpus files"), f"a folder has files in .{', .'.join(SUFFIXES)}", "Name another."
         )
     return files
 
 
 def shards(folder: Path) -> list[Path]:
     """The files of a folder that are a corpus's, by their names, in order."""
-    return sorted(file for file in folder.iterdir() if file.name.lower().endswith(SUFFIXES))
+    return sorted(file for file in folder.iterdir() if file.is_file() and is_readable(file))
 
 
 def corpus_hash(documents: Iterable[Document]) -> str:
@@ -126,27 +126,15 @@ class CorpusHash:
 
 
 def _file_rows(path: Path, bad: Bad, watch: Watch | None) -> Rows:
-    found = rows(path, bad=bad, watch=watch)
-    return _named_columns(found, bad) if ".tsv" in path.name.lower() else found
+    """Rows of a file as objects. A table without a header has DPR's columns: id, text, title if three."""
+    found = rows(path, bad=bad, watch=watch, wanted=_is_column)
+    if suffix(path) in TABLES:
+        return with_names(found, (*ID_FIELDS, *TEXT_FIELDS), ("id", "text", "title"), bad=bad)
+    return found
 
 
-def _named_columns(fields: Rows, bad: Bad) -> Rows:
-    """Fields of a tab-separated file as objects. Without a header the columns are id, text and title, as in DPR's."""
-    columns = ["id", "text", "title"]
-    for number, (place, values) in enumerate(fields):
-        if number == 0 and set(values) & {*ID_FIELDS, *TEXT_FIELDS}:
-            columns = values
-        elif len(values) == len(columns) or (len(values) == 2 and columns == ["id", "text", "title"]):
-            yield place, dict(zip(columns, values, strict=False))
-        else:
-            bad(
-                InputError(
-                    place,
-                    Phrase(f"{len(values)} fields"),
-                    f"each line has the fields {', '.join(columns)}, with tabs between",
-                    "Correct the line; a tab or line break within a text needs quotes.",
-                )
-            )
+def _is_column(name: str) -> bool:
+    return name in COLUMNS
 
 
 def _parsed(found: Rows, bad: Bad) -> Iterator[tuple[str, Document]]:
@@ -162,10 +150,7 @@ def _parsed(found: Rows, bad: Bad) -> Iterator[tuple[str, Document]]:
 def _document(row: Any, place: str) -> Document:
     if not isinstance(row, dict):
         raise InputError(place, row, "a passage is an object with id, title and text", "Write an object.")
-    identifier = _first_of(ID_FIELDS, row, place)
-    if isinstance(identifier, int) and not isinstance(identifier, bool):
-        identifier = str(identifier)
-    identifier = check_text(identifier, f"{place}: id")
+    identifier = check_id(_first_of(ID_FIELDS, row, place), f"{place}: id")
     place = f"{place} (id {identifier})"
     title, text = row.get("title") or "", _first_of(TEXT_FIELDS, row, place)
     if not isinstance(title, str):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from dro_rl.data.corpus import write_corpus
@@ -46,6 +46,7 @@ class Preparation:
         answers: JSON lines of `{id, answers}`, for requests of rank_llm.
         corpus: where to write all candidates, each once, as a corpus to retrieve from.
         with_documents: keep the candidates that the release has; without them they are to be retrieved.
+        columns: names of columns by the fields of question files that they are, for a file of one's own.
     """
 
     dataset: str
@@ -61,6 +62,7 @@ class Preparation:
     answers: Path | None = None
     corpus: Path | None = None
     with_documents: bool = True
+    columns: Mapping[str, str] = field(default_factory=dict)
 
 
 def prepare(job: Preparation, *, watch: Watch | None = None) -> tuple[Manifest, Skips]:
@@ -82,7 +84,7 @@ def prepare(job: Preparation, *, watch: Watch | None = None) -> tuple[Manifest, 
         aliases=read_aliases(job.aliases) if job.aliases else {},
         answers=read_answers(job.answers) if job.answers else {},
     )
-    rows = released_rows(job.source, config=job.config, split=split, bad=bad, watch=watch)
+    rows = released_rows(job.source, config=job.config, split=split, columns=job.columns, bad=bad, watch=watch)
     questions: Iterator[Question] = itertools.islice(read_released(rows, job.format, source, bad=bad), job.limit)
     if not job.with_documents:
         questions = (dataclasses.replace(each, documents=(), supporting=()) for each in questions)

@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from dro_rl.data import file_of_split, load_questions
+from dro_rl.data import load_questions
 from dro_rl.data.candidates import shape_candidates
 from dro_rl.data.manifest import SPLITS, Manifest, questions_hash, read_manifest, split_of_path
+from dro_rl.data.sources import files_of_split, saved_folder
 from dro_rl.errors import InputError, Phrase, first_line
 from dro_rl.evaluation.controls import applies, control_selection
 from dro_rl.evaluation.evaluator import evaluate
@@ -29,8 +30,9 @@ from dro_rl.evaluation.report import Report, make_report, write_report
 from dro_rl.evaluation.results import Conditions, QuestionResult, candidates_hash, read_results, write_results
 from dro_rl.files import written_whole
 from dro_rl.pipeline import PROMPT, SETTINGS, PipelineSettings, RAGPipeline, read_settings
-from dro_rl.records import SUFFIXES, Question
+from dro_rl.records import Question
 from dro_rl.roles import ROLES
+from dro_rl.rows import stem
 
 QUESTIONS_PER_PART = 64
 """Questions whose rows are computed and written together: what a kill can cost."""
@@ -197,8 +199,8 @@ def _questions(job: EvaluationJob) -> tuple[list[Question], str, Manifest | None
     part = job.split or "test"
     questions = shape_candidates(load_questions(job.data, part, limit=job.limit, key="--data"), job.num_documents)
     path = Path(job.data).expanduser()
-    if path.is_dir():
-        path = file_of_split(path, part, None)
+    if path.is_dir() and saved_folder(path, part) is None:
+        path = files_of_split(path, part)[0]
     manifest = read_manifest(path) if path.is_file() else None
     if manifest is not None:
         dataset, split = manifest.dataset, manifest.split
@@ -212,11 +214,10 @@ def _questions(job: EvaluationJob) -> tuple[list[Question], str, Manifest | None
 
 def _told_by_name(path: Path) -> tuple[str, str]:
     """Dataset and split of a file without a manifest: `nq/dev.jsonl` and `dev/nq.jsonl` are nq's dev split."""
-    stem = path.name[: -len(next(suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)))]
-    split = split_of_path(path)
-    if split is None or stem.lower() in SPLITS:
-        return path.absolute().parent.name, split or stem
-    return stem, split
+    name, split = stem(path), split_of_path(path)
+    if split is None or name.lower() in SPLITS:
+        return path.absolute().parent.name, split or name
+    return name, split
 
 
 def _folder_name(split: str, job: EvaluationJob) -> str:

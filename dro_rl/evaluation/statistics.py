@@ -134,8 +134,8 @@ def _permutation(differences: np.ndarray, seed: int, resamples: int) -> float:
     from scipy.stats import permutation_test
 
     moved = differences[differences != 0]  # exchanging equal values changes nothing
-    if not len(moved):
-        return 1.0
+    if len(moved) < 2:
+        return 1.0  # and both exchanges of a single one are as far apart
     result = permutation_test(
         (moved,),
         np.sum,

@@ -34,7 +34,7 @@ from dro_rl.prompts import Prompter
 from dro_rl.recipe import RunConfig
 from dro_rl.records import Question
 from dro_rl.roles import Role
-from dro_rl.rows import json_lines
+from dro_rl.rows.strict_json import json_lines
 from dro_rl.selection import format_selection
 
 logger = logging.getLogger(__name__)

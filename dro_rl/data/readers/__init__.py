@@ -15,8 +15,9 @@ from dro_rl.data.hub import hub_rows, is_local
 from dro_rl.data.readers import multihop, natural_questions, peers, wizard
 from dro_rl.data.readers.fields import Fields, Source
 from dro_rl.errors import InputError, Phrase
-from dro_rl.records import Question, UniqueIds, parse_question
-from dro_rl.rows import Bad, Rows, Watch, json_lines, refuse, rows
+from dro_rl.records import AS_NAMED, Question, UniqueIds, is_field, parse_question, question_rows, renamed
+from dro_rl.rows import TABLES, Bad, Rows, Watch, refuse, rows, suffix
+from dro_rl.rows.strict_json import json_lines
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class Format:
 
 
 def _own(row: Fields, source: Source) -> Iterator[Question]:
-    yield parse_question(row.value, row.place, "optional")
+    numbered = {} if "id" in row else {"id": f"{source.dataset}-{source.split}-{row.number}"}
+    yield parse_question({**row.value, **numbered}, row.place, "optional")
 
 
 def _fields(names: str) -> frozenset[str]:
@@ -47,7 +49,12 @@ def _fields(names: str) -> frozenset[str]:
 
 
 FORMATS: Mapping[str, Format] = {
-    "questions": Format(_own, "question files of dro_rl", _fields("id question answers"), _fields("ctxs")),
+    "questions": Format(
+        _own,
+        "question files of dro_rl",
+        _fields("question answers"),
+        _fields("ctxs positive_ctxs positive paragraphs data_source"),
+    ),
     "dpr": Format(
         natural_questions.dpr, "DPR's retriever JSON: nq-train.json, nq-dev.json", _fields("question positive_ctxs")
     ),
@@ -91,6 +98,14 @@ FORMATS: Mapping[str, Format] = {
 """By the name that `--format` takes."""
 
 
+COLUMNS = _fields(
+    "_id answer answer_aliases answer_id answerable candidates chosen_topic chosen_topic_passage context ctxs dialog "
+    "evidences extra_info golden_answers hard_negative_ctxs input metadata output paragraphs positive positive_ctxs "
+    "prompt q_id query query_id reward_model supporting_facts data_source retrieval"
+)
+"""The fields that some reader reads, beside those of question files: of a file of columns, no others are read."""
+
+
 def sniff(row: Any, place: str) -> str:
     """The format of a row, by its fields.
 
@@ -113,18 +128,46 @@ def sniff(row: Any, place: str) -> str:
     )
 
 
+def released_format(row: Any, place: str) -> str | None:
+    """The released format that a row is whole in; None for one of a question file, or of nothing that is known."""
+    try:
+        format = sniff(row, place)
+        if format == "questions" or not list(FORMATS[format].read(Fields(row, place), Source("", ""))):
+            return None
+    except InputError:
+        return None
+    return format
+
+
 def released_rows(
     name: str | Path,
     *,
     config: str | None = None,
     split: str = "train",
+    columns: Mapping[str, str] = AS_NAMED,
     bad: Bad = refuse,
     watch: Watch | None = None,
 ) -> Rows:
-    """Rows of a file, or of a hub dataset, which is streamed."""
-    if is_local(name):
-        return rows(Path(name).expanduser(), bad=bad, watch=watch)
-    return hub_rows(str(name), config, split, place="--input")
+    """Rows of a file, or of a hub dataset, which is streamed.
+
+    Args:
+        name: of the file or the dataset.
+        config, split: of a hub dataset.
+        columns: names of columns by the fields of question files that they are.
+        bad, watch: those of `dro_rl.rows`.
+    """
+
+    def wanted(column: str) -> bool:
+        return column in COLUMNS or is_field(column, columns)
+
+    if not is_local(name):
+        return renamed(hub_rows(str(name), config, [split], place="--input", wanted=wanted), columns)
+    path = Path(name).expanduser()
+    if suffix(path) in TABLES and path.is_file():
+        _, first = next(rows(path, bad=lambda error: None), ("", []))
+        if columns.get("question", "question") in [name.strip() for name in first]:
+            return question_rows(path, columns, bad=bad, watch=watch)
+    return renamed(rows(path, bad=bad, watch=watch, wanted=wanted), columns)
 
 
 def read_released(found: Rows, format: str | None, source: Source, *, bad: Bad = refuse) -> Iterator[Question]:

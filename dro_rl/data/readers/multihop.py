@@ -10,8 +10,7 @@ from dro_rl.data.readers.fields import (
     Passage,
     Source,
     documents,
-    supporting_titles,
-    titled_paragraphs,
+    labelled_paragraphs,
     unique,
 )
 from dro_rl.errors import InputError
@@ -54,9 +53,10 @@ def musique(row: Fields, source: Source) -> Iterator[Question]:
         passages.append(Passage(each.title(), each.text("paragraph_text"), supporting))
     found, supporting = documents(passages)
     aliases = row.texts("answer_aliases") if "answer_aliases" in row else ()
-    hops = re.match(r"(\d)hop", row.text("id"))
+    identifier = row.identifier("id")
+    hops = re.match(r"(\d)hop", identifier)
     yield Question(
-        id=row.text("id"),
+        id=identifier,
         question=row.text("question"),
         answers=unique((row.text("answer"), *aliases)),
         documents=found,
@@ -67,10 +67,10 @@ def musique(row: Fields, source: Source) -> Iterator[Question]:
 
 
 def _with_context(row: Fields, source: Source, answers: tuple[str, ...]) -> Question:
-    titles = supporting_titles(row)
-    found, supporting = documents(Passage(title, text, title in titles) for title, text in titled_paragraphs(row))
+    row.get("context"), row.get("supporting_facts")  # which FlashRAG's rows need not have
+    found, supporting = documents(labelled_paragraphs(row))
     return Question(
-        id=row.text("_id", "id"),
+        id=row.identifier("_id", "id"),
         question=row.text("question"),
         answers=answers,
         documents=found,

@@ -5,13 +5,12 @@ None of these has ids of its own questions: the id is the dataset, the split and
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Iterator
-from typing import Any
 
 from dro_rl.data.readers.fields import Fields, Passage, Source, documents, hash_order, unique
 from dro_rl.errors import InputError
 from dro_rl.records import Question, check_text
+from dro_rl.rows.spelled import spelled
 
 
 def dpr(row: Fields, source: Source) -> Iterator[Question]:
@@ -64,11 +63,8 @@ def dpr_csv(row: tuple[str, list[str]], source: Source) -> Iterator[Question]:
     place, values = row
     if len(values) != 2:
         raise InputError(place, values, "each line is a question, a tab and a list of answers", "Correct the line.")
-    try:
-        answers: Any = ast.literal_eval(values[1])
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
-        answers = None
-    if not isinstance(answers, list | tuple) or not answers:
+    answers = spelled(values[1])
+    if not isinstance(answers, list) or not answers:
         raise InputError(f"{place}: answers", values[1], "this is a list, ['…', '…']", "Correct the line.")
     yield Question(
         id=f"{source.dataset}-{source.split}-{place.rpartition(' ')[2]}",

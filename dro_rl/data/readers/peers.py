@@ -12,8 +12,7 @@ from dro_rl.data.readers.fields import (
     Source,
     documents,
     hash_order,
-    supporting_titles,
-    titled_paragraphs,
+    labelled_paragraphs,
     unique,
 )
 from dro_rl.errors import InputError, Phrase
@@ -34,7 +33,7 @@ def kilt(row: Fields, source: Source) -> Iterator[Question]:
             "a question has at least one answer",
             "A split without answers cannot be used.",
         )
-    yield Question(row.text("id"), row.text("input"), answers, (), dataset=source.dataset)
+    yield Question(row.identifier("id"), row.text("input"), answers, (), dataset=source.dataset)
 
 
 def flashrag(row: Fields, source: Source) -> Iterator[Question]:
@@ -42,9 +41,7 @@ def flashrag(row: Fields, source: Source) -> Iterator[Question]:
     2WikiMultihopQA's `context`; the type where it has one.
     """
     metadata = row.within("metadata") if "metadata" in row else Fields({}, row.place)
-    titles = supporting_titles(metadata) if "supporting_facts" in metadata else set()
-    paragraphs = titled_paragraphs(metadata) if "context" in metadata else ()
-    found, supporting = documents(Passage(title, text, title in titles) for title, text in paragraphs)
+    found, supporting = documents(labelled_paragraphs(metadata))
     yield Question(
         id=row.identifier("id"),
         question=row.text("question"),
@@ -137,7 +134,7 @@ def first_implementation(row: Fields, source: Source) -> Iterator[Question]:
     gold = {(passage.title, passage.text) for passage in positive}
     retrieved = [_passage(text) for text in row.texts("retrieval")]
     retrieved = [passage._replace(supporting=(passage.title, passage.text) in gold) for passage in retrieved]
-    identifier = row.text("query_id")
+    identifier = row.identifier("query_id")
     found, supporting = documents([*retrieved, *positive])
     if gold - {(passage.title, passage.text) for passage in retrieved}:
         found = hash_order(identifier, found)
