@@ -27,11 +27,11 @@ from torch import Tensor
 
 from benchmarks import harness, world
 from benchmarks.harness import OUTPUT, DeviceOption, DtypeOption, ModelOption, OutputOption, RepeatsOption, cell, median
-from dro_rl.em.e_step import answer_row
 from dro_rl.likelihood import row_logps
 from dro_rl.likelihood.packing import Row, lay_out
 from dro_rl.objective import generator_loss, importance_weights
 from dro_rl.prompts import Prompter
+from dro_rl.prompts.rows import answer_row
 
 WAYS = ("score-then-train", "fused", "+ duplicates once", "+ prefix tree")
 

@@ -32,7 +32,8 @@ from tokenizers import Tokenizer, models
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dro_rl.config import DROConfig
-from dro_rl.engines.transformers_engine import TransformersEngine
+from dro_rl.engines.decoding import Decoder
+from dro_rl.engines.protocol import GenerationRequest
 from dro_rl.proposal import SamplingParams
 
 CASES = ("vllm", "transformers", "generate")
@@ -123,13 +124,11 @@ def _sampler(case: str, model: Any, folder: Path, prompt: int, completion: int) 
 
         return generate
 
-    engine: Any = (
-        TransformersEngine(model, EOS) if case == "transformers" else _colocated(model, folder, prompt, completion)
-    )
+    engine: Any = Decoder(model, EOS) if case == "transformers" else _colocated(model, folder, prompt, completion)
     seed = iter(range(10**9))
 
     def engine_sample(prompts: list[list[int]], m: int) -> int:
-        groups = engine.generate(prompts, m, sampling, [next(seed) * 1000 for _ in prompts])
+        groups = engine.generate(GenerationRequest(prompts, m, sampling, [next(seed) * 1000 for _ in prompts]))
         return sum(len(sample.ids) for group in groups for sample in group)
 
     return engine_sample

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass
 
 import torch
 from trl.trainer.base_config import _BaseConfig
@@ -13,7 +12,9 @@ from trl.trainer.base_config import _BaseConfig
 from dro_rl.errors import InputError
 from dro_rl.keys.training import TrainingKeys
 from dro_rl.likelihood import Scoring
+from dro_rl.objective import Weighting
 from dro_rl.proposal import SamplingParams
+from dro_rl.selection import SelectionSpec
 
 
 @dataclass
@@ -78,7 +79,7 @@ class DROConfig(TrainingKeys, _BaseConfig):  # type: ignore[misc]  # keys take o
         return [url.rstrip("/") for url in ([urls] if isinstance(urls, str) else urls)]
 
     @property
-    def engine(self) -> Literal["transformers", "vllm"]:
+    def engine(self) -> str:
         """The rollout engine, `auto` resolved: vLLM for who names a server mode, or has it installed beside CUDA."""
         if self.rollout_engine != "auto":
             return self.rollout_engine
@@ -133,11 +134,32 @@ class DROConfig(TrainingKeys, _BaseConfig):  # type: ignore[misc]  # keys take o
     @property
     def scoring(self) -> Scoring:
         """How both models score rows."""
-        return Scoring(self.answer_likelihood, self.answer_aliases, self.shared_prefix != "off", self.prefix_tree)
+        return Scoring(
+            self.answer_likelihood,
+            self.answer_aliases,
+            self.shared_prefix != "off",
+            self.prefix_tree,
+            self.tokens_per_microbatch,
+        )
 
-    def sampling_at(self, temperature: float | None) -> SamplingParams:
-        """The proposal at a temperature; at `temperature` itself, unless told."""
-        return self.sampling if temperature is None else replace(self.sampling, temperature=temperature)
+    @property
+    def spec(self) -> SelectionSpec:
+        """What the selector is asked for."""
+        return SelectionSpec(self.num_selected, self.constrain_selection)
+
+    @property
+    def weighting_rule(self) -> Weighting:
+        """How rollouts are weighed, and what the selector's gradient is made of."""
+        return Weighting(
+            self.weighting,
+            self.weight_temperature,
+            self.target_ess,
+            self.max_log_ratio,
+            self.selector_baseline,
+            self.beta,
+            self.entropy_coef,
+            self.min_weight,
+        )
 
     @property
     def sampling(self) -> SamplingParams:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dro_rl.engines.transformers_engine import TransformersEngine
+from dro_rl.engines.decoding import Decoder
+from dro_rl.engines.protocol import GenerationRequest
 from dro_rl.errors import InputError, Phrase
 from dro_rl.files import written_whole
 from dro_rl.likelihood import Model
@@ -190,8 +191,8 @@ class RAGPipeline:
     ) -> list[tuple[tuple[int, ...], float]]:
         sampling = SamplingParams(length, temperature=0.0)
         with self.open_role(role) as model:
-            engine = TransformersEngine(model, self.prompters[role].ends.stops, self.batch_size, self.shared_prefix)
-            groups = engine.generate(prompts, 1, sampling, [0] * len(prompts), constraints)
+            decoder = Decoder(model, self.prompters[role].ends.stops, self.batch_size, self.shared_prefix)
+            groups = decoder.generate(GenerationRequest(prompts, 1, sampling, [0] * len(prompts), constraints))
         return [(group[0].ids, sum(group[0].logps)) for group in groups]
 
 

@@ -78,8 +78,8 @@ class Selection:
 
 
 @dataclass(frozen=True, slots=True)
-class Rollout:
-    """One sampled selection of one question: a row of the rollout log. What is not known yet is NaN.
+class Sample:
+    """One selection drawn for one question, not scored or weighed yet.
 
     Args:
         question: index of the question in the training set.
@@ -88,13 +88,7 @@ class Rollout:
         proposal_logps: log q of each token under the distribution it was drawn from, nats.
         text: the decoded tokens.
         selection: what the text says.
-        selection_logp: log p(z|x) under the selector at temperature 1, nats.
         reference_logp: log p(z|x) under the initial selector, nats; NaN without `beta`.
-        answer_logp: log p(y|x, d_z), nats; NaN for an invalid selection, which is never scored.
-        weight: importance weight; sums to 1 over the group unless every rollout is invalid.
-        selector_coefficient: what multiplies ∇ log p(z|x): the weight, less its control variate and regularisers.
-        ess: effective sample size of the group's weights.
-        weight_temperature: the temperature its weights were computed at.
         prompt_cut: whether the selector read documents cut to fit `max_prompt_length`.
         temperature: what it was sampled at.
     """
@@ -105,13 +99,7 @@ class Rollout:
     proposal_logps: tuple[float, ...]
     text: str
     selection: Selection
-    selection_logp: float = math.nan
     reference_logp: float = math.nan
-    answer_logp: float = math.nan
-    weight: float = math.nan
-    selector_coefficient: float = math.nan
-    ess: float = math.nan
-    weight_temperature: float = math.nan
     prompt_cut: bool = False
     temperature: float = 1.0
 
@@ -119,6 +107,27 @@ class Rollout:
     def proposal_logp(self) -> float:
         """log q(z|x), nats."""
         return float(sum(self.proposal_logps))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout(Sample):
+    """A sample that the E-step has scored and weighed: a row of the rollout log.
+
+    Args:
+        selection_logp: log p(z|x) at temperature 1 under the selector that the E-step weighed with, nats.
+        answer_logp: log p(y|x, d_z), nats; NaN for an invalid selection, which is never scored.
+        weight: importance weight; sums to 1 over the group unless every rollout is invalid.
+        proposal_weight: its weight were all answers alike: p/q normalised over the group, 1/m where q is p.
+        ess: effective sample size of the group's weights, 0..m.
+        weight_temperature: the temperature its weights were computed at.
+    """
+
+    selection_logp: float
+    answer_logp: float
+    weight: float
+    proposal_weight: float
+    ess: float
+    weight_temperature: float
 
 
 REQUIRED_FIELDS = ("id", "question", "answers", "documents")

@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -21,38 +22,32 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl.trainer.base_trainer import _BaseTrainer
 
+from dro_rl import engines
 from dro_rl.config import DROConfig
 from dro_rl.em.checkpoints import Checkpoints
 from dro_rl.em.e_step import EStep
-from dro_rl.em.iteration import IterationRollouts
+from dro_rl.em.fast_path import FastPath
+from dro_rl.em.iteration import Iterations, Rollouts
 from dro_rl.em.m_step import Group, MicroBatch
+from dro_rl.em.method import Method
+from dro_rl.em.mismatch import EngineMismatch
 from dro_rl.em.schedule import Schedule, Slots, SlotSampler
 from dro_rl.em.timing import Phase, PhaseClock, flops_per_token, peak_flops, rates
-from dro_rl.engines.protocol import RolloutEngine
-from dro_rl.engines.transformers_engine import TransformersEngine
-from dro_rl.engines.vllm_colocate import ColocatedEngine
-from dro_rl.engines.vllm_server import ServerEngine, check_servers
-from dro_rl.engines.vllm_weights import publisher
+from dro_rl.engines.protocol import TrainedSelector
 from dro_rl.errors import InputError, Phrase
 from dro_rl.evaluation.evaluator import evaluate_stage, read_stages, with_stage
 from dro_rl.job.console import LineProgress
 from dro_rl.likelihood import passes
-from dro_rl.likelihood.attention import takes_packed_rows
-from dro_rl.likelihood.packing import Row
-from dro_rl.likelihood.verify import check, difference
 from dro_rl.models.module import SelectorGenerator
 from dro_rl.models.saving import export_role, load_role, save_role
 from dro_rl.models.sharding import inference
 from dro_rl.pipeline import PROMPT, PipelineSettings, RAGPipeline, save_settings
 from dro_rl.prompts import Prompter
-from dro_rl.records import Question, Rollout
+from dro_rl.records import Question, Rollout, Sample
 from dro_rl.roles import ROLES, Role
 from dro_rl.rollouts.diagnostics import columns, logged, summarize
 
 logger = logging.getLogger(__name__)
-
-MAX_DIFFERENCE = 0.1
-"""Nats a token, on average: two implementations of a model in bfloat16 stay below it."""
 
 
 class DROTrainer(_BaseTrainer):
@@ -118,13 +113,13 @@ class DROTrainer(_BaseTrainer):
         for role in ROLES:
             if args.role_learning_rate(role) == 0:
                 model.freeze(role)
+        self.method = Method.of(args)
+        self._rollouts: Rollouts | None = None
         self._done: dict[int, Rollout] = {}  # by slot, those of the step that have been through the models here
         self._group_roles: list[Role] = []  # whose each group of the optimizer is
-        self._losses: dict[str, float] = defaultdict(float)
         self._step_metrics: dict[str, list[float]] = defaultdict(list)
-        self._verified: set[Role] = set()
-        self._plain: set[Role] = set()  # those that were said to take the plain path
-        self._warned = False
+        self._losses: dict[str, float] = defaultdict(float)
+        self._mismatch = EngineMismatch()
         self._drops_out = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()) or any(
             getattr(getattr(model, role).config.get_text_config(), "attention_dropout", 0) for role in ROLES
         )
@@ -158,21 +153,30 @@ class DROTrainer(_BaseTrainer):
         self.checkpoints = Checkpoints(
             self.run_dir, self.schedule, args.save_total_limit, keep_last_iteration=args.duplicate_threshold is not None
         )
-        self._vllm = self._start_vllm() if args.engine == "vllm" else None
-        e_step = EStep(
-            self._open_engine,
-            partial(self._open, "selector"),
-            partial(self._open, "generator"),
-            self._open_reference if self.reference is not None else None,
-            self.prompters["selector"],
-            self.prompters["generator"],
+        self.fast_path = FastPath(
+            args, self._module, self._open, sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled
+        )
+        self.engine = engines.start(
             args,
+            TrainedSelector(
+                partial(self._open, "selector"),
+                partial(self._module, "selector"),
+                self._save_selector,
+                self.prompters["selector"],
+                self.accelerator,
+                self.run_dir,
+            ),
+        )
+        e_step = EStep(
+            self.engine,
+            self._open,
+            self._open_reference if self.reference is not None else None,
+            self.prompters,
+            self.method,
             self.clock,
             {role: flops.forward for role, flops in self._flops.items()},
         )
-        self.rollouts = IterationRollouts(
-            self.schedule, train_questions, e_step, self._open_engine, self.run_dir, args, self.clock, fused=self.fused
-        )
+        self.iterations = Iterations(self.schedule, train_questions, e_step, self.run_dir, args, fused=self.fused)
         self._pipeline = RAGPipeline(
             self._open,
             self.prompters,
@@ -189,7 +193,66 @@ class DROTrainer(_BaseTrainer):
     def _send_telemetry(self) -> None:
         """Nothing is reported to anyone."""
 
-    # The E-step
+    # The loop: E-step, M-step, and at the end of a step what it was. `_Iterations` evaluates and saves.
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """One of the Trainer's micro-batches: some slots of the step's rollouts."""
+        step = self.state.global_step
+        rollouts = self.e_step(step)
+        loss = self.m_step(model, rollouts, inputs)
+        if self.accelerator.sync_gradients:
+            self.end_step(step, rollouts)
+        return loss
+
+    def e_step(self, step: int) -> Rollouts:
+        """The rollouts of the step's iteration: sampled, scored and weighed when it begins."""
+        iteration = self.schedule.iteration(step)
+        if self._rollouts is None or self._rollouts.iteration != iteration:
+            updates = step if self.args.role_learning_rate("selector") else 0
+            self._rollouts = self.iterations.begin(iteration, updates, self._rollouts)
+        return self._rollouts
+
+    def m_step(self, model: nn.Module, rollouts: Rollouts, slots: Sequence[int]) -> Tensor:
+        """Forward and backward of both models over some rollouts, in passes that `tokens_per_microbatch` has room for.
+
+        Returns:
+            Their loss, detached.
+        """
+        loss = torch.zeros((), device=self.args.device)
+        micro_batches = self._micro_batches(rollouts, slots)
+        for micro_batch in micro_batches:
+            with nullcontext() if micro_batch is micro_batches[-1] else self._accumulating(model):
+                before = self.clock.switch("other")
+                loss += super().training_step(model, cast(Any, micro_batch))
+                self.clock.switch(before)
+        done = (rollout for micro_batch in micro_batches for rollout in micro_batch.rollouts)
+        self._done.update(zip(slots, cast(Iterator[Rollout], done), strict=True))
+        return loss
+
+    def end_step(self, step: int, rollouts: Rollouts) -> None:
+        """What the step's forward passes made of its rollouts: shared, written, measured."""
+        for name, value in self._losses.items():
+            self._step_metrics[name].append(value / self.current_gradient_accumulation_steps)
+        self._losses.clear()
+        if not rollouts.weighed:
+            self._rollouts = rollouts = self.iterations.weighed(rollouts, self._done)
+        self._done.clear()
+        m, weighed = self.args.num_generations, cast(Sequence[Rollout], rollouts.samples)
+        groups = [weighed[place * m : (place + 1) * m] for place in self.schedule.positions(step)]
+        rule = self.method.weighting
+        step_summary = summarize(
+            columns(groups, self.train_questions), max_log_ratio=rule.max_log_ratio, min_weight=rule.min_weight
+        )
+        for name, value in logged(step_summary).items():
+            self._step_metrics[name].append(value)
+        plain = [rollout for group in groups for rollout in group if self._samples_plainly(rollout)]
+        if plain and not rollouts.on_policy:  # the E-step scored them, by weights that the engine was sent
+            difference = torch.tensor([rollout.selection_logp - rollout.proposal_logp for rollout in plain])
+            self._compare_with_engine(difference, sum(len(rollout.token_ids) for rollout in plain), rollouts)
+        if self.args.overlap_rollouts:
+            self._step_metrics["sampling/staleness"].append(rollouts.staleness)
+
+    # The E-step's models
 
     @property
     def fused(self) -> bool:
@@ -215,45 +278,6 @@ class DROTrainer(_BaseTrainer):
             yield model
 
     @contextmanager
-    def _open_engine(self) -> Iterator[RolloutEngine]:
-        if self._vllm is not None:
-            updates = self.state.global_step if self.args.role_learning_rate("selector") else 0
-            with ExitStack() as stack:
-                with self.clock.phase("sync"):
-                    engine: RolloutEngine = stack.enter_context(cast(Any, self._vllm.at(updates)))
-                yield engine
-            return
-        with self._open("selector") as model:
-            yield TransformersEngine(
-                model,
-                self.prompters["selector"].ends.stops,
-                batch_size=self.args.per_device_eval_batch_size,
-                shared_prefix=self.args.scoring.shared_prefix,
-            )
-
-    def _start_vllm(self) -> ColocatedEngine | ServerEngine:
-        tokenizer, ends = self.prompters["selector"].tokenizer, self.prompters["selector"].ends.stops
-        if self.args.vllm_mode == "colocate":
-            logger.info("rollouts: vLLM in this process; starting it takes a minute")
-            return ColocatedEngine(self._selector, self.accelerator, tokenizer, self.args, ends)
-        if self.is_world_process_zero():
-            check_servers(self.args)
-        self.accelerator.wait_for_everyone()
-        folder = Path(self.args.vllm_weights_dir or self.run_dir / "vllm_weights")
-        publish = publisher(self.args, folder, self._save_selector, self._selector, tokenizer, self.accelerator)
-        logger.info(f"rollouts: vLLM at {', '.join(self.args.vllm_servers)}")
-        return ServerEngine(self.args, ends, publish)
-
-    def _selector(self) -> Any:
-        return self._unwrapped().selector
-
-    def _save_selector(self, folder: Path) -> None:
-        """Write the selector to be read by a vLLM server."""
-        state = self._gathered_state()
-        if self.is_world_process_zero():
-            export_role(self._selector(), self.prompters["selector"].tokenizer, folder, _of_role("selector", state))
-
-    @contextmanager
     def _open_reference(self) -> Iterator[Any]:
         with torch.no_grad(), self.accelerator.autocast():
             yield self.reference
@@ -261,44 +285,32 @@ class DROTrainer(_BaseTrainer):
     def _unwrapped(self) -> SelectorGenerator:
         return self.accelerator.unwrap_model(self.model)
 
-    # The M-step
+    def _module(self, role: Role) -> Any:
+        return getattr(self._unwrapped(), role)
+
+    def _save_selector(self, folder: Path) -> None:
+        """Write the selector to be read by a server."""
+        state = self._gathered_state()
+        if self.is_world_process_zero():
+            tokenizer = self.prompters["selector"].tokenizer
+            export_role(self._module("selector"), tokenizer, folder, _of_role("selector", state))
+
+    # The M-step's passes
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SlotSampler:
         return SlotSampler(self.schedule, finished=self.stalled())
-
-    def _active(self, role: Role) -> bool:
-        """Whether a role moves in the current step."""
-        if self.args.role_learning_rate(role) == 0:
-            return False
-        if self.args.interleave == "joint":
-            return True
-        turn = self.state.global_step % (self.args.selector_steps + self.args.generator_steps)
-        return (role == "selector") == (turn < self.args.selector_steps)
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         """Nothing to move: rows become tensors where they are scored."""
         return inputs
 
-    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """The stock step, once for each part of the Trainer's micro-batch that `tokens_per_microbatch` has room for."""
-        step = self.state.global_step
-        micro_batches = self._micro_batches(self.rollouts.of(self.schedule.iteration(step), step), inputs)
-        loss = torch.zeros((), device=self.args.device)
-        for micro_batch in micro_batches[:-1]:
-            with self._accumulating(model):
-                loss += self._part_of_step(model, micro_batch)
-        loss += self._part_of_step(model, micro_batches[-1])
-        done = (rollout for micro_batch in micro_batches for rollout in micro_batch.rollouts)
-        self._done.update(zip(inputs, done, strict=True))
-        if self.accelerator.sync_gradients:
-            self._end_of_step(step)
-        return loss
-
-    def _part_of_step(self, model: nn.Module, micro_batch: MicroBatch) -> Tensor:
-        before = self.clock.switch("other")
-        loss = super().training_step(model, cast(Any, micro_batch))
-        self.clock.switch(before)
-        return loss
+    def _active(self) -> list[Role]:
+        """The roles that move in the current step."""
+        training = [role for role in ROLES if self.args.role_learning_rate(role) > 0]
+        if self.args.interleave == "joint":
+            return training
+        turn = self.state.global_step % (self.args.selector_steps + self.args.generator_steps)
+        return ["selector" if turn < self.args.selector_steps else "generator"]
 
     @contextmanager
     def _accumulating(self, model: nn.Module) -> Iterator[None]:
@@ -312,132 +324,61 @@ class DROTrainer(_BaseTrainer):
         finally:
             state._set_sync_gradients(before)
 
-    def _micro_batches(self, rollouts: Sequence[Rollout], slots: Sequence[int]) -> list[MicroBatch]:
+    def _micro_batches(self, rollouts: Rollouts, slots: Sequence[int]) -> list[MicroBatch]:
         """Slots as what the models score: whole groups in the order of the slots, as many at once as have room.
 
         Every process has as many, since those that shard parameters meet in each pass.
         """
-        by_question: dict[int, list[Rollout]] = defaultdict(list)
+        m, roles = self.args.num_generations, self._active()
+        mine: dict[int, list[int]] = defaultdict(list)  # by the question's position in the iteration
         for slot in slots:
-            by_question[slot // self.args.num_generations].append(rollouts[slot])
+            mine[slot // m].append(slot % m)
         with self.clock.phase("inputs"):
-            roles = [role for role in ROLES if self._active(role)]
-            groups = [
-                Group(group, self.train_questions[group[0].question], self.prompters, self.args, roles)
-                for group in by_question.values()
-            ]
-            packed = {role: self._packs(role, max(group.depth(role) for group in groups)) for role in ROLES}
+            groups = []
+            for position, places in mine.items():
+                whole = rollouts.samples[position * m : (position + 1) * m]
+                question = self.train_questions[whole[0].question]
+                groups.append(Group(whole, places, question, self.prompters, self.method, roles))
+            packed = {role: self.fast_path.takes(role, max(group.depth(role) for group in groups)) for role in roles}
             sizes = [group.tokens(packed) for group in groups]
             batches = [[groups[i] for i in run] for run in passes(sizes, self.args.tokens_per_microbatch)]
             most = int(self.accelerator.gather(torch.tensor([len(batches)], device=self.args.device)).max())
             batches += [[] for _ in range(most - len(batches))]
             eos = self.prompters["generator"].eos_token_id
-            return [MicroBatch(batch, self.args, self.rollouts.on_policy, eos) for batch in batches]
-
-    def _packs(self, role: Role, positions: int) -> bool:
-        """Whether a role takes packed rows of so many positions. Says so once where it does not."""
-        if self.args.shared_prefix == "off":
-            return False
-        model = getattr(self._unwrapped(), role)
-        if takes_packed_rows(model, positions):
-            return True
-        config = model.config.get_text_config()
-        why = f"{config.model_type} under {config._attn_implementation}, {positions} tokens"
-        if window := getattr(config, "sliding_window", None):
-            why += f", a window of {window}"
-        if self.args.shared_prefix == "on":
-            raise InputError(
-                "shared_prefix",
-                f"on, for the {role}: {why}",
-                "a model that shares prefixes packs rows, under sdpa, with no window narrower than a row",
-                "Use auto, which takes the plain path here, or lower max_prompt_length.",
-            )
-        if role not in self._plain:
-            self._plain.add(role)
-            logger.warning(f"{role}: {why}: the plain path, which computes a prompt once for each completion")
-        return False
+            return [MicroBatch(batch, self.method, roles, rollouts.on_policy, eos) for batch in batches]
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Both losses, as means over questions: a micro-batch sums over its share of the step's questions."""
         micro_batch: MicroBatch = inputs
-        roles = [role for role in ROLES if self._active(role)]
-        for role in roles:
-            if self.args.verify_fast_path and role not in self._verified:
-                self._verified.add(role)
-                self._verify(role, micro_batch.rows(role).rows)
-        for role in roles:
+        for role, rows in micro_batch.rows.items():
+            with self.clock.phase("verification"), self.accelerator.autocast():
+                self.fast_path.verify(role, rows)
             tokens = micro_batch.tokens(role)
             self.clock.count(role, tokens, tokens * self._flops[role].step)
-        output = model(
-            **{role: micro_batch.rows(role) for role in roles},
-            scoring=self.args.scoring,
-            weigh=micro_batch.weigh if micro_batch.fresh else None,
-            switch=self.clock.switch,
-        )
+        output = model(batch=micro_batch, scoring=self.method.scoring, switch=self.clock.switch)
         scale = self.args.num_generations / self.args.per_device_train_batch_size
-        losses = []
-        for role, loss in (("selector", output.selector_loss), ("generator", output.generator_loss)):
-            if loss is not None:
-                losses.append(scale * loss)
-                self._losses[f"{role}/loss"] += losses[-1].item()
+        losses = {role: scale * loss for role, loss in output.losses.items()}
+        for role, loss in losses.items():
+            self._losses[f"{role}/loss"] += loss.item()
         first_step = self.state.global_step % self.schedule.steps_per_iteration == 0
-        own = self._vllm is None and micro_batch.samples_plainly and not self._drops_out
-        if own and first_step and output.selection_logps is not None:  # the weights are still those that sampled
-            difference = output.selection_logps.double().cpu() - micro_batch.proposal_logps()
-            self._compare_with_engine(difference, micro_batch.completion_tokens)
-        loss = torch.stack(losses).sum()
+        selected = output.logps.get("selector")
+        # The weights are still those that sampled.
+        if micro_batch.on_policy and micro_batch.groups and first_step and selected is not None and not self._drops_out:
+            difference = selected.double().cpu() - micro_batch.proposal_logps()
+            self._compare_with_engine(difference, micro_batch.completion_tokens, self._rollouts)
+        loss = torch.stack(list(losses.values())).sum()
         return (loss, output) if return_outputs else loss
 
-    def _compare_with_engine(self, difference: Tensor, tokens: int) -> None:
-        """log p less log q of selections of so many tokens, by equal weights: what separates them is the engine."""
-        self._step_metrics["sampling/logp_difference_mean"].append(difference.abs().mean().item())
-        self._step_metrics["sampling/logp_difference_max"].append(difference.abs().max().item())
-        a_token = difference.abs().sum().item() / tokens
-        if a_token > MAX_DIFFERENCE and not self.rollouts.staleness and not self._warned:
-            self._warned = True
-            logger.warning(
-                f"the engine's log-probabilities differ from the trainer's by {a_token:.2g} nats a token on average; "
-                f"by rounding it would be less than {MAX_DIFFERENCE}: does it hold the weights that it was sent? "
-                "Rollouts are corrected by p/q; sampling/logp_difference_mean and sampling/log_ratio_max say how far."
-            )
+    def _samples_plainly(self, sample: Sample) -> bool:
+        """Whether log q of a sample is meant to be log p, up to the engine."""
+        return replace(self.method.sampling, temperature=sample.temperature).on_policy
 
-    def _verify(self, role: Role, rows: Sequence[Row]) -> None:
-        """Compare the shared-prefix path with the plain one on the first rows; stop when they differ."""
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        half = self.args.bf16 or self.args.fp16
-        with self.clock.phase("verification"), self.accelerator.autocast():
-            if sharded:
-                with self._open(role) as model:
-                    found = difference(model, rows, self.args.scoring, gradients=False)
-            else:
-                found = difference(getattr(self._unwrapped(), role), rows, self.args.scoring, gradients=True)
-        if found is not None:
-            kind = getattr(self._unwrapped(), role).dtype
-            check(role, found, (torch.bfloat16 if self.args.bf16 else torch.float16) if half else kind)
-            gradients = "" if found.gradients is None else f", gradients by {found.gradients:.1e} of their norm"
-            logger.info(f"{role}: shared prefixes differ from the plain path by {found.logps:.1e} nats{gradients}")
-
-    def _end_of_step(self, step: int) -> None:
-        """What the step's forward passes made of its rollouts: shared, written, measured."""
-        for name, value in self._losses.items():
-            self._step_metrics[name].append(value / self.current_gradient_accumulation_steps)
-        self._losses.clear()
-        iteration = self.schedule.iteration(step)
-        positions, m = self.schedule.positions(step), self.args.num_generations
-        rollouts = self.rollouts.weighed(iteration, step, self._done)
-        self._done.clear()
-        groups = [rollouts[position * m : (position + 1) * m] for position in positions]
-        limits = {"max_log_ratio": self.args.max_log_ratio, "min_weight": self.args.min_weight}
-        for name, value in logged(summarize(columns(groups, self.train_questions), **limits)).items():
+    def _compare_with_engine(self, difference: Tensor, tokens: int, rollouts: Rollouts | None) -> None:
+        stale = rollouts is not None and rollouts.staleness > 0
+        for name, value in self._mismatch.measure(difference, tokens, stale=stale).items():
             self._step_metrics[name].append(value)
-        plain = [r for group in groups for r in group if self.args.sampling_at(r.temperature).on_policy]
-        if self._vllm is not None and plain:  # the E-step scored them by the weights that vLLM was sent
-            difference = torch.tensor([rollout.selection_logp - rollout.proposal_logp for rollout in plain])
-            self._compare_with_engine(difference, sum(len(rollout.token_ids) for rollout in plain))
-        if self.args.overlap_rollouts:
-            self._step_metrics["sampling/staleness"].append(self.rollouts.staleness)
 
     # The optimizer: a learning rate and a clip for each model
 
@@ -577,9 +518,7 @@ class DROTrainer(_BaseTrainer):
         self.accelerator.wait_for_everyone()
         self.stages = broadcast_object_list([read_stages(self.run_dir)])[0]
         result = super().train(resume_from_checkpoint, *args, **kwargs)
-        self.rollouts.close()
-        if isinstance(self._vllm, ServerEngine):
-            self._vllm.remove_weights()
+        self.iterations.close()
         return result
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -613,8 +552,8 @@ class DROTrainer(_BaseTrainer):
         return self.accelerator.get_state_dict(self.model_wrapped) if self.is_deepspeed_enabled else None
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self._vllm is not None:
-            self._vllm.forget()
+        self.engine.forget()
+        self._rollouts = None
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return

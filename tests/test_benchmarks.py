@@ -15,7 +15,8 @@ import typer
 from typer.testing import CliRunner
 
 from benchmarks import harness, operations, world
-from dro_rl.engines.transformers_engine import TransformersEngine
+from dro_rl.engines.decoding import Decoder
+from dro_rl.engines.protocol import GenerationRequest
 from dro_rl.prompts import Prompter
 from dro_rl.proposal import SamplingParams
 from dro_rl.selection import parse_selection
@@ -137,8 +138,10 @@ def test_a_written_policy_samples_whole_selections_as_sharp_as_asked(
     [question] = world.questions(1, documents=20, tokens=4)
     tokenizer = world.tokenizer()
     prompt = Prompter(tokenizer, "selector").selector_prompt(question, 5).ids
-    engine = TransformersEngine(model, tokenizer.eos_token_id)
-    groups = engine.generate([prompt] * 16, 8, SamplingParams(5 * world.TOKENS_PER_NUMBER), list(range(16)))
+    engine = Decoder(model, tokenizer.eos_token_id)
+    groups = engine.generate(
+        GenerationRequest([prompt] * 16, 8, SamplingParams(5 * world.TOKENS_PER_NUMBER), list(range(16)))
+    )
     distinct = []
     for group in groups:
         selections = [parse_selection(tokenizer.decode(sample.ids), 20, 5).numbers for sample in group]

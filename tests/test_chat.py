@@ -10,7 +10,8 @@ from conftest import CHAT_TEMPLATE, build_tokenizer
 from tokenizers import AddedToken, normalizers
 from transformers import GenerationConfig
 
-from dro_rl.engines.transformers_engine import TransformersEngine
+from dro_rl.engines.decoding import Decoder
+from dro_rl.engines.protocol import GenerationRequest
 from dro_rl.engines.vllm_common import request_options
 from dro_rl.errors import InputError
 from dro_rl.likelihood import completion_logps
@@ -70,7 +71,7 @@ def test_a_model_declares_its_ends_in_its_generation_config(tmp_path: Path, decl
 
 def test_sampling_stops_at_each_end_and_says_its_probability(make_model) -> None:
     model, ends = make_model(vocab_size=8), (1, 5)
-    samples = TransformersEngine(model, ends).generate([[2, 3, 4]], 32, SamplingParams(12), [0])[0]
+    samples = Decoder(model, ends).generate(GenerationRequest([[2, 3, 4]], 32, SamplingParams(12), [0]))[0]
     stopped = [sample.ids for sample in samples if set(sample.ids) & set(ends)]
     assert {ids[-1] for ids in stopped} == set(ends)
     assert all(not set(ids[:-1]) & set(ends) for ids in stopped)
@@ -81,7 +82,7 @@ def test_sampling_stops_at_each_end_and_says_its_probability(make_model) -> None
 
 def test_one_end_and_a_list_of_one_are_the_same(make_model) -> None:
     one, other = (
-        TransformersEngine(make_model(vocab_size=8), ends).generate([[2, 3]], 8, SamplingParams(6), [0])
+        Decoder(make_model(vocab_size=8), ends).generate(GenerationRequest([[2, 3]], 8, SamplingParams(6), [0]))
         for ends in (1, [1])
     )
     assert one == other

@@ -57,7 +57,7 @@ def rollouts(
             reference_logp=math.nan,
             answer_logp=answer_logps[sample],
             weight=weights[sample],
-            selector_coefficient=weights[sample] - 1 / len(selections),
+            proposal_weight=1 / len(selections),
             ess=1 / squares if squares else 0.0,
             weight_temperature=1.0,
         )

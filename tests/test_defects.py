@@ -22,8 +22,9 @@ import pytest
 import torch
 
 from dro_rl.config import DROConfig
-from dro_rl.em.e_step import EStep
+from dro_rl.em.e_step import Asked, EStep
 from dro_rl.em.m_step import Group, MicroBatch
+from dro_rl.em.method import Method
 from dro_rl.evaluation.evaluator import evaluate
 from dro_rl.job.warmup import generator_examples
 from dro_rl.likelihood import completion_logps
@@ -32,6 +33,7 @@ from dro_rl.prompts import Prompter
 from dro_rl.proposal import Completion
 from dro_rl.recipe import RunConfig
 from dro_rl.records import Question, Rollout, Selection
+from dro_rl.roles import ROLES
 from dro_rl.rollouts.diagnostics import columns, logged, summarize
 
 K = 2
@@ -46,9 +48,12 @@ class Script:
             ids = prompter.completion(text)
             self.completions.append(Completion(ids, (-3.0 / len(ids),) * len(ids)))
 
-    def generate(self, prompts, num_generations, sampling, seeds, constraints=None):
-        assert num_generations == len(self.completions)
-        return [self.completions for _ in prompts]
+    def at(self, step: int):
+        return nullcontext(self)
+
+    def generate(self, request):
+        assert request.num_generations == len(self.completions)
+        return [self.completions for _ in request.prompts]
 
     def samples_policy(self, sampling) -> bool:
         return sampling.on_policy
@@ -75,15 +80,14 @@ class Lab:
     def rollouts(self, texts: Sequence[str], question: int = 0, **settings) -> list[Rollout]:
         config = self.config(len(texts), **settings)
         e_step = EStep(
-            lambda: nullcontext(Script(self.prompters["selector"], texts)),
-            lambda: nullcontext(self.selector),
-            lambda: nullcontext(self.generator),
+            Script(self.prompters["selector"], texts),
+            lambda role: nullcontext(getattr(self, role)),
             None,
-            self.prompters["selector"],
-            self.prompters["generator"],
-            config,
+            self.prompters,
+            Method.of(config),
         )
-        return e_step([question], [self.questions[question]], [0])
+        asked = Asked([question], [self.questions[question]], [0], config.temperature)
+        return e_step.weigh(asked, e_step.sample(asked, 0))
 
     def answer_logps(self, numbers: Sequence[int], answer: str, question: int = 0) -> torch.Tensor:
         """Token log-probabilities of an answer, end-of-sequence included."""
@@ -92,9 +96,16 @@ class Lab:
         return completion_logps(self.generator, prompt, [prompter.completion(answer)])[0].detach()
 
     def micro_batch(self, rollouts: Sequence[Rollout], **settings) -> MicroBatch:
-        config = self.config(len(rollouts), **settings)
-        group = Group(rollouts, self.questions[0], self.prompters, config, ("selector", "generator"))
-        return MicroBatch([group], config, True, self.prompters["generator"].eos_token_id)
+        method = Method.of(self.config(len(rollouts), **settings))
+        group = Group(rollouts, range(len(rollouts)), self.questions[0], self.prompters, method, ROLES)
+        return MicroBatch([group], method, ROLES, True, self.prompters["generator"].eos_token_id)
+
+
+def coefficients(micro_batch: MicroBatch) -> dict[str, list[float]]:
+    """At the weights that the E-step weighed with."""
+    known = {rollout.token_ids: rollout.selection_logp for rollout in micro_batch.rollouts}
+    selection = [known[tuple(ids)] for row in micro_batch.rows["selector"] for ids in row.completions]
+    return micro_batch.coefficients({"selector": torch.tensor(selection, dtype=torch.float64)})
 
 
 @pytest.fixture
@@ -113,8 +124,8 @@ def test_a1_all_m_samples_are_used(lab) -> None:
     assert [rollout.weight for rollout in rollouts] == pytest.approx(expected.tolist(), abs=1e-4)
     assert max(expected) < 0.999
     micro_batch = lab.micro_batch(rollouts)
-    assert len(micro_batch.rows("selector").rows[0].completions) == 4
-    assert len(micro_batch.rows("generator").rows) == 4
+    assert len(micro_batch.rows["selector"][0].completions) == 4
+    assert len(micro_batch.rows["generator"]) == 4
 
 
 def test_a3_the_likelihood_is_a_sum_over_tokens_with_the_end_of_sequence(lab) -> None:
@@ -134,7 +145,7 @@ def test_a4_rejected_samples_take_no_weight(lab) -> None:
     assert [rollout.selection.valid for rollout in rollouts] == [True, False, True, False]
     assert sum(rollout.weight for rollout in rollouts) == pytest.approx(1)
     assert [rollouts[1].weight, rollouts[3].weight] == [0, 0]
-    assert [rollouts[1].selector_coefficient, rollouts[3].selector_coefficient] == [0, 0]
+    assert coefficients(lab.micro_batch(rollouts))["selector"] == [rollout.weight for rollout in rollouts]
 
 
 def test_a5_duplicates_keep_their_multiplicity(lab) -> None:
@@ -150,12 +161,12 @@ def test_a5_duplicates_keep_their_multiplicity(lab) -> None:
 def test_a5_duplicates_are_scored_once_with_their_coefficients_summed(lab) -> None:
     """A5: and were keyed on the text. The generator's key is what it reads; the selector's, its tokens."""
     rollouts = lab.rollouts(["[1] > [2]", "[1]>[2]", "[2] > [1]", "[1] > [2]"])
-    generator, selector = (lab.micro_batch(rollouts).rows(role) for role in ("generator", "selector"))
-    weights = [rollout.weight for rollout in rollouts]
-    assert generator.coefficients == pytest.approx([weights[0] + weights[1] + weights[3], weights[2]])
-    assert len(generator.rows) == 2
-    assert selector.coefficients == pytest.approx([weights[0] + weights[3], weights[1], weights[2]])
-    assert len(selector.rows[0].completions) == 3
+    micro_batch = lab.micro_batch(rollouts)
+    found, weights = coefficients(micro_batch), [rollout.weight for rollout in rollouts]
+    assert found["generator"] == pytest.approx([weights[0] + weights[1] + weights[3], weights[2]])
+    assert len(micro_batch.rows["generator"]) == 2
+    assert found["selector"] == pytest.approx([weights[0] + weights[3], weights[1], weights[2]])
+    assert len(micro_batch.rows["selector"][0].completions) == 3
 
 
 def test_light_rollouts_are_left_out_of_the_generators_loss_when_asked(lab) -> None:
@@ -165,9 +176,9 @@ def test_light_rollouts_are_left_out_of_the_generators_loss_when_asked(lab) -> N
     assert light < second < 0.25
     kept = [rollout for rollout in rollouts if rollout.weight > light]
     micro_batch = lab.micro_batch(rollouts, min_weight=second)
-    assert micro_batch.rows("generator").coefficients == [rollout.weight for rollout in kept]
-    assert len(micro_batch.rows("generator").rows) == 3
-    assert len(micro_batch.rows("selector").rows[0].completions) == 4
+    assert coefficients(micro_batch)["generator"] == [rollout.weight for rollout in kept]
+    assert len(micro_batch.rows["generator"]) == 3
+    assert len(micro_batch.rows["selector"][0].completions) == 4
     found = summarize(columns([rollouts], lab.questions), min_weight=second)
     assert found.dropped_mass == pytest.approx(light)
 

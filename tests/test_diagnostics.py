@@ -52,6 +52,7 @@ def rollouts(
             selection_logp=float(log_p[sample]),
             answer_logp=float(answers[sample]),
             weight=weights[sample].item(),
+            proposal_weight=1 / len(picked),
             ess=ess,
             weight_temperature=1.0,
         )

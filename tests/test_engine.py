@@ -5,14 +5,18 @@ from __future__ import annotations
 import random
 from contextlib import nullcontext
 from itertools import chain
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ARCHITECTURES, VOCABULARY
 
 from dro_rl.config import DROConfig
-from dro_rl.em.e_step import EStep
-from dro_rl.engines.transformers_engine import TransformersEngine, draw, truncate
+from dro_rl.em.e_step import Asked, EStep
+from dro_rl.em.method import Method
+from dro_rl.engines.decoding import Decoder, draw, truncate
+from dro_rl.engines.protocol import GenerationRequest
+from dro_rl.engines.transformers_engine import TransformersEngine
 from dro_rl.likelihood import completion_logps
 from dro_rl.prompts import Prompter
 from dro_rl.proposal import Completion, SamplingParams, rollout_seed, uniforms
@@ -24,7 +28,7 @@ SAMPLING = SamplingParams(max_completion_length=7)
 
 
 def generate(model, m: int = 4, sampling: SamplingParams = SAMPLING, **options) -> list[list[Completion]]:
-    return TransformersEngine(model, EOS, **options).generate(PROMPTS, m, sampling, SEEDS)
+    return Decoder(model, EOS, **options).generate(GenerationRequest(PROMPTS, m, sampling, SEEDS))
 
 
 def assert_same(first: list[list[Completion]], second: list[list[Completion]]) -> None:
@@ -87,15 +91,15 @@ def test_a_prompt_and_its_seed_decide_what_is_drawn(make_model, shared: bool, ba
     model = make_model()
     together = generate(model, shared_prefix=shared)
     assert_same(together, generate(model, shared_prefix=shared, batch_size=batch_size))
-    engine = TransformersEngine(model, EOS, shared_prefix=shared)
-    backwards = engine.generate(PROMPTS[::-1], 4, SAMPLING, SEEDS[::-1])
+    engine = Decoder(model, EOS, shared_prefix=shared)
+    backwards = engine.generate(GenerationRequest(PROMPTS[::-1], 4, SAMPLING, SEEDS[::-1]))
     assert_same(together, backwards[::-1])
 
 
 def test_another_seed_draws_something_else(make_model) -> None:
     model = make_model()
-    engine = TransformersEngine(model, EOS)
-    first, second = (engine.generate(PROMPTS[:1], 4, SAMPLING, [seed])[0] for seed in (1, 2))
+    engine = Decoder(model, EOS)
+    first, second = (engine.generate(GenerationRequest(PROMPTS[:1], 4, SAMPLING, [seed]))[0] for seed in (1, 2))
     assert not {sample.ids for sample in first} & {sample.ids for sample in second}
 
 
@@ -107,8 +111,8 @@ def test_the_samples_of_a_group_differ(make_model) -> None:
 def test_the_end_of_sequence_ends_a_completion_and_belongs_to_it(make_model) -> None:
     """Its log-probability is part of log p(z|x)."""
     model = make_model(vocab_size=8)
-    engine = TransformersEngine(model, EOS)
-    group = engine.generate([[2, 3, 4]], 32, SamplingParams(12), [0])[0]
+    engine = Decoder(model, EOS)
+    group = engine.generate(GenerationRequest([[2, 3, 4]], 32, SamplingParams(12), [0]))[0]
     ended = [sample for sample in group if EOS in sample.ids]
     assert len(ended) > 8
     assert len({len(sample.ids) for sample in ended}) > 3
@@ -122,8 +126,8 @@ def test_the_end_of_sequence_ends_a_completion_and_belongs_to_it(make_model) -> 
 def test_one_finished_sample_does_not_stop_or_change_the_others(make_model) -> None:
     """The same seeds without an end-of-sequence: what comes before it is the same."""
     model = make_model(vocab_size=8)
-    with_end = TransformersEngine(model, EOS).generate([[2, 3, 4]], 32, SamplingParams(12), [0])[0]
-    without = TransformersEngine(model, 99).generate([[2, 3, 4]], 32, SamplingParams(12), [0])[0]
+    with_end = Decoder(model, EOS).generate(GenerationRequest([[2, 3, 4]], 32, SamplingParams(12), [0]))[0]
+    without = Decoder(model, 99).generate(GenerationRequest([[2, 3, 4]], 32, SamplingParams(12), [0]))[0]
     for sample, whole in zip(with_end, without, strict=True):
         assert len(whole.ids) == 12
         assert sample.ids == whole.ids[: len(sample.ids)]
@@ -137,7 +141,7 @@ def test_length_one_is_one_token(make_model) -> None:
 
 def test_greedy_takes_the_likeliest_tokens(make_model) -> None:
     model = make_model()
-    (group,) = TransformersEngine(model, EOS).generate(PROMPTS[:1], 1, SamplingParams(5, temperature=0.0), [0])
+    (group,) = Decoder(model, EOS).generate(GenerationRequest(PROMPTS[:1], 1, SamplingParams(5, temperature=0.0), [0]))
     ids = list(PROMPTS[0])
     for token in group[0].ids:
         assert token == model(torch.tensor([ids])).logits[0, -1].argmax().item()
@@ -171,10 +175,12 @@ def test_on_policy_means_no_temperature_and_no_truncation() -> None:
 def test_a_process_without_questions_has_no_rollouts(make_model, tokenizer, tmp_path) -> None:
     """The last part of an E-step, and an online step, may have fewer questions than there are processes."""
     model = make_model()
-    prompters = [Prompter(tokenizer, role) for role in ("selector", "generator")]
-    config = DROConfig(output_dir=str(tmp_path), report_to="none")
-    openers = [lambda: nullcontext(TransformersEngine(model, EOS)), *[lambda: nullcontext(model)] * 2]
-    assert EStep(*openers, None, *prompters, config)([], [], []) == []
+    prompters = {role: Prompter(tokenizer, role) for role in ("selector", "generator")}
+    method = Method.of(DROConfig(output_dir=str(tmp_path), report_to="none"))
+    trained = SimpleNamespace(open=lambda: nullcontext(model), prompter=prompters["selector"])
+    e_step = EStep(TransformersEngine(trained, 8, True), lambda role: nullcontext(model), None, prompters, method)
+    nothing = Asked([], [], [], 1.0)
+    assert e_step.weigh(nothing, e_step.sample(nothing, 0)) == []
 
 
 # One token --------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from dro_rl.likelihood import completion_logps
 from dro_rl.likelihood.packing import Row
-from dro_rl.models.module import SelectorGenerator, WeightedRows
+from dro_rl.models.module import SelectorGenerator
 from dro_rl.objective import evidence_bound, generator_loss, importance_weights, selector_loss
 from dro_rl.prompts import Prompter
 from dro_rl.selection import format_selection
@@ -218,11 +219,9 @@ def test_one_forward_of_two_language_models_has_the_gradient_of_the_evidence(mak
 
     weights = importance_weights(answers.detach(), proposal_log_ratio=selection.detach())
     assert 1 / weights.square().sum() > 1.2
-    output = model(
-        selector=WeightedRows([Row(prompt, written)], weights.tolist()),
-        generator=WeightedRows([Row(ids, [answer]) for ids in reading], weights.tolist()),
-    )
-    (output.selector_loss + output.generator_loss).backward()
+    rows = {"selector": [Row(prompt, written)], "generator": [Row(ids, [answer]) for ids in reading]}
+    batch = SimpleNamespace(rows=rows, coefficients=lambda logps: dict.fromkeys(logps, weights.tolist()))
+    sum(model(batch=batch).losses.values()).backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(
             -parameter.grad, exact[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"

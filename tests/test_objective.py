@@ -185,6 +185,23 @@ def test_the_target_is_a_share_of_the_valid_rollouts() -> None:
     assert ess.item() == pytest.approx(1.6, abs=1e-4)
 
 
+def test_a_target_out_of_reach_still_looks_at_the_answers() -> None:
+    """Ratios alone leave an effective sample size of 1.0: the answers are softened to half of what can be had."""
+    ratio = torch.tensor([[12.0, 0.0, 0.0, 0.0]], dtype=torch.float64)
+    answers = torch.tensor([[-1.0, -2.0, -9.0, -3.0]], dtype=torch.float64)
+    temperature = temperature_for_ess(answers, 0.9, proposal_log_ratio=ratio)
+    assert temperature.item() < 1e3
+    even = torch.tensor([[0.0, 2.0, 2.0, 0.0]], dtype=torch.float64)
+    reached = temperature_for_ess(answers, 0.99, proposal_log_ratio=even)
+    weights = importance_weights(answers, proposal_log_ratio=even, temperature=reached)
+    most = max(
+        effective_sample_size(importance_weights(answers, proposal_log_ratio=even, temperature=t)).item()
+        for t in torch.logspace(0, 6, 400).tolist()
+    )
+    assert most < 0.99 * 4
+    assert effective_sample_size(weights).item() == pytest.approx(0.99 * most, rel=1e-3)
+
+
 def test_the_temperature_is_found_where_the_ratio_opposes_the_likelihood() -> None:
     """At temperature 2 the two even out; beyond, the ratio alone is as uneven as the likelihood was."""
     logps = torch.tensor([0.0, -10.0], dtype=torch.float64)
@@ -277,18 +294,24 @@ REFERENCE = torch.tensor([0.1, 0.4, 0.0], dtype=torch.float64).log_softmax(0)
 ANSWERS = torch.tensor([-2.0, -0.5, -1.4], dtype=torch.float64)
 
 
-def expected_gradient(m: int, coefficients: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """E[Σ c_i ∇ log p(z_i)] over all m-tuples z of the policy: (3,), exact.
+MOVED = torch.tensor([-0.4, 0.9, 0.3], dtype=torch.float64)
+"""The policy some steps after it sampled."""
 
-    `coefficients(z, logp)`: the tuple (m,) and the log-probabilities of its members, to (m,).
+
+def expected_gradient(m: int, coefficients: Callable[[Tensor, Tensor], Tensor], policy: Tensor = POLICY) -> Tensor:
+    """E[Σ c_i ∇ log p_θ(z_i)] over all m-tuples z of the policy that sampled: (3,), exact.
+
+    Args:
+        coefficients: of the tuple (m,) and the log-probabilities of its members at θ, to (m,).
+        policy: θ.
     """
-    logits = POLICY.clone().requires_grad_()
-    logp = logits.log_softmax(0)
+    logits = policy.clone().requires_grad_()
+    logp, sampled = logits.log_softmax(0), POLICY.log_softmax(0)
     total = torch.zeros((), dtype=torch.float64)
     for members in itertools.product(range(3), repeat=m):
         z = torch.tensor(members)
         c = coefficients(z, logp[z].detach())
-        total = total + logp[z].sum().exp().detach() * (c.detach() * logp[z]).sum()
+        total = total + sampled[z].sum().exp() * (c.detach() * logp[z]).sum()
     return torch.autograd.grad(total, logits)[0]
 
 
@@ -301,6 +324,46 @@ def test_the_mean_baseline_changes_no_expectation(m: int) -> None:
 
     assert gradient("none").norm() > 0.05
     torch.testing.assert_close(gradient("mean"), gradient("none"), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("m", [1, 2, 3, 4])
+def test_the_mean_baseline_changes_no_expectation_at_later_steps_of_an_iteration(m: int) -> None:
+    """The weights are those of the policy that sampled; the variate follows the policy of the moment."""
+
+    def gradient(baseline: str, follows: bool = True) -> Tensor:
+        def coefficients(z: Tensor, logp: Tensor) -> Tensor:
+            now = {"selection_logps": logp, "sampled_logps": POLICY.log_softmax(0)[z]} if follows else {}
+            return selector_coefficients(importance_weights(ANSWERS[z]), baseline=baseline, **now)
+
+        return expected_gradient(m, coefficients, MOVED)
+
+    torch.testing.assert_close(gradient("mean"), gradient("none"), atol=1e-12, rtol=0)
+    assert (gradient("mean", follows=False) - gradient("none")).norm() > 0.1, "a variate that stays behind is a bias"
+
+
+@pytest.mark.parametrize("baseline", ["none", "mean"])
+def test_an_m_step_to_its_end_finds_the_posterior(baseline: str) -> None:
+    """Many steps on one E-step: a weighted likelihood has its maximum at the weights' mean, with or without variate."""
+    generator = torch.Generator().manual_seed(0)
+    z = torch.multinomial(POLICY.softmax(0), 4000 * 8, replacement=True, generator=generator).reshape(4000, 8)
+    weights = importance_weights(ANSWERS[z])
+    target = torch.stack([weights[z == outcome].sum() for outcome in range(3)]) / len(z)
+    logits = POLICY.clone().requires_grad_()
+    for _ in range(400):
+        logp = logits.log_softmax(0)
+        loss = selector_loss(logp[z], weights, baseline=baseline, sampled_logps=POLICY.log_softmax(0)[z])
+        (gradient,) = torch.autograd.grad(loss, logits)
+        with torch.no_grad():
+            logits -= gradient
+    torch.testing.assert_close(logits.softmax(0).detach(), target, atol=0.02, rtol=0)
+
+
+def test_a_policy_that_has_moved_beyond_all_numbers_keeps_its_coefficients_finite() -> None:
+    far = torch.tensor([[-1e4, 0.0, -3.0]])
+    found = selector_coefficients(
+        importance_weights(far), baseline="mean", selection_logps=-far, sampled_logps=far, entropy_coef=0.1
+    )
+    assert found.isfinite().all()
 
 
 @pytest.mark.parametrize("m", [2, 4])
@@ -319,21 +382,27 @@ def test_the_mean_baseline_changes_no_expectation_where_some_selections_are_inva
     torch.testing.assert_close(gradient("mean"), gradient("none"), atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize("m", [2, 3, 4])
+@pytest.mark.parametrize("moved", [None, MOVED], ids=["where it was sampled", "moved since"])
+@pytest.mark.parametrize("m", [1, 2, 3, 4])
 @pytest.mark.parametrize(("beta", "entropy_coef"), [(0.7, 0.0), (0.0, 0.3), (0.7, 0.3)])
-def test_kl_and_entropy_have_exact_gradients_in_expectation(m: int, beta: float, entropy_coef: float) -> None:
-    """Leave-one-out makes them unbiased for every m from 2: −β ∇KL(p‖ref) + c ∇H(p), to rounding."""
-    estimate = expected_gradient(
-        m,
-        lambda z, logp: selector_coefficients(
+def test_kl_and_entropy_have_exact_gradients_in_expectation(
+    moved: Tensor | None, m: int, beta: float, entropy_coef: float
+) -> None:
+    """Unbiased for every m and wherever the policy has moved: −β ∇KL(p_θ‖ref) + c ∇H(p_θ), to rounding."""
+    policy = POLICY if moved is None else moved
+
+    def coefficients(z: Tensor, logp: Tensor) -> Tensor:
+        return selector_coefficients(
             torch.zeros(m, dtype=torch.float64),
             selection_logps=logp,
+            sampled_logps=None if moved is None else POLICY.log_softmax(0)[z],
             reference_logps=REFERENCE[z],
             beta=beta,
             entropy_coef=entropy_coef,
-        ),
-    )
-    logits = POLICY.clone().requires_grad_()
+        )
+
+    estimate = expected_gradient(m, coefficients, policy)
+    logits = policy.clone().requires_grad_()
     logp = logits.log_softmax(0)
     kl = (logp.exp() * (logp - REFERENCE)).sum()
     entropy = -(logp.exp() * logp).sum()
@@ -359,11 +428,7 @@ def test_a_single_rollout_has_weight_one_whatever_it_is() -> None:
     """m = 1 gives no selection signal: refused by the config unless asked for."""
     weights = importance_weights(torch.tensor([[-3.0], [-900.0]]))
     assert weights.tolist() == [[1.0], [1.0]]
-    logp = torch.tensor([[-2.0], [-1.0]])
-    coefficients = selector_coefficients(
-        weights, baseline="mean", selection_logps=logp, reference_logps=logp * 2, beta=1.0, entropy_coef=1.0
-    )
-    assert coefficients.tolist() == [[0.0], [0.0]]
+    assert selector_coefficients(weights, baseline="mean").tolist() == [[0.0], [0.0]]
 
 
 def test_a_single_rollout_teaches_the_selector_nothing_in_expectation() -> None:

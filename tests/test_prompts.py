@@ -8,8 +8,9 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 from dro_rl.config import DROConfig
-from dro_rl.em.e_step import EStep
+from dro_rl.em.e_step import Asked, EStep
 from dro_rl.em.m_step import Group, MicroBatch
+from dro_rl.em.method import Method
 from dro_rl.errors import InputError
 from dro_rl.evaluation.evaluator import evaluate
 from dro_rl.job.warmup import generator_examples, selector_examples
@@ -18,6 +19,7 @@ from dro_rl.prompts import Prompter, load_template
 from dro_rl.proposal import Completion
 from dro_rl.recipe import RunConfig
 from dro_rl.records import Document, Question
+from dro_rl.roles import ROLES
 from dro_rl.selection import format_selection
 
 BOTH_KINDS = pytest.mark.parametrize("kind", ["tokenizer", "chat_tokenizer"])
@@ -269,9 +271,13 @@ class Recorder:
         self.completion = completion
         self.prompts: list[tuple[int, ...]] = []
 
-    def generate(self, prompts, num_generations, sampling, seeds, constraints=None):
-        self.prompts += [tuple(prompt) for prompt in prompts]
-        return [[Completion(self.completion, (-0.5,) * len(self.completion))] * num_generations for _ in prompts]
+    def at(self, step: int):
+        return self
+
+    def generate(self, request):
+        self.prompts += [tuple(prompt) for prompt in request.prompts]
+        group = [Completion(self.completion, (-0.5,) * len(self.completion))] * request.num_generations
+        return [group for _ in request.prompts]
 
     def samples_policy(self, sampling) -> bool:
         return True
@@ -303,7 +309,7 @@ def seen(monkeypatch) -> dict[str, list[tuple[int, ...]]]:
 
     monkeypatch.setattr(e_step, "score_rows", stub("e-step scoring"))
     monkeypatch.setattr(evaluator, "score_rows", stub("evaluation scoring"))
-    monkeypatch.setattr(pipeline, "TransformersEngine", lambda model, eos, batch_size, shared_prefix: model)
+    monkeypatch.setattr(pipeline, "Decoder", lambda model, eos, batch_size, shared_prefix: model)
     return seen
 
 
@@ -327,24 +333,23 @@ def test_sampling_scoring_training_evaluation_and_warm_up_ask_with_the_same_toke
 
     written = prompters["selector"].completion("[1] > [2]")
     engine, writer = Recorder(written), Recorder(written)
-    e_step = EStep(lambda: engine, lambda: engine, lambda: engine, None, *prompters.values(), config)
-    rollouts = e_step(range(4), questions, range(4))
-    groups = [
-        Group(rollouts[2 * i : 2 * i + 2], questions[i], prompters, config, ("selector", "generator")) for i in range(4)
-    ]
-    trained = MicroBatch(groups, config, True, base.eos_token_id)
+    method, asked = Method.of(config), Asked(range(4), questions, range(4), 1.0)
+    e_step = EStep(engine, lambda role: engine, None, prompters, method)
+    rollouts = e_step.weigh(asked, e_step.sample(asked, 0))
+    groups = [Group(rollouts[2 * i : 2 * i + 2], (0, 1), questions[i], prompters, method, ROLES) for i in range(4)]
+    trained = MicroBatch(groups, method, ROLES, True, base.eos_token_id)
     pipeline = RAGPipeline(lambda role: writer, prompters, PipelineSettings(K, 900, 16, 16, {}))
     evaluate(pipeline, questions)
 
     assert engine.prompts == expected_selector
-    assert [tuple(row.prompt) for row in trained.rows("selector").rows] == expected_selector
+    assert [tuple(row.prompt) for row in trained.rows["selector"]] == expected_selector
     assert [prompt for prompt, _ in selector_examples(questions, prompters["selector"], run, config)] == (
         expected_selector
     )
     assert writer.prompts == expected_selector + expected_generator
     assert seen["e-step scoring"] == expected_generator
     assert seen["evaluation scoring"] == expected_generator
-    assert [tuple(row.prompt) for row in trained.rows("generator").rows] == expected_generator
+    assert [tuple(row.prompt) for row in trained.rows["generator"]] == expected_generator
     assert [prompt for prompt, _ in generator_examples(questions, prompters["generator"], run, config)] == (
         expected_generator
     )

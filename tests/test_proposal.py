@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,20 +20,24 @@ from training_world import largest_difference, questions, weights, world
 
 from dro_rl import likelihood
 from dro_rl.config import DROConfig
-from dro_rl.em.e_step import EStep
+from dro_rl.em.e_step import Asked, EStep
+from dro_rl.em.method import Method
 from dro_rl.em.temperature import STEP, guarded_temperature, scheduled_temperature
+from dro_rl.engines.decoding import Decoder
+from dro_rl.engines.protocol import GenerationRequest
 from dro_rl.engines.transformers_engine import TransformersEngine
 from dro_rl.errors import InputError
 from dro_rl.evaluation.evaluator import read_stages
 from dro_rl.likelihood import row_logps
 from dro_rl.likelihood.packing import Row
-from dro_rl.models.module import SelectorGenerator, WeightedRows
+from dro_rl.models.module import SelectorGenerator
 from dro_rl.objective import importance_weights
 from dro_rl.pipeline import PipelineSettings, RAGPipeline
 from dro_rl.prompts import Prompter
 from dro_rl.proposal import SamplingParams
 from dro_rl.recipe import load_recipe
-from dro_rl.records import Rollout, Selection
+from dro_rl.records import Rollout, Sample, Selection
+from dro_rl.roles import ROLES
 from dro_rl.rollouts import log as rollout_log
 from dro_rl.rollouts.diagnostics import columns, summarize
 from dro_rl.selection import format_selection, parse_selection
@@ -66,14 +71,14 @@ def test_of_thousands_of_samples_none_is_invalid(make_model, tokenizer, n: int, 
     """An untrained model, which writes none that is valid by itself, two digits, and N < K."""
     constraint = SelectionConstraint(tokenizer, n, k)
     sampling = SamplingParams(constraint.verify(), temperature=1.5)
-    engine = TransformersEngine(make_model(), EOS, shared_prefix=False)
-    groups = engine.generate([PROMPT] * 2, 500, sampling, [1, 2], [constraint] * 2)
+    engine = Decoder(make_model(), EOS, shared_prefix=False)
+    groups = engine.generate(GenerationRequest([PROMPT] * 2, 500, sampling, [1, 2], [constraint] * 2))
     prompter = Prompter(tokenizer, "toy_selector")
     for sample in itertools.chain(*groups):
         selection = parse_selection(prompter.decode(sample.ids), n, min(k, n))
         assert not selection.problems
         assert sample.ids == prompter.completion(format_selection(selection.numbers))
-    free = engine.generate([PROMPT], 50, sampling, [1])[0]
+    free = engine.generate(GenerationRequest([PROMPT], 50, sampling, [1]))[0]
     assert not any(parse_selection(prompter.decode(sample.ids), n, k).valid for sample in free)
 
 
@@ -83,8 +88,8 @@ def test_sampled_and_scored_log_probabilities_agree(make_model, tokenizer, archi
     model = make_model(architecture)
     constraints = [SelectionConstraint(tokenizer, n, 3) for n in (3, 11)]
     prompts = [PROMPT, PROMPT[5:]]
-    engine = TransformersEngine(model, EOS, shared_prefix=shared)
-    groups = engine.generate(prompts, 8, SamplingParams(24), [3, 4], constraints)
+    engine = Decoder(model, EOS, shared_prefix=shared)
+    groups = engine.generate(GenerationRequest(prompts, 8, SamplingParams(24), [3, 4], constraints))
     rows = [
         Row(prompt, [sample.ids for sample in group], allowed_for(constraint, [sample.ids for sample in group]))
         for prompt, group, constraint in zip(prompts, groups, constraints, strict=True)
@@ -139,7 +144,8 @@ def test_posterior_weighted_loss_has_the_gradient_of_the_constrained_evidence(ma
     model.zero_grad()
     posterior = importance_weights(answers, proposal_log_ratio=selection.detach())
     row = Row(PROMPT, completions, allowed_for(constraint, completions))
-    model(selector=WeightedRows([row], posterior.tolist())).selector_loss.backward()
+    batch = SimpleNamespace(rows={"selector": [row]}, coefficients=lambda _: {"selector": posterior.tolist()})
+    model(batch=batch).losses["selector"].backward()
     for name, parameter in model.selector.named_parameters():
         torch.testing.assert_close(
             -parameter.grad, exact[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
@@ -163,8 +169,8 @@ def test_rows_with_and_without_a_constraint_are_not_scored_together(make_model) 
 
 def test_greedy_takes_the_likeliest_of_what_is_allowed(make_model, tokenizer) -> None:
     model, constraint = make_model(), SelectionConstraint(tokenizer, 12, 3)
-    ((sample,),) = TransformersEngine(model, EOS).generate(
-        [PROMPT], 1, SamplingParams(30, temperature=0.0), [0], [constraint]
+    ((sample,),) = Decoder(model, EOS).generate(
+        GenerationRequest([PROMPT], 1, SamplingParams(30, temperature=0.0), [0], [constraint])
     )
     for t, token in enumerate(sample.ids):
         logits = model(torch.tensor([[*PROMPT, *sample.ids[:t]]])).logits[0, -1]
@@ -186,18 +192,21 @@ PROPOSALS = {
 
 def sampled(make_model, tokenizer, m: int = 2000, **settings: Any) -> tuple[list[Rollout], DROConfig]:
     """One question's rollouts through the whole E-step."""
-    prompters = [Prompter(tokenizer, "toy_selector"), Prompter(tokenizer, "toy_generator")]
+    prompters = {role: Prompter(tokenizer, f"toy_{role}") for role in ROLES}
     selector, generator = make_model(seed=4), make_model("qwen2", seed=2)
     config = DROConfig(
         output_dir="unused", report_to="none", num_generations=m, num_selected=K, constrain_selection=True,
         per_device_train_batch_size=m, **settings,
     )  # fmt: skip
+    models = {"selector": selector, "generator": generator}
+    trained = SimpleNamespace(open=lambda: nullcontext(selector), prompter=prompters["selector"])
     e_step = EStep(
-        lambda: nullcontext(TransformersEngine(selector, EOS, shared_prefix=False)), lambda: nullcontext(selector),
-        lambda: nullcontext(generator), lambda: nullcontext(selector), *prompters, config,
+        TransformersEngine(trained, 8, False), lambda role: nullcontext(models[role]), lambda: nullcontext(selector),
+        prompters, Method.of(config),
     )  # fmt: skip
     question = replace(questions(1, documents=4)[0], question="?")
-    return e_step([0], [question], [7]), config
+    asked = Asked([0], [question], [7], config.temperature)
+    return e_step.weigh(asked, e_step.sample(asked, 0)), config
 
 
 @pytest.mark.parametrize("name", PROPOSALS)
@@ -277,11 +286,8 @@ def config_of(**settings: Any) -> DROConfig:
     return DROConfig(output_dir="unused", report_to="none", num_generations=4, **settings)
 
 
-def group(numbers: Sequence[tuple[int, ...]], temperature: float) -> list[Rollout]:
-    return [
-        Rollout(0, i, (), (), "", Selection(n, bool(n)), 0.0, 0.0, 0.0, 0.25, 0.0, 4.0, 1.0, temperature=temperature)
-        for i, n in enumerate(numbers)
-    ]
+def group(numbers: Sequence[tuple[int, ...]], temperature: float) -> list[Sample]:
+    return [Sample(0, i, (), (), "", Selection(n, bool(n)), temperature=temperature) for i, n in enumerate(numbers)]
 
 
 DIFFERENT, SAME, INVALID = [(1,), (2,), (3,), (1, 2)], [(1,)] * 4, [()] * 4

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen2Fo
 from typer.testing import CliRunner
 
 from dro_rl import likelihood, pipeline
-from dro_rl import trainer as trainer_module
 from dro_rl.cli import app
 from dro_rl.data import load_questions
+from dro_rl.em import fast_path
 from dro_rl.errors import InputError
 from dro_rl.job.assembly import build_prompters, load_models
 from dro_rl.likelihood import completion_logps, packing
@@ -176,7 +176,7 @@ def test_a_pass_of_training_holds_no_more_than_its_tokens(tmp_path: Path, shared
         tokens_per_microbatch=room, verify_fast_path=False,
     )  # fmt: skip
     slots = [p * 4 + j for p in trainer.schedule.positions(0) for j in range(4)]
-    rollouts = trainer.rollouts.of(0, 0)
+    rollouts = trainer.e_step(0)
     seen: list[int] = []
     for role in ROLES:
         embeddings = getattr(trainer.model, role).get_input_embeddings()
@@ -217,7 +217,7 @@ def test_a_run_is_resumed_with_steps_of_the_same_size_only(job: Job) -> None:
 
 def test_each_model_is_verified_on_its_first_turn(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     verified: list[str] = []
-    monkeypatch.setattr(trainer_module, "check", lambda role, found, dtype: verified.append(role))
+    monkeypatch.setattr(fast_path, "check", lambda role, found, dtype: verified.append(role))
     job(interleave="alternate")
     assert verified == ["selector", "generator"]
 
@@ -287,14 +287,14 @@ def test_the_gradient_of_a_step_is_the_plain_formula(tmp_path: Path) -> None:
     trainer.current_gradient_accumulation_steps = 1
     trainer.create_optimizer()
     trainer.training_step(trainer.model, slots)
-    rollouts = [trainer.rollouts.of(0, 0)[slot] for slot in slots]
+    rollouts = [trainer.e_step(0).samples[slot] for slot in slots]
 
     reference = trainer_of(tmp_path / "again").model
     for rollout in rollouts:
         question = trainer.train_questions[rollout.question]
         prompt = trainer.prompters["selector"].selector_prompt(question, 2).ids
         logp = completion_logps(reference.selector, prompt, [rollout.token_ids], shared_prefix=False)[0].sum()
-        loss = -rollout.selector_coefficient * logp / 4
+        loss = -(rollout.weight - rollout.proposal_weight) * logp / 4
         if rollout.selection.valid:
             prompt = trainer.prompters["generator"].generator_prompt(question, rollout.selection.numbers).ids
             answer = trainer.prompters["generator"].completion(question.answers[0])
@@ -432,7 +432,6 @@ def test_uniform_weights_look_at_no_answer(job: Job) -> None:
     for group in groups:
         valid = sum(row["valid"] for row in group)
         assert [row["weight"] for row in group] == pytest.approx([row["valid"] / max(valid, 1) for row in group])
-        assert [row["selector_coefficient"] for row in group] == pytest.approx([row["weight"] for row in group])
 
 
 def test_one_rollout_has_weight_one_and_the_control_variate_leaves_nothing(job: Job) -> None:
@@ -440,7 +439,7 @@ def test_one_rollout_has_weight_one_and_the_control_variate_leaves_nothing(job: 
     run = job(num_generations=1, allow_single_generation=True, per_device_train_batch_size=2)
     rows = rollout_log.read(rollout_log.part_paths(run)).to_pylist()
     assert {row["weight"] for row in rows if row["valid"]} == {1.0}
-    assert {row["selector_coefficient"] for row in rows if row["valid"]} == {0.0}
+    assert {row["proposal_weight"] for row in rows} == {1.0}
 
 
 def test_the_saved_pair_answers_as_it_was_evaluated(job: Job) -> None:

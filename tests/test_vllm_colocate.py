@@ -23,6 +23,7 @@ from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dro_rl.config import DROConfig
+from dro_rl.engines.protocol import GenerationRequest
 from dro_rl.engines.transformers_engine import truncate
 from dro_rl.engines.vllm_colocate import ColocatedEngine
 from dro_rl.likelihood import Row, completion_logps, score_rows
@@ -64,7 +65,7 @@ class World:
         self.engine.push()
 
     def generate(self, m: int = 4, sampling: SamplingParams = SAMPLING) -> list[list[Completion]]:
-        return self.engine.generate(PROMPTS, m, sampling, SEEDS)
+        return self.engine.generate(GenerationRequest(PROMPTS, m, sampling, SEEDS))
 
     def difference(self, model: PreTrainedModel | None = None) -> float:
         """The largest |log q − log p| of a token."""
@@ -147,14 +148,16 @@ def test_a_prompt_and_its_seed_decide_what_is_drawn(vllm: World) -> None:
     """Whatever else is in the batch, and in any order: runs resume with the rollouts they would have had."""
     together = vllm.generate()
     assert ids(together) == ids(vllm.generate())
-    backwards = vllm.engine.generate(PROMPTS[::-1], 4, SAMPLING, SEEDS[::-1])
+    backwards = vllm.engine.generate(GenerationRequest(PROMPTS[::-1], 4, SAMPLING, SEEDS[::-1]))
     assert ids(together) == ids(backwards[::-1])
-    alone = vllm.engine.generate(PROMPTS[1:2], 4, SAMPLING, SEEDS[1:2])
+    alone = vllm.engine.generate(GenerationRequest(PROMPTS[1:2], 4, SAMPLING, SEEDS[1:2]))
     assert ids(together[1:2]) == ids(alone)
 
 
 def test_another_seed_draws_something_else(vllm: World) -> None:
-    first, second = (vllm.engine.generate(PROMPTS[:1], 4, SAMPLING, [seed])[0] for seed in (1, 2**40))
+    first, second = (
+        vllm.engine.generate(GenerationRequest(PROMPTS[:1], 4, SAMPLING, [seed]))[0] for seed in (1, 2**40)
+    )
     assert [sample.ids for sample in first] != [sample.ids for sample in second]
 
 
@@ -195,7 +198,7 @@ def test_under_the_constraint_every_selection_is_valid_and_log_q_is_the_constrai
     """Numbers of one and of several tokens, 4 of 12, a thousand samples; with and without a temperature."""
     constraint = SelectionConstraint(vllm.tokenizer, 12, 4)
     for sampling in (SamplingParams(24), SamplingParams(24, 1.5)):
-        groups = vllm.engine.generate(PROMPTS, 170, sampling, SEEDS, [constraint] * len(PROMPTS))
+        groups = vllm.engine.generate(GenerationRequest(PROMPTS, 170, sampling, SEEDS, [constraint] * len(PROMPTS)))
         for prompt, group in zip(PROMPTS, groups, strict=True):
             samples = list(dict.fromkeys(sample.ids for sample in group))
             for ids in samples:
@@ -212,7 +215,7 @@ def test_beside_constrained_requests_others_are_not_constrained(vllm: World) -> 
 
 
 def test_a_process_without_questions_has_no_rollouts(vllm: World) -> None:
-    assert vllm.engine.generate([], 4, SAMPLING, []) == []
+    assert vllm.engine.generate(GenerationRequest([], 4, SAMPLING, [])) == []
 
 
 def test_adapters_are_pushed_and_the_base_is_not_touched(vllm: World, monkeypatch: pytest.MonkeyPatch) -> None:

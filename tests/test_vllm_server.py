@@ -26,6 +26,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed: make setup-vllm")
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dro_rl.config import DROConfig
+from dro_rl.engines.protocol import GenerationRequest
 from dro_rl.engines.vllm_server import Server, ServerEngine, check_servers, load_everywhere
 from dro_rl.errors import InputError
 from dro_rl.likelihood import Row, completion_logps, score_rows
@@ -128,7 +129,7 @@ class World:
     def difference(self, engine: ServerEngine, model: PreTrainedModel | None = None) -> float:
         """The largest |log q − log p| of a token."""
         largest = 0.0
-        for prompt, group in zip(PROMPTS, engine.generate(PROMPTS, 4, SAMPLING, SEEDS), strict=True):
+        for prompt, group in zip(PROMPTS, engine.generate(GenerationRequest(PROMPTS, 4, SAMPLING, SEEDS)), strict=True):
             scored = completion_logps(model or self.model, prompt, [sample.ids for sample in group])
             for sample, logps in zip(group, scored, strict=True):
                 largest = max(largest, (torch.tensor(sample.logps) - logps.detach()).abs().max().item())
@@ -170,17 +171,17 @@ def test_log_q_is_the_trainers_log_p_to_rounding(vllm: World) -> None:
 
 def test_the_samples_of_a_group_differ(vllm: World) -> None:
     """All but a short one that is likely enough to come twice."""
-    for group in vllm.engine().generate(PROMPTS, 8, SAMPLING, SEEDS):
+    for group in vllm.engine().generate(GenerationRequest(PROMPTS, 8, SAMPLING, SEEDS)):
         assert len({sample.ids for sample in group}) > 5
 
 
 def test_a_prompt_and_its_seed_decide_what_is_drawn(vllm: World) -> None:
     """Whatever else is asked for, in any order, and by whichever replica."""
     engine = vllm.engine()
-    together = ids(engine.generate(PROMPTS, 4, SAMPLING, SEEDS))
-    backwards = engine.generate(PROMPTS[::-1], 4, SAMPLING, SEEDS[::-1])
+    together = ids(engine.generate(GenerationRequest(PROMPTS, 4, SAMPLING, SEEDS)))
+    backwards = engine.generate(GenerationRequest(PROMPTS[::-1], 4, SAMPLING, SEEDS[::-1]))
     assert together == ids(backwards[::-1])
-    assert together[:4] != ids(engine.generate(PROMPTS[:1], 4, SAMPLING, [7]))
+    assert together[:4] != ids(engine.generate(GenerationRequest(PROMPTS[:1], 4, SAMPLING, [7])))
 
 
 def test_questions_are_shared_by_the_replicas(vllm: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,7 +189,7 @@ def test_questions_are_shared_by_the_replicas(vllm: World, monkeypatch: pytest.M
     asked: list[str] = []
     call = Server.call
     monkeypatch.setattr(Server, "call", lambda self, *a, **k: (asked.append(self.url), call(self, *a, **k))[1])
-    engine.generate(PROMPTS, 2, SAMPLING, SEEDS)
+    engine.generate(GenerationRequest(PROMPTS, 2, SAMPLING, SEEDS))
     assert sorted(asked) == [f"http://127.0.0.1:{vllm.port}"] * 2 + [f"http://localhost:{vllm.port}"]
 
 
@@ -213,7 +214,9 @@ def test_without_a_push_log_q_is_not_that_of_the_new_weights_and_with_one_it_is(
 def test_under_the_constraint_every_selection_is_valid_and_log_q_is_the_constrained_log_p(vllm: World) -> None:
     """Selections of 3 of 5, scored by the trainer among what the constraint allows."""
     constraint = SelectionConstraint(tokenizer(), 5, 3)
-    groups = vllm.engine().generate(PROMPTS, 64, SamplingParams(8), SEEDS, [constraint] * len(PROMPTS))
+    groups = vllm.engine().generate(
+        GenerationRequest(PROMPTS, 64, SamplingParams(8), SEEDS, [constraint] * len(PROMPTS))
+    )
     for prompt, group in zip(PROMPTS, groups, strict=True):
         samples = list(dict.fromkeys(sample.ids for sample in group))
         for text in map(tokenizer().decode, samples):
@@ -226,7 +229,7 @@ def test_under_the_constraint_every_selection_is_valid_and_log_q_is_the_constrai
 
 def test_what_is_wrong_with_a_request_is_said_in_the_servers_words(vllm: World) -> None:
     with pytest.raises(InputError, match="context length"):
-        vllm.engine().generate([[5] * 4000], 1, SAMPLING, [1])
+        vllm.engine().generate(GenerationRequest([[5] * 4000], 1, SAMPLING, [1]))
 
 
 def test_a_server_that_comes_back_is_given_the_weights_again(vllm: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 from dro_rl.cli import app
 from dro_rl.config import DROConfig
 from dro_rl.engines import serve, vllm_common, vllm_server, vllm_weights
+from dro_rl.engines.protocol import GenerationRequest
 from dro_rl.engines.vllm_colocate import merged_parameters, origin
 from dro_rl.engines.vllm_common import engine_dtype, random_state_kept, request_options
 from dro_rl.engines.vllm_server import Server, ServerEngine, load_everywhere
@@ -199,7 +200,7 @@ def test_processes_begin_with_different_replicas(tmp_path: Path, monkeypatch: py
         engine = ServerEngine(settings, 1, lambda servers: None)
         replicas = [Answers(completions=completions) for _ in engine.servers]
         engine.servers = [replica.server(monkeypatch) for replica in replicas]
-        engine.generate([[1]], 1, SamplingParams(1), [0])
+        engine.generate(GenerationRequest([[1]], 1, SamplingParams(1), [0]))
         assert [len(replica.asked) for replica in replicas] == [int(place == rank % 3) for place in range(3)]
 
 
@@ -242,7 +243,7 @@ def test_runs_that_share_a_folder_keep_to_their_own_and_leave_no_older_push(
     assert sorted((tmp_path / "weights").glob("*/*")) == sorted([last, first[1]])
     engine = ServerEngine(config(tmp_path, vllm_mode="server"), 1, lambda servers: None)
     for engine._weights in (last, first[1]):
-        engine.remove_weights()
+        engine.close()
     assert not (tmp_path / "weights").exists()
 
 

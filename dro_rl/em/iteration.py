@@ -1,13 +1,10 @@
-"""The rollouts of an iteration: sampled, shared by all processes, and kept where a killed run finds them again."""
+"""An iteration's E-step on all processes: in parts, each shared, and kept where a killed run finds it again."""
 
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +12,12 @@ from accelerate.utils import broadcast_object_list, gather_object
 from tqdm import tqdm
 
 from dro_rl.config import DROConfig
-from dro_rl.em.e_step import EStep
+from dro_rl.em.ahead import Ahead
+from dro_rl.em.e_step import Asked, EStep
 from dro_rl.em.schedule import Schedule
 from dro_rl.em.temperature import guarded_temperature, repeated_share
-from dro_rl.em.timing import PhaseClock
-from dro_rl.engines.protocol import RolloutEngine
-from dro_rl.proposal import Completion, rollout_seed
-from dro_rl.records import Question, Rollout
+from dro_rl.proposal import rollout_seed
+from dro_rl.records import Question, Rollout, Sample
 from dro_rl.rollouts import log as rollout_log
 
 logger = logging.getLogger(__name__)
@@ -31,27 +27,38 @@ QUESTIONS_PER_PART = 128
 
 
 @dataclass(frozen=True, slots=True)
-class _Ahead:
-    """An iteration that is being sampled while the one before it trains: by weights of `step` updates, in parts."""
+class Rollouts:
+    """What an E-step gives, equal on every process.
+
+    Args:
+        iteration: 0-based.
+        samples: by slot: m of each of the iteration's questions. Weighed (`Rollout`) or, where the first pass of the
+            M-step weighs them, not yet.
+        on_policy: whether they were drawn from the policy that weighs them.
+        staleness: updates between the weights that sampled and those that train on them first.
+    """
 
     iteration: int
-    step: int
-    temperature: float
-    parts: Sequence[Future[list[list[Completion]]]]
+    samples: Sequence[Sample]
+    on_policy: bool
+    staleness: int = 0
+
+    @property
+    def weighed(self) -> bool:
+        """Whether weights are known."""
+        return all(isinstance(sample, Rollout) for sample in self.samples)
 
 
-class IterationRollouts:
-    """One iteration's rollouts at a time, equal on every process.
+class Iterations:
+    """Runs the E-step of one iteration after another.
 
     Args:
         schedule: which questions an iteration has.
         questions: the training set.
         e_step: makes rollouts of questions.
-        open_engine: opens the rollout engine.
         run_dir: where the log is.
-        args: the settings.
-        clock: told what takes time.
-        fused: the step's forward passes weigh the rollouts, so they come as they were sampled.
+        config: seed, temperatures, processes.
+        fused: the M-step's forward passes weigh the rollouts, so they come as they were sampled.
     """
 
     def __init__(
@@ -59,153 +66,133 @@ class IterationRollouts:
         schedule: Schedule,
         questions: Sequence[Question],
         e_step: EStep,
-        open_engine: Callable[[], AbstractContextManager[RolloutEngine]],
         run_dir: Path,
-        args: DROConfig,
-        clock: PhaseClock,
+        config: DROConfig,
         *,
         fused: bool,
     ) -> None:
-        self.schedule, self.questions, self.run_dir, self.args = schedule, questions, run_dir, args
-        self.clock, self.fused, self._e_step, self._open_engine = clock, fused, e_step, open_engine
-        self.on_policy = True
-        """Whether rollouts that are not weighed yet were drawn from the policy."""
-        self.staleness = 0
-        """Updates between the weights that sampled the rollouts in use and those that they train first."""
-        self._main = args.process_index == 0
-        self._iteration: int | None = None
-        self._rollouts: list[Rollout] = []
-        self._ahead: _Ahead | None = None
+        self.schedule, self.questions, self.run_dir, self.config = schedule, questions, run_dir, config
+        self.e_step, self.fused = e_step, fused
+        self._main = config.process_index == 0
+        self._ahead: Ahead | None = None
 
-    def of(self, iteration: int, step: int) -> list[Rollout]:
-        """An iteration's rollouts, by slot: from memory, from the log, or sampled now, after `step` updates."""
-        if self._iteration != iteration:
-            indices = self.schedule.questions(iteration)
-            ahead = self._ahead if self._ahead is not None and self._ahead.iteration == iteration else None
-            temperature = self._temperature(iteration) if ahead is None else ahead.temperature
-            self.staleness = 0 if ahead is None else step - ahead.step
-            size = self._part_size(len(indices))
-            quiet = self.args.disable_tqdm or len(indices) <= size or not self._main
-            self._rollouts = []
-            with tqdm(total=len(indices), desc=f"iteration {iteration + 1}: rollouts", unit="q", disable=quiet) as bar:
-                for part, first in enumerate(range(0, len(indices), size)):
-                    sampled = None if ahead is None else ahead.parts[part].result
-                    some = indices[first : first + size]
-                    self._rollouts += self._part(iteration, part, first, some, temperature, sampled)
-                    bar.update(min(size, len(indices) - first))
-            if self._main:  # cut otherwise, by a run with another number of processes
-                count = -(-len(indices) // size)
-                for leftover in rollout_log.part_paths(self.run_dir, iteration + 1)[count:]:
-                    leftover.unlink()
-            self._iteration = iteration
-            if self.args.overlap_rollouts and iteration + 1 < self.args.num_iterations:
-                self._ahead = self._sample_ahead(iteration + 1, step)
-        return self._rollouts
+    def begin(self, iteration: int, step: int, before: Rollouts | None) -> Rollouts:
+        """The E-step of an iteration, after `step` updates: parts that are in the log are read, others are made.
 
-    def _part_size(self, questions: int) -> int:
-        """Questions whose rollouts are shared and written together: all, where the step's passes weigh them."""
-        return questions if self.fused else QUESTIONS_PER_PART * self.args.world_size
+        Args:
+            before: the rollouts of the iteration before, where they are at hand.
+        """
+        ahead = self._ahead if self._ahead is not None and self._ahead.iteration == iteration else None
+        temperature = self._temperature(iteration, before) if ahead is None else ahead.temperature
+        parts = self._parts(iteration, temperature)
+        count = sum(len(part.indices) for part in parts)
+        quiet = self.config.disable_tqdm or len(parts) == 1 or not self._main
+        samples: list[Sample] = []
+        on_policy = self.e_step.engine.samples_policy(replace(self.e_step.method.sampling, temperature=temperature))
+        with tqdm(total=count, desc=f"iteration {iteration + 1}: rollouts", unit="q", disable=quiet) as bar:
+            for number, part in enumerate(parts):
+                samples += self._logged(iteration, number, part) or self._part(iteration, number, part, step, ahead)
+                bar.update(len(part.indices))
+        if self._main:  # cut otherwise, by a run with another number of processes
+            for leftover in rollout_log.part_paths(self.run_dir, iteration + 1)[len(parts) :]:
+                leftover.unlink()
+        rollouts = Rollouts(iteration, samples, on_policy)
+        if ahead is not None:
+            rollouts = replace(rollouts, on_policy=False, staleness=step - ahead.step)
+        if self.config.overlap_rollouts and iteration + 1 < self.config.num_iterations:
+            following = self._parts(iteration + 1, self._temperature(iteration + 1, rollouts))
+            self._ahead = Ahead.start(self.e_step, iteration + 1, step, [self._mine(part) for part in following])
+        return rollouts
 
-    def _sample_ahead(self, iteration: int, step: int) -> _Ahead:
-        """Ask the servers for an iteration's rollouts with the weights of now, while the one before it trains."""
-        indices, temperature = self.schedule.questions(iteration), self._temperature(iteration)
-        size = self._part_size(len(indices))
-        parts, pool = [], ThreadPoolExecutor(1, "rollouts")
-        with self._open_engine() as engine:
-            for first in range(0, len(indices), size):
-                mine = range(self.args.process_index, min(size, len(indices) - first), self.args.world_size)
-                request, _ = self._e_step.request(
-                    [self.questions[indices[first + i]] for i in mine],
-                    [rollout_seed(self.args.seed, iteration, first + i) for i in mine],
-                    temperature,
-                )
-                parts.append(pool.submit(engine.generate, *request))
-        pool.shutdown(wait=False)  # it ends with its last part
-        return _Ahead(iteration, step, temperature, parts)
+    def weighed(self, rollouts: Rollouts, done: Mapping[int, Rollout]) -> Rollouts:
+        """Fresh rollouts as the step's forward passes weighed them: shared, and written.
 
-    def _temperature(self, iteration: int) -> float:
+        Args:
+            done: by slot, the step's rollouts that went through this process.
+        """
+        everything = {slot: rollout for part in gather_object([dict(done)]) for slot, rollout in part.items()}
+        found = [everything[slot] for slot in range(len(rollouts.samples))]
+        self._write(rollouts.iteration, 0, self._parts(rollouts.iteration, 0.0)[0], found)
+        return replace(rollouts, samples=found)
+
+    def close(self) -> None:
+        """Wait for rollouts in flight, which early stopping leaves, and end the engine's part in the run."""
+        if self._ahead is not None:
+            self._ahead.wait()
+            self._ahead = None
+        self.e_step.engine.close()
+
+    def _parts(self, iteration: int, temperature: float) -> list[Asked]:
+        """An iteration in parts that are shared and written together: one, where the step's passes weigh them."""
+        indices, seed = self.schedule.questions(iteration), self.config.seed
+        size = len(indices) if self.fused else QUESTIONS_PER_PART * self.config.world_size
+        return [
+            Asked(
+                indices[first : first + size],
+                [self.questions[index] for index in indices[first : first + size]],
+                [rollout_seed(seed, iteration, i) for i in range(first, min(first + size, len(indices)))],
+                temperature,
+            )
+            for first in range(0, len(indices), size)
+        ]
+
+    def _mine(self, part: Asked) -> Asked:
+        """What falls to this process: one question in `world_size`."""
+        own = slice(self.config.process_index, None, self.config.world_size)
+        return replace(part, indices=part.indices[own], questions=part.questions[own], seeds=part.seeds[own])
+
+    def _logged(self, iteration: int, number: int, part: Asked) -> list[Rollout] | None:
+        """A part that a killed run left whole."""
+        kept: list[Any] = [None]
+        path = rollout_log.part_path(self.run_dir, iteration + 1, number)
+        if self._main and path.is_file():
+            found = rollout_log.to_rollouts(rollout_log.read([path]))
+            if [rollout.question for rollout in found[:: self.config.num_generations]] == list(part.indices):
+                kept[0] = found
+        return broadcast_object_list(kept)[0]
+
+    def _part(self, iteration: int, number: int, part: Asked, step: int, ahead: Ahead | None) -> list[Any]:
+        """One part of an E-step: sampled, weighed unless the M-step's passes do, shared and written."""
+        mine, m, clock = self._mine(part), self.config.num_generations, self.e_step.clock
+        if ahead is None:
+            sampled = self.e_step.sample(mine, step)
+        else:
+            with clock.phase("rollout"):
+                sampled = ahead.samples(self.e_step, number, mine)
+        own = sampled.samples if self.fused else self.e_step.weigh(mine, sampled)
+        with clock.phase("rollout"):  # until the slowest process is there
+            world, rank = self.config.world_size, self.config.process_index
+            groups = gather_object([(n * world + rank, own[n * m : (n + 1) * m]) for n in range(len(mine.indices))])
+        everything = [sample for _, group in sorted(groups, key=lambda item: item[0]) for sample in group]
+        if not self.fused:
+            self._write(iteration, number, part, everything)
+        return everything
+
+    def _write(self, iteration: int, number: int, part: Asked, rollouts: Sequence[Rollout]) -> None:
+        if self._main:
+            step, m = self.schedule.steps_per_iteration * iteration, self.config.num_generations
+            first = number * QUESTIONS_PER_PART * self.config.world_size
+            rollout_log.write(
+                rollout_log.to_table(rollouts, self.questions, iteration + 1, step, first, m),
+                rollout_log.part_path(self.run_dir, iteration + 1, number),
+            )
+
+    def _temperature(self, iteration: int, before: Rollouts | None) -> float:
         """What an iteration is sampled at. The guard goes by the iteration before: from memory, or from the log."""
         found = [0.0]
         if self._main:
-            before: Sequence[Rollout] = ()
-            if self.args.duplicate_threshold is not None:
-                known = self._iteration == iteration - 1
-                logged = rollout_log.part_paths(self.run_dir, iteration)  # 1-based there
-                before = self._rollouts if known else rollout_log.to_rollouts(rollout_log.read(logged))
-            found[0] = guarded_temperature(self.args, iteration, before)
-            if before and found[0] != before[0].temperature:
-                repeated = repeated_share(before, self.args.num_generations)
+            known: Sequence[Sample] = ()
+            if self.config.duplicate_threshold is not None:
+                if before is not None and before.iteration == iteration - 1:
+                    known = before.samples
+                else:
+                    known = rollout_log.to_rollouts(rollout_log.read(rollout_log.part_paths(self.run_dir, iteration)))
+            found[0] = guarded_temperature(self.config, iteration, known)
+            if known and found[0] != known[0].temperature:
+                repeated = repeated_share(known, self.config.num_generations)
                 logger.info(
-                    f"iteration {iteration + 1}: temperature {before[0].temperature:.3g} -> {found[0]:.3g}, after "
+                    f"iteration {iteration + 1}: temperature {known[0].temperature:.3g} -> {found[0]:.3g}, after "
                     f"{repeated:.0%} of the rollouts repeated another "
-                    f"(duplicate_threshold: {self.args.duplicate_threshold})"
+                    f"(duplicate_threshold: {self.config.duplicate_threshold})"
                 )
         return broadcast_object_list(found)[0]
-
-    def _part(
-        self,
-        iteration: int,
-        part: int,
-        first: int,
-        indices: list[int],
-        temperature: float,
-        sampled: Callable[[], list[list[Completion]]] | None,
-    ) -> list[Rollout]:
-        """One part of an E-step: read where a killed run left it whole, else sampled, shared and written.
-
-        Where the E-step is fused with the M-step, rollouts are shared as they were sampled, and written when the
-        step's forward passes have weighed them.
-        """
-        kept: list[Any] = [None]
-        path = rollout_log.part_path(self.run_dir, iteration + 1, part)
-        if self._main and path.is_file():
-            found = rollout_log.to_rollouts(rollout_log.read([path]))
-            if [rollout.question for rollout in found[:: self.args.num_generations]] == indices:
-                kept[0] = found
-        if broadcast_object_list(kept)[0] is not None:
-            return kept[0]
-        rank, world = self.args.process_index, self.args.world_size
-        mine = range(rank, len(indices), world)
-        numbers, m = [indices[i] for i in mine], self.args.num_generations
-        questions = [self.questions[number] for number in numbers]
-        seeds = [rollout_seed(self.args.seed, iteration, first + i) for i in mine]
-        with self.clock.phase("rollout"):
-            given = None if sampled is None else sampled()
-        if self.fused:
-            rollouts, self.on_policy = self._e_step.sample(numbers, questions, seeds, temperature, given)
-        else:
-            rollouts = self._e_step(numbers, questions, seeds, temperature, given)
-        with self.clock.phase("rollout"):  # until the slowest process is there
-            groups = gather_object([(i, rollouts[n * m : (n + 1) * m]) for n, i in enumerate(mine)])
-        everything = [rollout for _, group in sorted(groups, key=lambda item: item[0]) for rollout in group]
-        if not self.fused:
-            self._write_part(iteration, part, first, everything)
-        return everything
-
-    def weighed(self, iteration: int, step: int, done: Mapping[int, Rollout]) -> list[Rollout]:
-        """The iteration's rollouts after a step, by slot; fresh ones as the forward passes weighed them.
-
-        Args:
-            iteration, step: as in `of`.
-            done: by slot, the step's rollouts that went through this process. Those of all are shared and written.
-        """
-        rollouts = self.of(iteration, step)
-        if any(math.isnan(rollout.weight) for rollout in rollouts):
-            everything = {slot: rollout for part in gather_object([dict(done)]) for slot, rollout in part.items()}
-            self._rollouts = rollouts = [everything[slot] for slot in range(len(rollouts))]
-            self._write_part(iteration, 0, 0, rollouts)
-        return rollouts
-
-    def close(self) -> None:
-        """Wait for rollouts in flight, which early stopping leaves: they read the weights' folder."""
-        if self._ahead is not None:
-            wait(self._ahead.parts)
-            self._ahead = None
-
-    def _write_part(self, iteration: int, part: int, first: int, rollouts: Sequence[Rollout]) -> None:
-        if self._main:
-            step, m = self.schedule.steps_per_iteration * iteration, self.args.num_generations
-            rollout_log.write(
-                rollout_log.to_table(rollouts, self.questions, iteration + 1, step, first, m),
-                rollout_log.part_path(self.run_dir, iteration + 1, part),
-            )

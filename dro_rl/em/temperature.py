@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dro_rl.config import DROConfig
-from dro_rl.records import Rollout
+from dro_rl.records import Sample
 from dro_rl.rollouts.diagnostics import duplicate_share
 
 STEP = 1.25
@@ -25,7 +25,7 @@ def scheduled_temperature(config: DROConfig, iteration: int) -> float:
     return (1 - share) * config.temperature + share * config.temperature_end
 
 
-def guarded_temperature(config: DROConfig, iteration: int, before: Sequence[Rollout]) -> float:
+def guarded_temperature(config: DROConfig, iteration: int, before: Sequence[Sample]) -> float:
     """The temperature of an iteration, given the rollouts of the one before (none for the first)."""
     scheduled = scheduled_temperature(config, iteration)
     if config.duplicate_threshold is None or not before:
@@ -39,6 +39,6 @@ def guarded_temperature(config: DROConfig, iteration: int, before: Sequence[Roll
     return min(scheduled * factor, max(scheduled, config.temperature_max))
 
 
-def repeated_share(rollouts: Sequence[Rollout], m: int) -> float:
+def repeated_share(rollouts: Sequence[Sample], m: int) -> float:
     """`duplicate_share` of rollouts in order, m of each question."""
     return duplicate_share([[r.selection for r in rollouts[i : i + m]] for i in range(0, len(rollouts), m)])

@@ -1,1 +1,42 @@
-"""Rollout engines: what turns prompts into sampled completions with log q."""
+"""Rollout engines: what turns prompts into sampled completions with log q. A new one is a class, and a line here."""
+
+from __future__ import annotations
+
+import difflib
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from dro_rl.errors import InputError
+
+if TYPE_CHECKING:
+    from dro_rl.config import DROConfig
+    from dro_rl.engines.protocol import EngineKind, RolloutEngine, TrainedSelector
+
+ENGINES: dict[str, str] = {
+    "transformers": "dro_rl.engines.transformers_engine:TransformersEngine",
+    "vllm": "dro_rl.engines.vllm_start:VLLMEngine",
+}
+"""Values of `rollout_engine`, each with the class that it stands for: `module:name`."""
+
+
+def check(config: DROConfig) -> None:
+    """Refuse an engine that there is not, or that could not run here. Raises `InputError`."""
+    _engine(config.engine).check(config)
+
+
+def start(config: DROConfig, selector: TrainedSelector) -> RolloutEngine:
+    """The engine that a recipe names, for the selector that trains. All processes call together."""
+    return _engine(config.engine).start(config, selector)
+
+
+def _engine(name: str) -> EngineKind:
+    if name not in ENGINES:
+        close = difflib.get_close_matches(name, ENGINES, n=1)
+        raise InputError(
+            "rollout_engine",
+            name,
+            f"this is auto, {' or '.join(ENGINES)}",
+            f"Did you mean {close[0]}?" if close else "Use one of them.",
+        )
+    module, _, attribute = ENGINES[name].partition(":")
+    return getattr(import_module(module), attribute)

@@ -1,236 +1,55 @@
-"""The engine that needs nothing but the model: cached decoding with transformers, on any device.
-
-Each prompt is prefilled once. Where the architecture takes packed rows (`attention.takes_packed_rows`), its m samples
-decode side by side in one row over that one cache, so that memory and attention do not grow by m; elsewhere the cache
-is expanded to m rows. Both draw the same tokens.
-"""
+"""The engine that needs nothing but the model that is being trained."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-import torch
-from torch import Tensor
-from transformers import DynamicCache
-
-from dro_rl.likelihood import Model, among_allowed
-from dro_rl.likelihood.attention import NO_MASK, takes_packed_rows
-from dro_rl.likelihood.packing import Row, lay_out
-from dro_rl.proposal import Completion, SamplingParams, uniforms
-from dro_rl.selection.constraint import SelectionConstraint
+from dro_rl.config import DROConfig
+from dro_rl.engines.decoding import Decoder
+from dro_rl.engines.protocol import GenerationRequest, TrainedSelector
+from dro_rl.proposal import Completion, SamplingParams
 
 
 class TransformersEngine:
-    """Samples with the model that is being trained: q is p at temperature 1, up to rounding.
+    """Samples with the selector itself, on every process.
 
     Args:
-        model: the selector (or the generator, for greedy answers), or what stands for it.
-        ends: the token that ends a completion, or several of which each does.
+        selector: the one that trains.
         batch_size: prompts decoded at once.
         shared_prefix: decode the m samples of a prompt over one cache where that is exact.
     """
 
-    def __init__(
-        self, model: Model, ends: int | Sequence[int], batch_size: int = 8, shared_prefix: bool = True
-    ) -> None:
-        self.model = model
-        self.ends = (ends,) if isinstance(ends, int) else tuple(ends)
-        self.batch_size = batch_size
-        self.shared_prefix = shared_prefix
+    def __init__(self, selector: TrainedSelector, batch_size: int, shared_prefix: bool) -> None:
+        self._selector, self._batch_size, self._shared_prefix = selector, batch_size, shared_prefix
+        self._decoder: Decoder | None = None
+
+    @classmethod
+    def check(cls, config: DROConfig) -> None:
+        """Nothing can be missing."""
+
+    @classmethod
+    def start(cls, config: DROConfig, selector: TrainedSelector) -> TransformersEngine:
+        return cls(selector, config.per_device_eval_batch_size, config.scoring.shared_prefix)
+
+    @contextmanager
+    def at(self, step: int) -> Iterator[TransformersEngine]:
+        """The weights are the model's own, whatever the step."""
+        with self._selector.open() as model:
+            ends = self._selector.prompter.ends.stops
+            self._decoder = Decoder(model, ends, self._batch_size, self._shared_prefix)
+            yield self
+            self._decoder = None
+
+    def generate(self, request: GenerationRequest) -> list[list[Completion]]:
+        assert self._decoder is not None, "within `at`"
+        return self._decoder.generate(request)
 
     def samples_policy(self, sampling: SamplingParams) -> bool:
-        """See `RolloutEngine.samples_policy`: the model is the trainer's own."""
         return sampling.on_policy
 
-    @torch.no_grad()
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        num_generations: int,
-        sampling: SamplingParams,
-        seeds: Sequence[int],
-        constraints: Sequence[SelectionConstraint] | None = None,
-    ) -> list[list[Completion]]:
-        """See `RolloutEngine.generate`. Prompts of similar length share a batch; results keep the given order."""
-        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-        results: list[list[Completion]] = [[] for _ in prompts]
-        for start in range(0, len(order), self.batch_size):
-            chunk = order[start : start + self.batch_size]
-            draws = torch.stack([uniforms(seeds[i], num_generations, sampling.max_completion_length) for i in chunk])
-            admitted = None if constraints is None else [constraints[i] for i in chunk]
-            decoded = self._decode([prompts[i] for i in chunk], sampling, draws, admitted)
-            for i, completions in zip(chunk, decoded, strict=True):
-                results[i] = completions
-        return results
+    def forget(self) -> None:
+        """It keeps no weights."""
 
-    def _decode(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampling: SamplingParams,
-        draws: Tensor,
-        constraints: Sequence[SelectionConstraint] | None,
-    ) -> list[list[Completion]]:
-        """Decode one batch. `draws`: (prompts, m, length) uniform numbers, one for each token."""
-        model, device = self.model, self.model.device
-        batch, m, length = draws.shape
-        width = max(len(prompt) for prompt in prompts)
-        packed = self.shared_prefix and takes_packed_rows(model, width + length)
-        prefill = self._prefill_packed if packed else self._prefill_padded
-        logits, cache, mask = prefill([list(prompt) for prompt in prompts], width)
-        draws = draws.to(device)
-        logits = logits.expand(batch, m, -1)
-        positions = mask.sum(dim=-1, keepdim=True)
-        side_by_side = packed and m > 1
-        if not side_by_side and m > 1:
-            cache.batch_repeat_interleave(m)
-            mask = mask.repeat_interleave(m, dim=0)
-
-        tokens = torch.empty(batch, m, length, dtype=torch.long, device=device)
-        logps = torch.empty(batch, m, length, dtype=torch.float32, device=device)
-        ends = torch.tensor(self.ends, device=device)
-        finished = torch.zeros(batch, m, dtype=torch.bool, device=device)
-        lengths = torch.full((batch, m), length, device=device)
-        for t in range(length):
-            if constraints is None:
-                tokens[:, :, t], logps[:, :, t] = draw(logits, sampling, draws[:, :, t])
-            else:
-                allowed = self._allowed(constraints, tokens[:, :, :t])
-                few, ids = among_allowed(logits.reshape(batch * m, -1), allowed)
-                place, logp = draw(few, sampling, draws[:, :, t].reshape(-1))
-                tokens[:, :, t] = ids.gather(-1, place.unsqueeze(-1)).view(batch, m)
-                logps[:, :, t] = logp.view(batch, m)
-            ended = ~finished & torch.isin(tokens[:, :, t], ends)
-            lengths[ended] = t + 1
-            finished |= ended
-            if t == length - 1 or bool(finished.all()):
-                break
-            if side_by_side:
-                logits = model(
-                    input_ids=tokens[:, :, t],
-                    attention_mask=_side_by_side_mask(mask, m, t + 1),
-                    position_ids=(positions + t).expand(batch, m),
-                    past_key_values=cache,
-                    use_cache=True,
-                ).logits
-            else:
-                mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=-1)
-                logits = model(
-                    input_ids=tokens[:, :, t].reshape(batch * m, 1),
-                    attention_mask=mask,
-                    position_ids=(positions + t).repeat_interleave(m, dim=0),
-                    past_key_values=cache,
-                    use_cache=True,
-                ).logits.view(batch, m, -1)
-        return [
-            [Completion(tuple(tokens[i, j, :n].tolist()), tuple(logps[i, j, :n].tolist())) for j, n in enumerate(row)]
-            for i, row in enumerate(lengths.tolist())
-        ]
-
-    def _allowed(self, constraints: Sequence[SelectionConstraint], written: Tensor) -> list[tuple[int, ...]]:
-        """The next tokens of each sample, in order; a finished one goes on with its end, which is dropped."""
-        return [
-            (constraint.end,) if constraint.end in sample else constraint.allowed(sample)
-            for constraint, group in zip(constraints, written.tolist(), strict=True)
-            for sample in group
-        ]
-
-    def _prefill_padded(self, prompts: list[list[int]], width: int) -> tuple[Tensor, DynamicCache, Tensor]:
-        """The next token's logits (prompts, 1, vocabulary), the cache, and the mask of what is no padding."""
-        device = self.model.device
-        ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
-        mask = _left_padded_mask(prompts, width).to(device)
-        cache = DynamicCache(config=self.model.config.get_text_config())
-        logits = self.model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits
-        return logits, cache, mask
-
-    def _prefill_packed(self, prompts: list[list[int]], width: int) -> tuple[Tensor, DynamicCache, Tensor]:
-        """The same without computing padding: prompts packed in one row, whose cache is then laid out as a batch."""
-        device = self.model.device
-        packed = DynamicCache()  # no window is narrower than the positions, and a window's cache would drop rows
-        layout = lay_out([Row(prompt, ()) for prompt in prompts])
-        lengths = [len(prompt) for prompt in prompts]
-        ends = torch.tensor(lengths).cumsum(0)
-        logits = self.model(
-            input_ids=torch.tensor([layout.ids], device=device),
-            position_ids=torch.tensor([layout.positions], device=device),
-            attention_mask=NO_MASK.to(device),
-            packing=layout.segments,
-            past_key_values=packed,
-            use_cache=True,
-            logits_to_keep=(ends - 1).to(device),
-        ).logits
-        if len(prompts) > 1:
-            layers: list[Any] = packed.layers  # attention layers all: `takes_packed_rows` saw to it
-            for layer in layers:
-                layer.keys = _as_batch(layer.keys, lengths, width)
-                layer.values = _as_batch(layer.values, lengths, width)
-        return logits.transpose(0, 1), packed, _left_padded_mask(prompts, width).to(device)
-
-
-def _left_padded_mask(prompts: list[list[int]], width: int) -> Tensor:
-    return torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-
-
-def _as_batch(states: Tensor, lengths: list[int], width: int) -> Tensor:
-    """(1, heads, all tokens, size) of packed prompts as (prompts, heads, width, size), padded on the left."""
-    batch = states.new_zeros(len(lengths), states.shape[1], width, states.shape[3])
-    for i, piece in enumerate(states[0].split(lengths, dim=1)):
-        batch[i, :, width - lengths[i] :] = piece
-    return batch
-
-
-def draw(logits: Tensor, sampling: SamplingParams, u: Tensor) -> tuple[Tensor, Tensor]:
-    """Draw one token a sample by inverting the distribution function at `u`, and its log q.
-
-    Args:
-        logits: (..., vocabulary).
-        sampling: the proposal.
-        u: (...) uniform numbers on [0, 1); unused when greedy.
-
-    Returns:
-        token ids (...) and their log-probabilities under the distribution they were drawn from (...), float32. A greedy
-        token reports its log-probability under p.
-    """
-    logits = logits.float()
-    if sampling.temperature == 0:
-        logps = logits.log_softmax(dim=-1)
-        best = logps.max(dim=-1)
-        return best.indices, best.values
-    logps = truncate(logits / sampling.temperature, sampling).log_softmax(dim=-1)
-    cumulative = logps.double().exp().cumsum(dim=-1)
-    threshold = (u.double() * cumulative[..., -1]).unsqueeze(-1)
-    token = torch.searchsorted(cumulative, threshold, right=True).clamp(max=logits.shape[-1] - 1)
-    return token.squeeze(-1), logps.gather(-1, token).squeeze(-1)
-
-
-def truncate(logits: Tensor, sampling: SamplingParams) -> Tensor:
-    """Set to −inf what top_k, top_p and min_p exclude, in that order, each on what the one before left."""
-    if sampling.top_k:
-        kth = logits.topk(min(sampling.top_k, logits.shape[-1]), dim=-1).values[..., -1:]
-        logits = logits.masked_fill(logits < kth, float("-inf"))
-    if sampling.top_p < 1:
-        values, order = logits.sort(dim=-1, descending=True)
-        probabilities = values.softmax(dim=-1)
-        before = probabilities.cumsum(dim=-1) - probabilities
-        outside = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before >= sampling.top_p)
-        logits = logits.masked_fill(outside, float("-inf"))
-    if sampling.min_p > 0:
-        probabilities = logits.softmax(dim=-1)
-        floor = sampling.min_p * probabilities.amax(dim=-1, keepdim=True)
-        logits = logits.masked_fill(probabilities < floor, float("-inf"))
-    return logits
-
-
-def _side_by_side_mask(prompt_mask: Tensor, m: int, steps: int) -> Tensor:
-    """(batch, 1, m, width + m·steps) bool: sample j sees the prompt and its own tokens, every m-th after it."""
-    prompt = prompt_mask.bool().unsqueeze(1).expand(-1, m, -1)
-    own = torch.eye(m, dtype=torch.bool, device=prompt_mask.device).repeat(1, steps)
-    return torch.cat([prompt, own.expand(len(prompt), -1, -1)], dim=-1).unsqueeze(1)
+    def close(self) -> None:
+        """It leaves nothing."""

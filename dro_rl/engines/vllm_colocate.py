@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dro_rl.config import DROConfig
+from dro_rl.engines.protocol import GenerationRequest
 from dro_rl.engines.vllm_common import (
     CPU_CACHE_GIB,
     LOGITS_PROCESSOR,
@@ -34,7 +35,6 @@ from dro_rl.errors import InputError, first_line
 from dro_rl.likelihood import without_adapters
 from dro_rl.models.saving import is_adapted
 from dro_rl.proposal import Completion, SamplingParams
-from dro_rl.selection.constraint import SelectionConstraint
 
 
 class ColocatedEngine:
@@ -156,23 +156,21 @@ class ColocatedEngine:
         """The trainer's weights have been replaced: push before the next sample, whatever the step."""
         self._pushed = None
 
+    def close(self) -> None:
+        """Its engine ends with the process."""
+
     def samples_policy(self, sampling: SamplingParams) -> bool:
         """See `RolloutEngine.samples_policy`: another implementation computed log q, so the ratio is always taken."""
         return False
 
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        num_generations: int,
-        sampling: SamplingParams,
-        seeds: Sequence[int],
-        constraints: Sequence[SelectionConstraint] | None = None,
-    ) -> list[list[Completion]]:
+    def generate(self, request: GenerationRequest) -> list[list[Completion]]:
         """See `RolloutEngine.generate`."""
         from vllm import SamplingParams as VLLMSamplingParams
 
-        extra = [None] * len(prompts) if constraints is None else [constrained(each) for each in constraints]
-        first, requests = self._of_the_group(list(zip(prompts, seeds, extra, strict=True)))
+        extra: list[Any] = [None] * len(request.prompts)
+        if request.constraints is not None:
+            extra = [constrained(each) for each in request.constraints]
+        first, requests = self._of_the_group(list(zip(request.prompts, request.seeds, extra, strict=True)))
         if not requests:
             return []
         with random_state_kept():
@@ -180,7 +178,7 @@ class ColocatedEngine:
                 [{"prompt_token_ids": list(prompt)} for prompt, _, _ in requests],
                 [
                     VLLMSamplingParams(
-                        **request_options(sampling, num_generations, seed, self._ends),
+                        **request_options(request.sampling, request.num_generations, seed, self._ends),
                         detokenize=False,
                         extra_args=asked,
                     )
@@ -196,7 +194,7 @@ class ColocatedEngine:
                 )
                 for sample in output.outputs
             ]
-            for output in outputs[first : first + len(prompts)]
+            for output in outputs[first : first + len(request.prompts)]
         ]
 
     def _of_the_group(self, own: list[Any]) -> tuple[int, list[Any]]:

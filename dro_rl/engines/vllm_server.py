@@ -21,10 +21,10 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from dro_rl.config import DROConfig
+from dro_rl.engines.protocol import GenerationRequest
 from dro_rl.engines.vllm_common import LOGITS_PROCESSOR, constrained, request_options
 from dro_rl.errors import InputError, Phrase
 from dro_rl.proposal import Completion, SamplingParams
-from dro_rl.selection.constraint import SelectionConstraint
 
 logger = logging.getLogger(__name__)
 
@@ -250,7 +250,7 @@ class ServerEngine:
         """The trainer's weights have been replaced: push before the next sample, whatever the step."""
         self._pushed = None
 
-    def remove_weights(self) -> None:
+    def close(self) -> None:
         """Remove the folder that the servers read weights from. The next push writes another."""
         if self._weights is not None:
             shutil.rmtree(self._weights, ignore_errors=True)
@@ -263,20 +263,14 @@ class ServerEngine:
         """See `RolloutEngine.samples_policy`: another implementation computed log q, so the ratio is always taken."""
         return False
 
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        num_generations: int,
-        sampling: SamplingParams,
-        seeds: Sequence[int],
-        constraints: Sequence[SelectionConstraint] | None = None,
-    ) -> list[list[Completion]]:
+    def generate(self, request: GenerationRequest) -> list[list[Completion]]:
         """See `RolloutEngine.generate`. A question is a request; questions go to the servers in turn."""
+        prompts, constraints = request.prompts, request.constraints
         if not prompts:
             return []
 
         def ask(i: int) -> list[Completion]:
-            options = request_options(sampling, num_generations, seeds[i], self._ends)
+            options = request_options(request.sampling, request.num_generations, request.seeds[i], self._ends)
             if constraints is not None:
                 options["vllm_xargs"] = constrained(constraints[i])
             # Each process begins with another server: one may have a single question.

@@ -16,9 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
-from dro_rl.config import DROConfig
-from dro_rl.engines.vllm_common import check_installed
-from dro_rl.engines.vllm_server import check_servers
+from dro_rl import engines
 from dro_rl.errors import InputError, Phrase, first_line
 from dro_rl.evaluation.results import METRICS
 from dro_rl.job.warmup import selection_order
@@ -53,7 +51,7 @@ def check(recipe: Recipe, train: Sequence[Question], dev: Sequence[Question]) ->
         )
     check_warm_up(recipe, train)
     check_trackers(training.report_to)
-    check_rollout_engine(training)
+    engines.check(training)
     models: dict[Role, PreTrainedModel] = {}
     for role in ROLES:
         place = f"{role}_model_name_or_path"
@@ -132,16 +130,6 @@ def check_warm_up(recipe: Recipe, train: Sequence[Question]) -> None:
     place = _nearest(Path(run.warmup_cache_dir).expanduser())
     if run.warmup != "none" and not (place.is_dir() and os.access(place, os.W_OK)):
         raise InputError("warmup_cache_dir", run.warmup_cache_dir, "warmed-up models are kept there", "Use another.")
-
-
-def check_rollout_engine(training: DROConfig) -> None:
-    """Refuse vLLM where it is not installed, and servers that are away or not started as rollouts need."""
-    if training.engine != "vllm":
-        return
-    if training.vllm_mode == "colocate":
-        check_installed("rollout_engine", training.rollout_engine)
-    elif PartialState().is_main_process:
-        check_servers(training)
 
 
 def check_trackers(report_to: str | list[str] | None) -> None:

@@ -124,9 +124,9 @@ class TrainingKeys:
     )
     max_log_ratio: float = option(2.0, "Truncation from above of log p/q in the weights, in nats.", at_least(0))
 
-    rollout_engine: Literal["auto", "transformers", "vllm"] = option(
+    rollout_engine: str = option(
         "auto",
-        "What samples rollouts: auto is vllm with a server, or where it is installed beside CUDA.",
+        "What samples: transformers, vllm, or auto: vllm with a server, or where it is installed beside CUDA.",
         group="Rollout engine",
     )
     vllm_mode: Literal["colocate", "server"] = option(

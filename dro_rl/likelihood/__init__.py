@@ -52,12 +52,14 @@ class Scoring:
         answer_aliases: how several accepted answers make one likelihood: `first`, `max` or `logsumexp`.
         shared_prefix: compute each prompt once for all its completions, where that is exact.
         prefix_tree: compute what generator prompts begin with alike once.
+        tokens: that go through a model at once, at most; a longer row goes alone.
     """
 
     answer_likelihood: str = "sum"
     answer_aliases: str = "first"
     shared_prefix: bool = True
     prefix_tree: bool = True
+    tokens: int = TOKENS_PER_PASS
 
 
 def completion_logps(

@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,35 +15,32 @@ from transformers import PreTrainedModel
 
 from dro_rl.likelihood import Scoring, answer_logp, row_logps
 from dro_rl.likelihood.packing import Row
-from dro_rl.objective import generator_loss, selector_loss
-from dro_rl.roles import ROLES, Role
+from dro_rl.objective import weighted_nll
+from dro_rl.roles import POLICIES, ROLES, Role
 
 
-@dataclass(frozen=True, slots=True)
-class WeightedRows:
-    """What one role scores in a micro-batch.
+class Batch(Protocol):
+    """What is scored together: rows of each role that moves, and what their log-probabilities are multiplied by.
 
-    Args:
-        rows: prompts with their completions. The selector's completions are a question's distinct samples; the
-            generator's are the accepted answers, which make one log-likelihood together.
-        coefficients: what multiplies each log-probability in the loss: one a completion for the selector, in row order,
-            one a row for the generator. Duplicates of a sample are one completion with their coefficients summed.
+    The selector's completions are a question's distinct samples, each with a log-probability of its own; the
+    completions of a generator's row are the accepted answers, which make one log-likelihood together.
     """
 
-    rows: Sequence[Row]
-    coefficients: Sequence[float]
+    rows: dict[Role, list[Row]]
+
+    def coefficients(self, logps: Mapping[Role, Tensor]) -> Mapping[Role, Sequence[float]]:
+        """By role, in the order of `logps`: the log-probabilities of this very pass, detached, nats."""
+        ...
 
 
-Weigh = Callable[[Tensor, Tensor], tuple[Sequence[float], Sequence[float]]]
 Switch = Callable[[str], Any]
 
 
 class SelectorGeneratorOutput(NamedTuple):
-    """Losses (scalars, with gradient; None for a role that was not asked), log-probabilities (detached, nats)."""
+    """Of each role that was asked: its loss (a scalar, with gradient) and its log-probabilities (detached, nats)."""
 
-    selector_loss: Tensor | None
-    generator_loss: Tensor | None
-    selection_logps: Tensor | None
+    losses: dict[Role, Tensor]
+    logps: dict[Role, Tensor]
 
 
 class SelectorGenerator(nn.Module):
@@ -65,10 +62,8 @@ class SelectorGenerator(nn.Module):
 
     def forward(
         self,
-        selector: WeightedRows | None = None,
-        generator: WeightedRows | None = None,
+        batch: Batch | None = None,
         scoring: Scoring | None = None,
-        weigh: Weigh | None = None,
         switch: Switch = lambda role: None,
         call: tuple[Role, Callable[[Any], Any]] | None = None,
     ) -> Any:
@@ -78,44 +73,27 @@ class SelectorGenerator(nn.Module):
         that was wrapped.
 
         Args:
-            selector, generator: the rows of each role.
+            batch: the rows of each role, and what makes their losses.
             scoring: how they are scored.
-            weigh: gives the coefficients of both roles from the detached log-probabilities of both, in place of those
-                that the rows have: on fresh rollouts this one pass gives likelihoods, weights and losses.
             switch: told the role whose computation begins, in the backward pass too.
             call: a role and a function of it.
         """
         if call is not None:
             role, function = call
             return function(getattr(self, role))
+        assert batch is not None
         scoring = scoring or Scoring()
-        selection = answers = None
-        if selector is not None:
-            switch("selector")
-            scored = row_logps(self.selector, selector.rows, shared_prefix=scoring.shared_prefix)
-            selection = torch.stack([logps.sum() for row in scored for logps in row])
+        logps: dict[Role, Tensor] = {}
+        for role, rows in batch.rows.items():
+            switch(role)
+            tree = scoring.prefix_tree and role not in POLICIES
+            scored = row_logps(getattr(self, role), rows, shared_prefix=scoring.shared_prefix, prefix_tree=tree)
+            logps[role] = torch.stack(_totals(role, scored, scoring))
             # Backward begins with the model that came last, and comes to this tensor when it is through with it.
-            _on_backward(selection, lambda: switch("selector"))
-        if generator is not None:
-            switch("generator")
-            scored = row_logps(
-                self.generator, generator.rows, shared_prefix=scoring.shared_prefix, prefix_tree=scoring.prefix_tree
-            )
-            answers = torch.stack(
-                [answer_logp(row, scoring.answer_likelihood, scoring.answer_aliases) for row in scored]
-            )
-            _on_backward(answers, lambda: switch("generator"))
-        coefficients: dict[str, Sequence[float]] = {
-            "selector": selector.coefficients if selector else (),
-            "generator": generator.coefficients if generator else (),
-        }
-        if weigh is not None and selection is not None and answers is not None:
-            coefficients["selector"], coefficients["generator"] = weigh(selection.detach(), answers.detach())
-        return SelectorGeneratorOutput(
-            None if selection is None else selector_loss(selection, _like(selection, coefficients["selector"])),
-            None if answers is None else generator_loss(answers, _like(answers, coefficients["generator"])),
-            None if selection is None else selection.detach(),
-        )
+            _on_backward(logps[role], partial(switch, role))
+        coefficients = batch.coefficients({role: values.detach() for role, values in logps.items()})
+        losses = {role: weighted_nll(values, _like(values, coefficients[role])) for role, values in logps.items()}
+        return SelectorGeneratorOutput(losses, {role: values.detach() for role, values in logps.items()})
 
     def gradient_checkpointing_enable(self, **options: Any) -> None:
         """Trade compute for activation memory in every role that trains. `options` are the models' own."""
@@ -141,6 +119,13 @@ def _on_backward(tensor: Tensor, action: Callable[[], Any]) -> None:
 
     if tensor.requires_grad:
         tensor.register_hook(hook)
+
+
+def _totals(role: Role, scored: Sequence[Sequence[Tensor]], scoring: Scoring) -> list[Tensor]:
+    """One log-probability a completion of a policy; one a row of what scores answers."""
+    if role in POLICIES:
+        return [logps.sum() for row in scored for logps in row]
+    return [answer_logp(row, scoring.answer_likelihood, scoring.answer_aliases) for row in scored]
 
 
 def _like(logps: Tensor, coefficients: Sequence[float]) -> Tensor:

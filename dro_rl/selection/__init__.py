@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from dro_rl.records import Selection
 from dro_rl.selection.thinking import without_thinking
@@ -12,6 +13,14 @@ SEPARATOR = " > "
 # Brackets are required: digits in prose ("the top 5 of 2018") are not document numbers.
 _NUMBER = re.compile(r"\[\s*([0-9]+)\s*\]")
 _WELL_FORMED = re.compile(r"\[\s*[0-9]+\s*\](\s*>\s*\[\s*[0-9]+\s*\])*")
+
+
+@dataclass(frozen=True, slots=True)
+class SelectionSpec:
+    """What the selector is asked for: K documents, as distinct valid numbers by construction where constrained."""
+
+    num_selected: int
+    constrained: bool = False
 
 
 def format_selection(numbers: Sequence[int]) -> str:
