@@ -36,12 +36,12 @@ setup-vllm: .venv/.vllm
 	touch $@
 
 quickstart: setup
-	$(BIN)/accelerate launch --config_file recipes/accelerate/cpu.yaml dro_rl/train.py recipes/quickstart.yaml --resume_from_checkpoint auto
+	$(BIN)/dro-rl train quickstart --resume_from_checkpoint auto --launch "--config_file cpu"
 
 smoke: setup
 	$(BIN)/python -m dro_rl.toy.tiny_model --output runs/tiny/$(DATASET) \
 		--questions $(firstword $(wildcard $(DATA)/train/$(DATASET).jsonl* $(DATA)/$(DATASET)/train.jsonl*) $(DATA)/train/$(DATASET).jsonl)
-	$(BIN)/accelerate launch --config_file recipes/accelerate/cpu.yaml dro_rl/train.py recipes/$(DATASET)_smoke.yaml --dataset_name $(DATA)
+	$(BIN)/dro-rl train $(DATASET)_smoke --dataset_name $(DATA) --launch "--config_file cpu"
 
 test: setup
 	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile

@@ -24,6 +24,7 @@ from dro_rl.keys import Key, keys_of
 from dro_rl.keys.inherited import REFUSED, WITHOUT_EFFECT
 from dro_rl.keys.run import RunConfig
 from dro_rl.keys.training import TrainingKeys
+from dro_rl.shipped import find
 
 if TYPE_CHECKING:
     from dro_rl.config import DROConfig
@@ -56,6 +57,10 @@ class Recipe:
 def load_recipe(path: str | Path | None, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """Read a recipe file, put `overrides` over it, and check everything that can be checked without data or models.
 
+    Args:
+        path: the file, or the name of a shipped one; None where `overrides` are all there is.
+        overrides: what the command line says.
+
     Raises:
         InputError: naming the key, its value, the rule and the fix.
     """
@@ -75,7 +80,7 @@ def load_recipe(path: str | Path | None, overrides: Mapping[str, Any] | None = N
 
 def read_keys(path: str | Path | None, overrides: Mapping[str, Any] | None = None) -> tuple[RunConfig, TrainingKeys]:
     """The part of `load_recipe` that needs no torch: names, types and rules of keys."""
-    given = {**(read_yaml(Path(path)) if path is not None else {}), **(overrides or {})}
+    given = {**(read_yaml(find(path)) if path is not None else {}), **(overrides or {})}
     for key in given:
         _check_name(key, given[key])
     run = RunConfig(**{key: value for key, value in given.items() if key in RUN_KEYS})
@@ -96,7 +101,7 @@ def _check_name(key: str, value: object) -> None:
         raise InputError(key, value, *REFUSED[key])
     if key not in KEYS:
         close = difflib.get_close_matches(key, KEYS, n=1)
-        hint = f"Did you mean {close[0]}?" if close else "docs/keys.md and `dro_rl/train.py --help` list the keys."
+        hint = f"Did you mean {close[0]}?" if close else "`dro-rl recipe keys` lists them."
         raise InputError(key, value, "there is no such key", hint)
 
 
@@ -168,6 +173,12 @@ def keys_page() -> str:
     lines += ["", "## Keys of transformers and TRL that are refused", "", "| key | why | instead |", "|---|---|---|"]
     lines += [f"| `{name}` | {rule} | {fix} |" for name, (rule, fix) in REFUSED.items()]
     return "\n".join(lines) + "\n"
+
+
+def described(key: Key) -> str:
+    """A key on two lines of plain text."""
+    default = "required" if key.default == "" else as_yaml(key.default)
+    return f"{key.name}  ({key.allowed}; {default})\n    {key.help}"
 
 
 def as_yaml(value: Any) -> str:

@@ -1,8 +1,8 @@
 """The job: a recipe in, a trained selector and generator out.
 
-accelerate launch dro_rl/train.py recipes/musique.yaml [--key value …]
-accelerate launch --config_file recipes/accelerate/ddp.yaml dro_rl/train.py --config recipes/musique.yaml
-python dro_rl/train.py recipes/quickstart.yaml --seed 1 --output_dir runs/seed-1
+dro-rl train quickstart --seed 1 --output_dir runs/seed-1
+dro-rl train recipes/musique.yaml [--key value …] --launch "--config_file ddp --num_processes 8"
+accelerate launch --config_file recipes/accelerate/ddp.yaml dro_rl/train.py recipes/musique.yaml [--key value …]
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from collections.abc import Sequence
 
 import torch
 import transformers
-from accelerate import PartialState
 from rich.console import Console
 from transformers import set_seed
 
@@ -27,6 +26,7 @@ from dro_rl.job import preflight
 from dro_rl.job.assembly import build_prompters, evaluate_base, load_models, load_reference, warm_up_models
 from dro_rl.job.console import print_help, print_phases, print_stages
 from dro_rl.job.output import claim_output_dir
+from dro_rl.job.stopping import LAUNCHED, Stopped, say_stopped, stop_on_signals
 from dro_rl.recipe import load_recipe, parse_command_line
 from dro_rl.trainer import DROTrainer
 
@@ -88,12 +88,21 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def run_job(arguments: Sequence[str]) -> int:
-    """`main` with errors in a user's input as one line on standard error and exit status 2."""
+    """`main` with errors in a user's input, and a signal's end, as one line on standard error and the exit status."""
     if "--help" in arguments or "-h" in arguments or not arguments:
         print_help(__doc__ or "")
         return 0
     logging.basicConfig(format="%(message)s")
     logging.getLogger("dro_rl").setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+    try:
+        return _refusing(arguments)
+    except Stopped as stopped:
+        if os.environ.get("RANK", "0") == "0" and LAUNCHED not in os.environ:
+            say_stopped(stopped.number)
+        return stopped.status
+
+
+def _refusing(arguments: Sequence[str]) -> int:
     try:
         main(arguments)
     except InputError as error:
@@ -113,19 +122,21 @@ def run_job(arguments: Sequence[str]) -> int:
 
 
 def _refuse(error: InputError) -> int:
-    state = PartialState()
-    if not state.is_local_main_process:
+    rank = os.environ.get("RANK", "0")
+    beside = os.environ.get("LOCAL_RANK", "0") != "0"
+    if beside:
         # Most errors befall all processes, and the launcher ends this one when the main one has said it. What befell
         # this one alone must be said here.
         time.sleep(SECONDS_TO_BE_ENDED)
-    where = "" if state.is_local_main_process else f"[process {state.process_index}] "
+    where = f"[process {rank}] " if beside else ""
     Console(stderr=True, soft_wrap=True, highlight=False).print(f"{where}error: {error}", markup=False)
     return 2
 
 
 if __name__ == "__main__":
+    stop_on_signals()
     status = run_job(sys.argv[1:])
-    if torch.distributed.is_initialized():
+    if torch.distributed.is_initialized() and status < 128:  # whoever was stopped does not wait for the others
         torch.distributed.destroy_process_group()
     if os.environ.get("RANK", "0") != "0":
         # Seen rarely: threads that libraries leave running abort a process that exits after all is done. Only the main

@@ -89,7 +89,7 @@ SETTINGS: dict[str, tuple[list[str], tuple[str, ...]]] = {
         ["--num_generation", "4"],
         ("error: num_generation", "4", "no such key", "Did you mean num_generations?"),
     ),
-    "a key like no other": (["--no-such-key"], ("error: no_such_key", "True", "there is no such key", "--help")),
+    "a key like no other": (["--no-such-key"], ("error: no_such_key", "True", "there is no such key", "recipe keys")),
     "a wrong type": (
         ["--num_generations", "many"],
         ("error: num_generations", "'many'", "a whole number", "Correct"),

@@ -116,7 +116,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one() -> None:
 
 
 def test_a_key_like_no_other_is_refused_too() -> None:
-    assert "--help" in str(refusal(zzzz=1))
+    assert "`dro-rl recipe keys` lists them" in str(refusal(zzzz=1))
 
 
 @pytest.mark.parametrize("key", WITHOUT_EFFECT)

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from dro_rl import __version__
-from dro_rl.cli import ask, data, evaluate, recipe, retrieval, rollouts, serve
+from dro_rl.cli import ask, data, evaluate, recipe, retrieval, rollouts, serve, train
 from dro_rl.cli.errors import InputErrorGroup
 
 app = typer.Typer(
@@ -18,6 +18,11 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+app.command(
+    "train",
+    options_metavar="[--launch OPTIONS]",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)(train.train)
 app.add_typer(rollouts.app, name="rollouts")
 app.add_typer(recipe.app, name="recipe")
 app.add_typer(data.app, name="data")
@@ -42,17 +47,19 @@ def main(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
     ] = False,
 ) -> None:
-    """Prepare data, retrieve candidates, check recipes, look into runs, evaluate, compare and ask trained pairs.
+    """Train, prepare data, retrieve candidates, check recipes, look into runs, evaluate, compare and ask trained pairs.
 
-    RUN is the output_dir of a training. Every command takes --json.
+    RUN is the output_dir of a training. Commands that print figures take --json.
 
     \b
     Examples:
+      dro-rl train quickstart
       dro-rl data prepare hotpotqa --input hotpot_dev_distractor_v1.json --output dev.jsonl.gz
       dro-rl index bm25 corpus.jsonl.gz indexes/mine
       dro-rl retrieve indexes/mine questions.jsonl --k 20 --output data/train.jsonl.gz
       dro-rl retrieval report data/train.jsonl.gz --plot recall.png
-      dro-rl recipe validate recipes/*.yaml
+      dro-rl recipe cp musique mine.yaml
+      dro-rl recipe validate mine.yaml
       dro-rl serve-rollouts recipes/musique.yaml
       dro-rl rollouts ls out/musique
       dro-rl rollouts stats out/musique
@@ -61,6 +68,4 @@ def main(
       dro-rl evaluate out/musique --data data/musique/test.jsonl
       dro-rl compare out/sft out/musique
       dro-rl ask out/musique "Who wrote it?" --documents documents.jsonl
-
-    Training itself is: accelerate launch dro_rl/train.py RECIPE
     """

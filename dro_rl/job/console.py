@@ -12,7 +12,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
 from dro_rl.em.timing import Phase, rates
-from dro_rl.recipe import KEYS, as_yaml
+from dro_rl.recipe import KEYS, described
 
 COLUMNS = (("evidence_bound", "bound", ".2f"), ("ess", "ess", ".1f"), ("answer_logp", "answer", ".2f"),
            ("recall@3", "recall@3", ".2f"), ("rollouts/valid", "valid", ".2f"))  # fmt: skip
@@ -111,5 +111,4 @@ def print_help(summary: str) -> None:
     console = Console(soft_wrap=False)
     console.print(summary.strip(), markup=False, highlight=False)
     for key in KEYS.values():
-        default = "required" if key.default == "" else as_yaml(key.default)
-        console.print(f"\n{key.name}  ({key.allowed}; {default})\n    {key.help}", markup=False, highlight=False)
+        console.print(f"\n{described(key)}", markup=False, highlight=False)
