@@ -1,10 +1,12 @@
 import math
+import unicodedata
 from collections import Counter
 
 import numpy as np
 import pytest
 
 from dro_rl.errors import InputError
+from dro_rl.records import Document
 from dro_rl.retrieval import bm25, passages
 from dro_rl.retrieval.bm25 import BM25, Analyzer
 from dro_rl.retrieval.passages import PassageStore, write_passages
@@ -117,3 +119,66 @@ def test_an_index_that_is_not_whole_is_refused(store, tmp_path):
     (tmp_path / "bm25" / "data.csc.index.npy").write_bytes(b"torn")
     with pytest.raises(InputError, match="an index is whole"):
         BM25().open(tmp_path / "bm25")
+
+
+@pytest.mark.parametrize(
+    ("language", "one", "other"),
+    [
+        ("turkish", "İzmir nerede", "izmir NEREDE"),
+        ("turkish", "ISPARTA gülü", "ısparta GÜLÜ"),
+        ("turkish", "I\u0307zmir", "İZMİR"),
+        ("english", "İzmir", "izmir"),
+        ("none", "İSTANBUL", "istanbul"),
+        ("german", "STRASSE", "Straße"),
+        ("none", "groß", "GROSS"),
+        ("none", "ﬁne ﬂour", "fine flour"),
+        ("none", "Ａｌｐｈａ １２", "alpha 12"),
+        ("none", "Zu\u0308rich", "Zürich"),
+        ("french", "E\u0301COLE", "école"),
+        ("none", "co\u00adoperation", "cooperation"),
+        ("none", "ΟΔΟΣ", "οδος"),
+        ("none", "ｶﾞﾗｽ", "ガラス"),
+    ],
+)
+def test_what_is_the_same_word_matches(language, one, other):
+    analyze = Analyzer(language)
+    assert analyze(one) == analyze(other)
+    assert analyze(one)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("हिन्दी में क्या है", ["हिन्दी", "में", "क्या", "है"]),
+        ("مُحَمَّدٌ رَسُول", ["مُحَمَّدٌ", "رَسُول"]),
+        ("שָׁלוֹם עוֹלָם", ["שָׁלוֹם", "עוֹלָם"]),
+        ("தமிழ் மொழி", ["தமிழ்", "மொழி"]),
+        ("中国的首都", ["中国", "国的", "的首", "首都"]),
+        ("水", ["水"]),
+        ("2024年、iPhone手机。", ["2024", "年", "iphone", "手机"]),
+        ("東京タワーはどこ", ["東京", "京タ", "タワ", "ワー", "ーは", "はど", "どこ"]),
+        ("서울은 어디", ["서울", "울은", "어디"]),
+        ("กรุงเทพ", ["กรุ", "รุง", "งเ", "เท", "ทพ"]),
+        ("foo_bar x² naïve", ["foo_bar", "x2", "naïve"]),
+    ],
+)
+def test_words_of_any_script(text, words):
+    """Marks stay within words; of scripts without spaces, pairs of characters are matched."""
+    assert [unicodedata.normalize("NFKC", word) for word in words] == Analyzer("none")(text)
+
+
+@pytest.mark.parametrize(
+    ("passages", "question", "best"),
+    [
+        (["北京是中国的首都。", "上海是一座大城市。"], "中国的首都是哪里？", 0),
+        (["富士山は日本一高い山です。", "琵琶湖は日本一大きい湖です。"], "一番大きい湖は？", 1),
+        (["กรุงเทพเป็นเมืองหลวงของไทย", "เชียงใหม่อยู่ทางเหนือ"], "เชียงใหม่อยู่ที่ไหน", 1),
+        (["দিল্লি ভারতের রাজধানী", "ঢাকা বাংলাদেশের রাজধানী"], "বাংলাদেশের রাজধানী কী", 1),
+    ],
+)
+@pytest.mark.parametrize("language", ["english", "none"])
+def test_questions_find_passages_in_their_language(tmp_path, passages, question, best, language):
+    """Defect: a sentence without spaces was one word, which no question had."""
+    write_passages(tmp_path / "p", [Document(str(n), "", text) for n, text in enumerate(passages)])
+    index = build(PassageStore(tmp_path / "p"), tmp_path / "bm25", language=language)
+    assert index.search([question], 2)[0][0].row == best

@@ -233,3 +233,15 @@ def test_an_odd_index_manifest_is_refused(corpus, tmp_path, change):
     path.write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
     with pytest.raises(InputError, match="Build the index again"):
         Index(tmp_path / "index")
+
+
+def test_an_index_of_older_rules_is_refused_for_what_it_is(corpus, tmp_path):
+    """Its words were split in another way: what is searched would not be what was indexed."""
+    build_index(BM25(), str(corpus), tmp_path / "index")
+    path = tmp_path / "index" / "index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 1}))
+    for again in (lambda: Index(tmp_path / "index"), lambda: build_index(BM25(), str(corpus), tmp_path / "index")):
+        with pytest.raises(
+            InputError, match=r"index\.json: format: 1: .*bm25 indexes of format 2; .*other rules\. Build"
+        ):
+            again()

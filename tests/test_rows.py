@@ -18,8 +18,9 @@ import pytest
 from dro_rl.errors import InputError, shorten
 from dro_rl.records import Document, Question, read_questions
 from dro_rl.rows import Skips, rows
+from dro_rl.rows.small import read_object
 from dro_rl.rows.spelled import spelled
-from dro_rl.rows.strict_json import DEEPEST, read_object
+from dro_rl.rows.strict_json import DEEPEST
 
 ROW = {"id": "q", "question": "Who?", "answers": ["Ann"], "documents": [{"id": "d", "title": "", "text": "Ann did."}]}
 QUESTION = Question("q", "Who?", ("Ann",), (Document("d", "", "Ann did."),))

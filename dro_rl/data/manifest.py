@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from dro_rl import __version__
 from dro_rl.errors import InputError, Phrase
 from dro_rl.files import written_whole
 from dro_rl.records import Question
+from dro_rl.rows.small import read_object, record
 
 FORMAT = 1
 SPLITS = {"train": "train", "dev": "dev", "valid": "dev", "validation": "dev", "test": "test"}
@@ -77,13 +78,12 @@ def read_manifest(questions: Path) -> Manifest | None:
     path = manifest_path(questions)
     if not path.is_file():
         return None
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    values = read_object(path, "a manifest", "Write the file again.")
+    if values.get("format", FORMAT) != FORMAT:
         raise InputError(
-            str(path), Phrase(f"not JSON ({error})"), "a manifest is one JSON object", "Write the file again."
-        ) from None
-    manifest = _manifest(values, path)
+            f"{path}: format", values["format"], f"this version reads format {FORMAT}", "Write the file again."
+        )
+    manifest = record(Manifest, values, str(path), "a manifest", "Write it again.")
     if file_sha256(questions) != manifest.sha256:
         raise InputError(
             str(questions),
@@ -105,23 +105,6 @@ def split_of_path(path: str | Path) -> str | None:
     if not found:
         return SPLITS.get(path.parent.name.lower())
     return found.pop() if len(found) == 1 else None
-
-
-def _manifest(values: Any, path: Path) -> Manifest:
-    known = {each.name for each in fields(Manifest)}
-    required = {"dataset", "split", "num_questions", "questions_hash", "sha256", "format"}
-    if not isinstance(values, Mapping) or not required <= set(values) or not set(values) <= known:
-        raise InputError(
-            str(path),
-            Phrase("other fields"),
-            f"a manifest has the fields {', '.join(sorted(known))}",
-            "Write it again.",
-        )
-    if values["format"] != FORMAT:
-        raise InputError(
-            f"{path}: format", values["format"], f"this version reads format {FORMAT}", "Write the file again."
-        )
-    return Manifest(**values)
 
 
 def questions_hash(questions: Iterable[Question]) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import array
 import importlib.metadata
-import re
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -29,6 +28,7 @@ from dro_rl.files import written_whole
 from dro_rl.records import Document
 from dro_rl.retrieval.passages import PassageStore
 from dro_rl.retrieval.protocol import Hit
+from dro_rl.retrieval.words import Analyzer
 
 LANGUAGES = (
     "english", "danish", "dutch", "french", "german", "italian", "norwegian", "portuguese", "russian", "spanish",
@@ -36,49 +36,11 @@ LANGUAGES = (
 )  # fmt: skip
 """Languages with a Snowball stemmer and a list of stop words."""
 
-WORD = re.compile(r"\w+")
 COMPILED = 200_000
 """Passages from which numba is worth the seconds that it takes to compile."""
 
 BLOCK = 256
 """Scores of which one maximum is taken, on the way to the best of all."""
-
-CACHE = 1_000_000
-"""Words whose stems are remembered at once."""
-
-
-class Analyzer:
-    """From text to the words that are matched: lower case, letters and digits, without stop words, stemmed.
-
-    Args:
-        language: one of `LANGUAGES`; or `none`, which keeps every word as it is.
-    """
-
-    def __init__(self, language: str) -> None:
-        self._stems: dict[str, str] = {}
-        self._stopwords: frozenset[str] = frozenset()
-        self._stem: Any = str
-        if language != "none":
-            import Stemmer
-            from bm25s import stopwords
-
-            name = "EN" if language == "english" else language.upper()
-            self._stopwords = frozenset(getattr(stopwords, f"STOPWORDS_{name}"))
-            self._stem = Stemmer.Stemmer(language, 0).stemWord
-
-    def __call__(self, text: str) -> list[str]:
-        """The words in order, each as often as it stands there."""
-        stems = self._stems
-        if len(stems) > CACHE:
-            stems.clear()
-        words = []
-        for word in WORD.findall(text.lower()):
-            stem = stems.get(word)
-            if stem is None:
-                stem = stems[word] = "" if word in self._stopwords else self._stem(word)
-            if stem:
-                words.append(stem)
-        return words
 
 
 def passage_text(document: Document) -> str:
@@ -100,6 +62,7 @@ class BM25:
     b: float = 0.4
     language: str = "english"
     name: str = field(default="bm25", init=False)
+    format: ClassVar[int] = 2
 
     def settings(self) -> dict[str, Any]:
         """What its scores depend on."""

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from tqdm.auto import tqdm
 
@@ -59,6 +59,7 @@ class ColBERT:
     query_maxlen: int = 32
     batch_size: int = 64
     name: str = field(default="colbert", init=False)
+    format: ClassVar[int] = 1
 
     def settings(self) -> dict[str, Any]:
         """What its scores depend on. A build can go on with another batch size."""

@@ -5,7 +5,6 @@ A folder without `index.json` is not an index yet. `build_index` on it goes on w
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple, TypedDict, cast
 
 from tqdm.auto import tqdm
 
@@ -28,9 +27,18 @@ from dro_rl.retrieval.colbert import ColBERT
 from dro_rl.retrieval.passages import PassageStore, write_lookup, write_passages
 from dro_rl.retrieval.protocol import Retriever
 from dro_rl.rows import Skips, refuse
+from dro_rl.rows.small import read_object, record
 
-FORMAT = 1
 RETRIEVERS: dict[str, type[BM25] | type[ColBERT]] = {"bm25": BM25, "colbert": ColBERT}
+
+
+class FileFact(TypedDict):
+    """A file of the corpus as it was."""
+
+    path: str
+    bytes: int
+    changed: int
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -46,8 +54,8 @@ class IndexManifest:
         passages: how many there are.
         files: the corpus's files as they were: path, bytes, time of change, sha256. Empty for a hub dataset.
         skipped: rows left out, by reason.
+        format: version of these fields, and of the retriever's rules.
         dro_rl: the version that wrote it.
-        format: version of these fields.
     """
 
     retriever: str
@@ -56,10 +64,10 @@ class IndexManifest:
     corpus: str
     corpus_hash: str
     passages: int
-    files: list[dict[str, Any]]
+    files: list[FileFact]
     skipped: dict[str, int]
+    format: int
     dro_rl: str = __version__
-    format: int = FORMAT
 
 
 class Candidate(NamedTuple):
@@ -95,7 +103,13 @@ class Index:
                 "Build the index again.",
             )
         check_corpus(self.manifest, self.folder)
-        self.retriever: Retriever = RETRIEVERS[self.manifest.retriever](**self.manifest.settings)
+        self.retriever: Retriever = record(
+            RETRIEVERS[self.manifest.retriever],
+            self.manifest.settings,
+            f"{self.folder / 'index.json'}: settings",
+            f"the settings of {self.manifest.retriever}",
+            "Build the index again.",
+        )
         self.retriever.check()
         self.versions = dict(self.retriever.versions())
         check_weights(self.manifest, self.versions, self.folder)
@@ -158,7 +172,7 @@ def build_index(
             raise InputError(fact["path"], Phrase("changed while it was indexed"), "a corpus stays as it is", "Delete "
                              f"{folder} and build again.")  # fmt: skip
     manifest = IndexManifest(
-        **{key: asked[key] for key in ("retriever", "settings", "versions", "corpus", "files")},
+        **{key: asked[key] for key in ("retriever", "settings", "versions", "corpus", "files", "format")},
         corpus_hash=corpus_hash,
         passages=len(passages),
         skipped=dict(skips.counts),
@@ -180,16 +194,21 @@ def read_index_manifest(folder: Path) -> IndexManifest:
             "an index is a folder that dro-rl index filled",
             "Give the same dro-rl index command again: it goes on." if begun else "Check the path, or build one.",
         )
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        known = {each.name for each in dataclasses.fields(IndexManifest)}
-        if values["format"] != FORMAT or set(values) != known or values["retriever"] not in RETRIEVERS:
-            raise ValueError(f"format {values['format']}, retriever {values['retriever']}")
-        return IndexManifest(**values)
-    except (ValueError, KeyError, TypeError) as error:
+    values = read_object(path, "an index manifest", "Build the index again.")
+    retriever = values.get("retriever")
+    if not isinstance(retriever, str) or retriever not in RETRIEVERS:
         raise InputError(
-            str(path), Phrase(f"{error}"[:80]), f"an index manifest is of format {FORMAT}", "Build the index again."
-        ) from None
+            f"{path}: retriever", retriever, f"this is one of {', '.join(RETRIEVERS)}", "Build the index again."
+        )
+    if values.get("format") != RETRIEVERS[retriever].format:
+        raise InputError(
+            f"{path}: format",
+            values.get("format"),
+            f"this version finds in {retriever} indexes of format {RETRIEVERS[retriever].format}; others were built by "
+            "other rules",
+            "Build the index again, once the folder is deleted.",
+        )
+    return record(IndexManifest, values, str(path), "an index manifest", "Build the index again.")
 
 
 def check_k(k: int, manifest: IndexManifest, folder: Path) -> None:
@@ -235,11 +254,12 @@ def check_corpus(manifest: IndexManifest, folder: Path) -> None:
             )
 
 
-def _asked(retriever: Retriever, corpus: str, files: list[dict[str, Any]], skip_bad: bool) -> dict[str, Any]:
+def _asked(retriever: Retriever, corpus: str, files: list[FileFact], skip_bad: bool) -> dict[str, Any]:
     return {
         "retriever": retriever.name,
         "settings": retriever.settings(),
         "versions": dict(retriever.versions()),
+        "format": retriever.format,
         "corpus": corpus,
         "files": files,
         "skip_bad": skip_bad,
@@ -270,9 +290,9 @@ def _claim(folder: Path, asked: Mapping[str, Any]) -> None:
     """Take the folder for this build, or go on with the same one."""
     begun = folder / "building.json"
     if begun.is_file():
-        before = json.loads(begun.read_text(encoding="utf-8"))
+        before = read_object(begun, "what a build began with", "Delete the folder and build the index again.")
         for key in asked:
-            was, wanted = (_hashes(each[key]) if key == "files" else each[key] for each in (before, asked))
+            was, wanted = (_hashes(each.get(key)) if key == "files" else each.get(key) for each in (before, asked))
             if was != wanted:
                 raise InputError(
                     f"{folder}: {key}",
@@ -293,15 +313,15 @@ def _claim(folder: Path, asked: Mapping[str, Any]) -> None:
         ) from None
 
 
-def _hashes(files: Sequence[Mapping[str, Any]]) -> list[str]:
-    return [fact["sha256"] for fact in files]
+def _hashes(files: Any) -> list[Any]:
+    return [fact.get("sha256") if isinstance(fact, Mapping) else fact for fact in files or ()]
 
 
-def _file_facts(corpus: str) -> list[dict[str, Any]]:
+def _file_facts(corpus: str) -> list[FileFact]:
     path = Path(corpus).expanduser()
     if not path.exists():
         return []
-    facts = []
+    facts: list[FileFact] = []
     for file in corpus_files(path.absolute()):
         size, changed = _stat(file)
         facts.append({"path": str(file), "bytes": size, "changed": changed, "sha256": file_sha256(file)})
@@ -314,7 +334,7 @@ def _stat(path: Path) -> tuple[int, int]:
 
 
 @contextmanager
-def _byte_progress(files: Sequence[Mapping[str, Any]]) -> Iterator[Any]:
+def _byte_progress(files: Sequence[FileFact]) -> Iterator[Any]:
     """A bar of the corpus's bytes, and what draws it as files are read."""
     total = sum(fact["bytes"] for fact in files)
     with tqdm(total=total or None, desc="passages", unit="B", unit_scale=True, disable=None) as bar:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 from dro_rl.retrieval.passages import PassageStore
 
@@ -22,7 +22,12 @@ class Hit(NamedTuple):
 
 
 class Retriever(Protocol):
-    """One way to index passages and to find them again. Made from its settings; then built and opened, or opened."""
+    """One way to index passages and to find them again. Made from its settings; then built and opened, or opened.
+
+    `format` is the version of its rules: an index of another one is refused.
+    """
+
+    format: ClassVar[int]
 
     @property
     def name(self) -> str:

@@ -6,9 +6,11 @@ nothing of what the rows mean.
 
 bad           what is done with a bad row
 text          bytes and lines
-strict_json   JSON by one rule, in lines, arrays and small files
+strict_json   JSON by one rule, in lines and arrays
 tables        tabs and commas
 parquet       columns that are read
+spelled       lists and objects within a text
+small         files that are one object: manifests, settings
 """
 
 from __future__ import annotations

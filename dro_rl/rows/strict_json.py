@@ -137,31 +137,6 @@ def decode(text: str) -> Any:
     return value
 
 
-def read_object(path: Path, what: str, fix: str) -> dict[str, Any]:
-    """A small file that is one JSON object: a manifest, the settings of something.
-
-    Args:
-        path: the file, which is there.
-        what: what it is, for errors: "a manifest".
-        fix: what to do when it is not.
-    """
-    try:
-        with path.open("rb") as file:
-            raw = file.read(LONGEST + 1)
-        if len(raw) > LONGEST:
-            raise too_long(str(path))
-        value = decode(raw.decode("utf-8-sig"))
-    except OSError as error:
-        raise InputError(str(path), Phrase(str(error.strerror)), f"{what} can be read", fix) from None
-    except ValueError as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(str(path), Phrase(f"not JSON ({_why(error)})"), f"{what} is one JSON object", fix) from None
-    if not isinstance(value, dict):
-        raise InputError(str(path), value, f"{what} is one JSON object", fix)
-    return value
-
-
 def json_lines(path: Path, *, bad: Bad = refuse, watch: Watch | None = None) -> Iterator[tuple[str, Any]]:
     """The objects of a file with one JSON object a line. Blank lines are passed over."""
     decoder = Decoder()
