@@ -283,7 +283,7 @@ def test_d3_a_selector_that_names_nothing_leaves_documents_to_read(pipeline, lab
         generator_prompt=lambda question, numbers: (
             asked.append(numbers) or prompter.generator_prompt(question, numbers)
         ),
-        eos_token_id=prompter.eos_token_id,
+        ends=prompter.ends,
         decode=prompter.decode,
     )
     answer = pipeline.answer_all(questions[:1])[0]
@@ -298,7 +298,7 @@ def test_evaluation_reads_what_was_selected_and_scores_as_training_does(pipeline
     prompter = lab.prompters["generator"]
     lab.prompters["generator"] = SimpleNamespace(
         generator_prompt=lambda q, numbers: asked.append(tuple(numbers)) or prompter.generator_prompt(q, numbers),
-        **{name: getattr(prompter, name) for name in ("eos_token_id", "decode", "completion")},
+        **{name: getattr(prompter, name) for name in ("ends", "decode", "completion")},
     )
     (result,) = evaluate(pipeline, questions[:1])
     assert asked == [(3, 1)] * 2  # to write, and to score
