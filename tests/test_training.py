@@ -34,7 +34,7 @@ Job = Callable[..., Path]
 def trainer_of(job_folder: Path, **keys: Any) -> DROTrainer:
     recipe = load_recipe(world(job_folder), keys)
     questions = load_questions(recipe.run.dataset_name, "train")
-    sources = {role: recipe.run.model_name(role) for role in ROLES}
+    sources = {role: recipe.run.of(role).model for role in ROLES}
     return DROTrainer(load_models(recipe, sources), recipe.training, questions, None, build_prompters(recipe))
 
 

@@ -48,12 +48,12 @@ def server_command(
         InputError: vLLM is not installed, or there is no such replica.
     """
     run, training = recipe.run, recipe.training
-    check_installed("serve-rollouts", recipe.run.model_name("selector"))
+    check_installed("serve-rollouts", recipe.run.of("selector").model)
     urls = training.vllm_servers
     if not 1 <= replica <= len(urls):
         raise InputError("--replica", replica, f"vllm_server_base_url names {len(urls)}", "Choose one, from 1.")
     address = urlsplit(urls[replica - 1])
-    model = run.model_name("selector")
+    model = run.of("selector").model
     config = AutoConfig.from_pretrained(
         model, revision=run.selector_model_revision, trust_remote_code=run.trust_remote_code
     )

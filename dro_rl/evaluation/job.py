@@ -190,7 +190,7 @@ def _settings(job: EvaluationJob) -> tuple[PipelineSettings, dict[Any, str] | No
     from dro_rl.recipe import load_recipe
 
     recipe = load_recipe(job.recipe)
-    templates = {role: getattr(recipe.run, f"{role}_prompt_template") for role in ROLES}
+    templates = {role: recipe.run.of(role).prompt_template for role in ROLES}
     return PipelineSettings.of(recipe.training, recipe.run.chat_template_kwargs), templates
 
 

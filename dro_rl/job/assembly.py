@@ -36,13 +36,13 @@ def model_kwargs(run: RunConfig, role: Role) -> dict[str, Any]:
     }
     if run.attn_implementation is not None:
         kwargs["attn_implementation"] = run.attn_implementation
-    revision = getattr(run, f"{role}_model_revision")
+    revision = run.of(role).revision
     return {**kwargs, "revision": revision} if revision else kwargs
 
 
 def lora_settings(run: RunConfig, role: Role) -> LoraSettings | None:
     """A role's adapters, None for full training."""
-    r = getattr(run, f"{role}_lora_r")
+    r = run.of(role).lora_r
     if r == 0:
         return None
     targets = tuple(run.lora_target_modules) if run.lora_target_modules else None
@@ -54,10 +54,10 @@ def build_prompters(recipe: Recipe) -> dict[Role, Prompter]:
     run = recipe.run
     prompters: dict[Role, Prompter] = {}
     for role in ROLES:
-        name, revision = run.model_name(role), getattr(run, f"{role}_model_revision")
+        name, revision = run.of(role).model, run.of(role).revision
         prompters[role] = Prompter(
             load_tokenizer(name, revision=revision, trust_remote_code=run.trust_remote_code),
-            getattr(run, f"{role}_prompt_template"),
+            run.of(role).prompt_template,
             recipe.training.max_prompt_length,
             run.chat_template_kwargs,
             declared_ends(name, revision=revision, trust_remote_code=run.trust_remote_code),
@@ -70,16 +70,16 @@ def warm_up_models(recipe: Recipe, train: Sequence[Question], prompters: dict[Ro
     run, training = recipe.run, recipe.training
     sources: dict[Role, str] = {}
     for role in ROLES:
-        sources[role] = run.model_name(role)
-        if run.warms(role):
+        sources[role] = run.of(role).model
+        if run.of(role).warms:
             job = WarmUp(
                 role=role,
                 model=sources[role],
                 model_kwargs=model_kwargs(run, role),
                 lora=lora_settings(run, role),
                 prompter=prompters[role],
-                steps=getattr(run, f"warmup_{role}_steps"),
-                learning_rate=getattr(run, f"warmup_{role}_learning_rate"),
+                steps=run.of(role).warmup_steps,
+                learning_rate=run.of(role).warmup_learning_rate,
             )
             sources[role] = warm_up(job, train, run, training)
     return sources
@@ -114,7 +114,7 @@ def load_reference(recipe: Recipe, sources: dict[Role, str]) -> nn.Module | None
 
 def _source_kwargs(recipe: Recipe, role: Role, sources: dict[Role, str]) -> dict[str, Any]:
     kwargs = model_kwargs(recipe.run, role)
-    if sources[role] != recipe.run.model_name(role):
+    if sources[role] != recipe.run.of(role).model:
         kwargs.pop("revision", None)  # a warmed-up copy has none
     return kwargs
 
@@ -138,7 +138,7 @@ def evaluate_base(recipe: Recipe, dev: Sequence[Question], prompters: dict[Role,
             loaded.clear()
             gc.collect()
             with whole_parameters():
-                loaded[role] = load_model(run.model_name(role), **model_kwargs(run, role)).to(state.device).eval()
+                loaded[role] = load_model(run.of(role).model, **model_kwargs(run, role)).to(state.device).eval()
         half = torch.float16 if training.fp16 else torch.bfloat16
         with torch.no_grad(), torch.autocast(state.device.type, half, enabled=bool(training.bf16 or training.fp16)):
             yield loaded[role]

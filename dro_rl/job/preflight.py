@@ -55,17 +55,17 @@ def check(recipe: Recipe, train: Sequence[Question], dev: Sequence[Question]) ->
     models: dict[Role, PreTrainedModel] = {}
     for role in ROLES:
         place = f"{role}_model_name_or_path"
-        load_template(getattr(run, f"{role}_prompt_template"))
+        load_template(run.of(role).prompt_template)
         check_model(
-            run.model_name(role),
+            run.of(role).model,
             place,
-            revision=getattr(run, f"{role}_model_revision"),
+            revision=run.of(role).revision,
             trust_remote_code=run.trust_remote_code,
         )
         models[role] = without_weights(run, role)
-        if Path(run.model_name(role)).is_dir():
-            check_weights(Path(run.model_name(role)), models[role], place)
-        if getattr(run, f"{role}_lora_r") > 0:
+        if Path(run.of(role).model).is_dir():
+            check_weights(Path(run.of(role).model), models[role], place)
+        if run.of(role).lora_r > 0:
             check_adapters(run, role, models[role])
         check_positions(recipe, role, models[role])
     check_disk(recipe, models)
@@ -109,21 +109,21 @@ def check_warm_up(recipe: Recipe, train: Sequence[Question]) -> None:
     """Refuse a warm-up that has no labels or no ranking to imitate, or nowhere to be kept."""
     run = recipe.run
     labelled = any(question.supporting for question in train)
-    if run.warms("selector") and run.warmup_selector_order == "labels" and not labelled:
+    if run.of("selector").warms and run.warmup_selector_order == "labels" and not labelled:
         raise InputError(
             "warmup_selector_order",
             "labels",
             "labels are read from `supporting`, and no training question has any",
             "Use retriever or a ranking, or leave the selector's warm-up out.",
         )
-    if run.warms("generator") and run.warmup_generator_documents in ("gold", "mixed") and not labelled:
+    if run.of("generator").warms and run.warmup_generator_documents in ("gold", "mixed") and not labelled:
         raise InputError(
             "warmup_generator_documents",
             run.warmup_generator_documents,
             "labels are read from `supporting`, and no training question has any",
             "Use retrieved or random, or leave the generator's warm-up out.",
         )
-    if run.warms("selector"):
+    if run.of("selector").warms:
         order = selection_order(run, recipe.training.seed)
         for question in train:
             order(question)
@@ -147,8 +147,8 @@ def check_trackers(report_to: str | list[str] | None) -> None:
 
 def without_weights(run: RunConfig, role: Role) -> PreTrainedModel:
     """The role's model as its config describes it, on no device: names, shapes and sizes."""
-    name, trust = run.model_name(role), run.trust_remote_code
-    config = AutoConfig.from_pretrained(name, revision=getattr(run, f"{role}_model_revision"), trust_remote_code=trust)
+    name, trust = run.of(role).model, run.trust_remote_code
+    config = AutoConfig.from_pretrained(name, revision=run.of(role).revision, trust_remote_code=trust)
     # Each architecture has errors of its own for a config that it cannot be built from.
     try:
         with torch.device("meta"), whole_parameters():
@@ -219,7 +219,7 @@ def check_adapters(run: RunConfig, role: Role, model: PreTrainedModel) -> None:
     if importlib.util.find_spec("peft") is None:
         raise InputError(
             f"{role}_lora_r",
-            getattr(run, f"{role}_lora_r"),
+            run.of(role).lora_r,
             "adapters need the peft extra",
             "pip install 'dro_rl[peft]', or use 0.",
         )
@@ -286,7 +286,7 @@ def check_disk(recipe: Recipe, models: Mapping[Role, PreTrainedModel]) -> None:
     for role in ROLES:
         size = 4 * models[role].num_parameters()
         weights += size
-        adapted = getattr(run, f"{role}_lora_r") > 0
+        adapted = run.of(role).lora_r > 0
         moments += 0 if adapted or training.role_learning_rate(role) == 0 else 2 * size
     needed = (weights + moments) * ((training.save_total_limit or 5) + 1) + weights
     place = _nearest(Path(str(training.output_dir)))

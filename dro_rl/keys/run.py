@@ -7,7 +7,30 @@ from typing import Any, Literal
 
 from dro_rl.errors import InputError, Phrase
 from dro_rl.keys import above, at_least, check_keys, either, option, within
+from dro_rl.roles import Role
 from dro_rl.toy.world import TOY_BASE
+
+
+@dataclass(frozen=True, slots=True)
+class RoleSettings:
+    """What a recipe says of one role.
+
+    Args:
+        model: where it comes from: a folder or a hub name.
+        revision: of the hub.
+        prompt_template: a shipped template's name or a file.
+        lora_r: rank of its adapters, 0 for none.
+        warms: whether it is warmed up.
+        warmup_steps, warmup_learning_rate: how.
+    """
+
+    model: str
+    revision: str | None
+    prompt_template: str
+    lora_r: int
+    warms: bool
+    warmup_steps: int
+    warmup_learning_rate: float
 
 
 @dataclass
@@ -120,11 +143,19 @@ class RunConfig:
                 "Set both or neither.",
             )
 
-    def model_name(self, role: str) -> str:
-        """Where a role's model comes from: a folder or a hub name."""
-        name = getattr(self, f"{role}_model_name_or_path")
-        return str(TOY_BASE) if name == "toy" else name
+    def of(self, role: Role) -> RoleSettings:
+        """A role's own settings: the one place that reads keys by a role's name."""
 
-    def warms(self, role: str) -> bool:
-        """Whether a role is warmed up."""
-        return self.warmup in (role, "both")
+        def key(name: str) -> Any:
+            return getattr(self, name.format(role))
+
+        name = key("{}_model_name_or_path")
+        return RoleSettings(
+            model=str(TOY_BASE) if name == "toy" else name,
+            revision=key("{}_model_revision"),
+            prompt_template=key("{}_prompt_template"),
+            lora_r=key("{}_lora_r"),
+            warms=self.warmup in (role, "both"),
+            warmup_steps=key("warmup_{}_steps"),
+            warmup_learning_rate=key("warmup_{}_learning_rate"),
+        )
