@@ -2,12 +2,13 @@
 
 Each prompt is prefilled once. Where the architecture takes packed rows (`attention.takes_packed_rows`), its m samples
 decode side by side in one row over that one cache, so that memory and attention do not grow by m; elsewhere the cache
-is expanded to m rows. Both draw the same tokens.
+is expanded to m rows. Both draw the same tokens. A decoder that keeps a state (`attention.keeps_state`) reads m copies
+of one prompt at a time: its state cannot be expanded, and padding would change it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,10 +17,22 @@ from transformers import DynamicCache
 
 from dro_rl.engines.protocol import GenerationRequest
 from dro_rl.likelihood import Model, among_allowed
-from dro_rl.likelihood.attention import NO_MASK, takes_packed_rows
+from dro_rl.likelihood.attention import NO_MASK, keeps_state, takes_packed_rows
 from dro_rl.likelihood.packing import Row, lay_out
 from dro_rl.proposal import Completion, SamplingParams, uniforms
 from dro_rl.selection.constraint import SelectionConstraint
+
+Step = Callable[[Tensor, int], Tensor]
+"""From the tokens drawn at place t, (prompts, m), to the logits of the next, (prompts, m, vocabulary)."""
+CACHES = ("past_key_values", "cache_params")
+"""Under what names decoders that keep a state give their cache, and take it."""
+CACHED = frozenset(
+    {
+        "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba", "lfm2", "mamba", "mamba2", "olmo_hybrid",
+        "qwen3_5_text", "qwen3_next",
+    }
+)  # fmt: skip
+"""Those of them whose cache gives what the whole sequence gives; all are tested. The others read everything again."""
 
 
 class Decoder:
@@ -46,8 +59,9 @@ class Decoder:
         prompts, m, sampling = request.prompts, request.num_generations, request.sampling
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         results: list[list[Completion]] = [[] for _ in prompts]
-        for start in range(0, len(order), self.batch_size):
-            chunk = order[start : start + self.batch_size]
+        together = 1 if keeps_state(self.model.config) else self.batch_size
+        for start in range(0, len(order), together):
+            chunk = order[start : start + together]
             draws = torch.stack([uniforms(request.seeds[i], m, sampling.max_completion_length) for i in chunk])
             admitted = None if request.constraints is None else [request.constraints[i] for i in chunk]
             decoded = self._decode([prompts[i] for i in chunk], sampling, draws, admitted)
@@ -63,19 +77,16 @@ class Decoder:
         constraints: Sequence[SelectionConstraint] | None,
     ) -> list[list[Completion]]:
         """Decode one batch. `draws`: (prompts, m, length) uniform numbers, one for each token."""
-        model, device = self.model, self.model.device
+        device = self.model.device
         batch, m, length = draws.shape
-        width = max(len(prompt) for prompt in prompts)
-        packed = self.shared_prefix and takes_packed_rows(model, width + length)
-        prefill = self._prefill_packed if packed else self._prefill_padded
-        logits, cache, mask = prefill([list(prompt) for prompt in prompts], width)
-        draws = draws.to(device)
-        logits = logits.expand(batch, m, -1)
-        positions = mask.sum(dim=-1, keepdim=True)
-        side_by_side = packed and m > 1
-        if not side_by_side and m > 1:
-            cache.batch_repeat_interleave(m)
-            mask = mask.repeat_interleave(m, dim=0)
+        if keeps_state(self.model.config):
+            begin = self._copied
+        elif self.shared_prefix and takes_packed_rows(self.model, max(map(len, prompts)) + length):
+            begin = self._side_by_side
+        else:
+            begin = self._expanded
+        logits, step = begin([list(prompt) for prompt in prompts], m)
+        logits, draws = logits.expand(batch, m, -1), draws.to(device)
 
         tokens = torch.empty(batch, m, length, dtype=torch.long, device=device)
         logps = torch.empty(batch, m, length, dtype=torch.float32, device=device)
@@ -96,23 +107,7 @@ class Decoder:
             finished |= ended
             if t == length - 1 or bool(finished.all()):
                 break
-            if side_by_side:
-                logits = model(
-                    input_ids=tokens[:, :, t],
-                    attention_mask=_side_by_side_mask(mask, m, t + 1),
-                    position_ids=(positions + t).expand(batch, m),
-                    past_key_values=cache,
-                    use_cache=True,
-                ).logits
-            else:
-                mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=-1)
-                logits = model(
-                    input_ids=tokens[:, :, t].reshape(batch * m, 1),
-                    attention_mask=mask,
-                    position_ids=(positions + t).repeat_interleave(m, dim=0),
-                    past_key_values=cache,
-                    use_cache=True,
-                ).logits.view(batch, m, -1)
+            logits = step(tokens[:, :, t], t)
         return [
             [Completion(tuple(tokens[i, j, :n].tolist()), tuple(logps[i, j, :n].tolist())) for j, n in enumerate(row)]
             for i, row in enumerate(lengths.tolist())
@@ -126,9 +121,25 @@ class Decoder:
             for sample in group
         ]
 
-    def _prefill_padded(self, prompts: list[list[int]], width: int) -> tuple[Tensor, DynamicCache, Tensor]:
-        """The next token's logits (prompts, 1, vocabulary), the cache, and the mask of what is no padding."""
-        device = self.model.device
+    def _copied(self, prompts: list[list[int]], m: int) -> tuple[Tensor, Step]:
+        """One prompt, m times over, with the cache that the decoder makes for itself where that is exact."""
+        cached = self.model.config.get_text_config().model_type in CACHED
+        ids = torch.tensor(prompts * m, device=self.model.device)
+        output = self.model(input_ids=ids, use_cache=cached, logits_to_keep=1)
+
+        def step(tokens: Tensor, t: int) -> Tensor:
+            nonlocal ids, output
+            new = tokens.view(m, 1)
+            ids = new if cached else torch.cat([ids, new], dim=1)
+            cache = {name: output[name] for name in CACHES if cached and output.get(name) is not None}
+            output = self.model(input_ids=ids, use_cache=cached, logits_to_keep=1, **cache)
+            return output.logits[:, -1].unsqueeze(0)
+
+        return output.logits[:, -1].unsqueeze(0), step
+
+    def _expanded(self, prompts: list[list[int]], m: int) -> tuple[Tensor, Step]:
+        """Prompts padded on the left, and their cache expanded to m rows each."""
+        device, width = self.model.device, max(map(len, prompts))
         ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
         mask = _left_padded_mask(prompts, width).to(device)
         cache = DynamicCache(config=self.model.config.get_text_config())
@@ -140,11 +151,45 @@ class Decoder:
             use_cache=True,
             logits_to_keep=1,
         ).logits
-        return logits, cache, mask
+        if m > 1:
+            cache.batch_repeat_interleave(m)
+            mask = mask.repeat_interleave(m, dim=0)
+        positions = mask.sum(dim=-1, keepdim=True)
 
-    def _prefill_packed(self, prompts: list[list[int]], width: int) -> tuple[Tensor, DynamicCache, Tensor]:
-        """The same without computing padding: prompts packed in one row, whose cache is then laid out as a batch."""
-        device = self.model.device
+        def step(tokens: Tensor, t: int) -> Tensor:
+            return self.model(
+                input_ids=tokens.reshape(-1, 1),
+                attention_mask=torch.cat([mask, mask.new_ones(len(mask), t + 1)], dim=-1),
+                position_ids=positions + t,
+                past_key_values=cache,
+                use_cache=True,
+            ).logits.view(*tokens.shape, -1)
+
+        return logits, step
+
+    def _side_by_side(self, prompts: list[list[int]], m: int) -> tuple[Tensor, Step]:
+        """Prompts without padding, and their m samples as m queries of one row over one cache."""
+        logits, cache, mask = self._prefill_packed(prompts)
+        positions = mask.sum(dim=-1, keepdim=True)
+
+        def step(tokens: Tensor, t: int) -> Tensor:
+            return self.model(
+                input_ids=tokens,
+                attention_mask=_side_by_side_mask(mask, m, t + 1),
+                position_ids=(positions + t).expand(-1, m),
+                past_key_values=cache,
+                use_cache=True,
+            ).logits
+
+        return logits, step
+
+    def _prefill_packed(self, prompts: list[list[int]]) -> tuple[Tensor, DynamicCache, Tensor]:
+        """Prompts packed in one row, whose cache is then laid out as a batch.
+
+        Returns:
+            the next token's logits (prompts, 1, vocabulary), the cache, and the mask of what is no padding.
+        """
+        device, width = self.model.device, max(map(len, prompts))
         packed = DynamicCache()  # no window is narrower than the positions, and a window's cache would drop rows
         layout = lay_out([Row(prompt, ()) for prompt in prompts])
         lengths = [len(prompt) for prompt in prompts]

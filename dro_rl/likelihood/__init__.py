@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from dro_rl.likelihood.attention import NO_MASK, takes_packed_rows
+from dro_rl.likelihood.attention import NO_MASK, keeps_state, takes_packed_rows
 from dro_rl.likelihood.packing import Layout, Row, lay_out
 
 TOKENS_PER_PASS = 16384
@@ -222,25 +222,25 @@ def _head_logps(
 def _padded(
     model: Model, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], allowed: Sequence[Sequence[int]] | None
 ) -> list[Tensor]:
-    """The plain path: one sequence a completion, padded on the left, so that `logits_to_keep` is one number."""
-    device = model.device
-    width = max(len(prompt) + len(completion) for prompt, completion in pairs)
-    keep = max(len(completion) for _, completion in pairs) + 1
+    """The plain path: one sequence a completion, padded. Padding stands on the left, so that the places whose logits
+    are kept are few; for a decoder that keeps a state it stands on the right, where nothing before it knows of it."""
+    device, width = model.device, max(len(prompt) + len(completion) for prompt, completion in pairs)
+    right = keeps_state(model.config)
+    starts = [0 if right else width - len(prompt) - len(completion) for prompt, completion in pairs]
     ids = torch.zeros(len(pairs), width, dtype=torch.long)
     mask = torch.zeros_like(ids)
-    for i, (prompt, completion) in enumerate(pairs):
-        start = width - len(prompt) - len(completion)
-        ids[i, start:] = torch.tensor([*prompt, *completion])
-        mask[i, start:] = 1
-    logits = model(
-        input_ids=ids.to(device),
-        attention_mask=mask.to(device),
-        position_ids=(mask.cumsum(-1) - 1).clamp(min=0).to(device),
-        logits_to_keep=keep,
-        use_cache=False,
-    ).logits
+    for i, (start, (prompt, completion)) in enumerate(zip(starts, pairs, strict=True)):
+        whole = slice(start, start + len(prompt) + len(completion))
+        ids[i, whole] = torch.tensor([*prompt, *completion])
+        mask[i, whole] = 1
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    told = {} if right else {"attention_mask": mask.to(device), "position_ids": positions.to(device)}
+    # Where the last token of each prompt stands: its logits are of the first of the completion.
+    ends = [start + len(prompt) - 1 for start, (prompt, _) in zip(starts, pairs, strict=True)]
+    logits = model(input_ids=ids.to(device), logits_to_keep=width - min(ends), use_cache=False, **told).logits
     lengths = [len(completion) for _, completion in pairs]
-    picked = torch.cat([logits[i, keep - 1 - n : keep - 1] for i, n in enumerate(lengths)]).float()
+    places = zip(ends, lengths, strict=True)
+    picked = torch.cat([logits[i, end - width : end + n - width] for i, (end, n) in enumerate(places)]).float()
     targets = torch.tensor([token for _, completion in pairs for token in completion], device=device)
     among = () if allowed is None else _padded_ids(allowed, device)
     logps = _pick(picked, torch.arange(len(targets), device=device), targets, *among)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PretrainedConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, PretrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
@@ -80,6 +80,22 @@ def takes_packed_rows(model: Any, positions: int) -> bool:
     if config._attn_implementation != NAME:
         model.set_attn_implementation(NAME)
     return True
+
+
+ATTENTION = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+"""Kinds of layers that look at tokens alone."""
+
+
+def keeps_state(config: PretrainedConfig) -> bool:
+    """Whether a decoder carries a state from token to token, as convolutions, linear attention and recurrences do.
+
+    Padding on the left goes through that state, and it is no cache that can be expanded to more rows.
+    """
+    text = config.get_text_config()
+    if not ATTENTION.issuperset(getattr(text, "layer_types", None) or ()):
+        return True
+    known = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    return getattr(known, "_is_stateful", False)
 
 
 NO_MASK = torch.zeros(1, 1, 1, 1)

@@ -20,7 +20,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
-from dro_rl.errors import InputError, first_line
+from dro_rl.errors import InputError, Phrase, first_line
 
 
 def check_model(name: str, place: str, *, revision: str | None = None, trust_remote_code: bool = False) -> None:
@@ -107,9 +107,18 @@ class LoraSettings:
     target_modules: tuple[str, ...] | None
 
 
+MERGED_WRONG = frozenset({"jamba"})
+"""Decoders that peft takes, but whose adapters do not merge into the model that was trained."""
+
+
 def add_adapter(model: PreTrainedModel, lora: LoraSettings) -> Any:
-    """Freeze the model and put trainable adapters on it. The head stays as it is: its adapter would be left out of
-    completion-only scoring in some architectures."""
+    """Freeze the model and put trainable adapters on it.
+
+    The head stays as it is: its adapter would be left out of completion-only scoring in some architectures.
+
+    Raises:
+        InputError: there is no peft, or it has no adapters for these layers that could be merged.
+    """
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
@@ -125,6 +134,25 @@ def add_adapter(model: PreTrainedModel, lora: LoraSettings) -> Any:
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=list(lora.target_modules) if lora.target_modules else "all-linear",
+        exclude_modules=None if lora.target_modules else routers(model) or None,
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, config)
+    try:
+        if model.config.model_type in MERGED_WRONG:
+            raise ValueError("what merging makes of them is another model")
+        adapted = get_peft_model(model, config)
+    except ValueError as error:  # peft knows what it cannot adapt, state-space layers among them
+        raise InputError(
+            "selector_lora_r / generator_lora_r",
+            Phrase(f"{lora.r}, on {model.config.model_type}"),
+            f"peft adapts the layers ({first_line(error)})",
+            "Name layers that it does in lora_target_modules, or train all weights.",
+        ) from None
+    return adapted
+
+
+def routers(model: PreTrainedModel) -> list[str]:
+    """Layers that choose experts and are linear layers by their class, as in Phi's and Llama 4's mixtures: what they
+    give is a tuple, which an adapter would add to."""
+    linear = (each for each in model.named_modules() if isinstance(each[1], torch.nn.Linear))
+    return [name for name, part in linear if "Router" in type(part).__name__]

@@ -26,8 +26,11 @@ def save_role(
     folder: Path,
     state_dict: dict[str, Tensor] | None = None,
 ) -> None:
-    """Save one role for a checkpoint: the whole model, or its adapters alone."""
-    model.save_pretrained(folder, state_dict=state_dict)
+    """Save one role for a checkpoint: the whole model under its modules' own names, or its adapters alone."""
+    if is_adapted(model):
+        model.save_pretrained(folder, state_dict=state_dict)
+    else:
+        model.save_pretrained(folder, state_dict=state_dict, save_original_format=False)
     tokenizer.save_pretrained(folder)
 
 
