@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import reprlib
 
+from dro_rl.shown import visible
+
 
 class InputError(ValueError):
-    """Something a user wrote is wrong: a recipe key, a line of a question file, a model folder.
+    """Something a user wrote is wrong: a recipe key, a line of a question file, a model folder. Its text is one line.
 
     Args:
         place: where it is wrong: a key, a file with its line, a folder.
@@ -18,7 +20,7 @@ class InputError(ValueError):
 
     def __init__(self, place: str, value: object, rule: str, fix: str) -> None:
         self.place, self.value, self.rule, self.fix = place, value, rule, fix
-        super().__init__(f"{place}: {shorten(value)}: {rule}. {fix}")
+        super().__init__(visible(f"{place}: {shorten(value)}: {rule}. {fix}"))
 
 
 def shorten(value: object, limit: int = 120) -> str:

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 
 import torch
 import transformers
-from rich.console import Console
 from transformers import set_seed
 
 from dro_rl.data import dev_beside, load_questions
@@ -28,6 +27,7 @@ from dro_rl.job.console import print_help, print_phases, print_stages
 from dro_rl.job.output import claim_output_dir
 from dro_rl.job.stopping import LAUNCHED, Stopped, say_stopped, stop_on_signals
 from dro_rl.recipe import load_recipe, parse_command_line
+from dro_rl.terminal import PlainFormatter, console
 from dro_rl.trainer import DROTrainer
 
 SECONDS_TO_BE_ENDED = 10
@@ -92,7 +92,9 @@ def run_job(arguments: Sequence[str]) -> int:
     if "--help" in arguments or "-h" in arguments or not arguments:
         print_help(__doc__ or "")
         return 0
-    logging.basicConfig(format="%(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(PlainFormatter("%(message)s"))
+    logging.basicConfig(handlers=[handler])
     logging.getLogger("dro_rl").setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
     try:
         return _refusing(arguments)
@@ -129,7 +131,7 @@ def _refuse(error: InputError) -> int:
         # this one alone must be said here.
         time.sleep(SECONDS_TO_BE_ENDED)
     where = f"[process {rank}] " if beside else ""
-    Console(stderr=True, soft_wrap=True, highlight=False).print(f"{where}error: {error}", markup=False)
+    console(stderr=True).print(f"{where}error: {error}", soft_wrap=True)
     return 2
 
 

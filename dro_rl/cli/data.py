@@ -272,23 +272,29 @@ def _bars(hub: str = "") -> Iterator[Watch]:
     import sys
     from typing import BinaryIO
 
-    from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("reading {task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    from dro_rl.cli.output import console, visible
+
+    columns = (
+        TextColumn("reading {task.description}", markup=False),
+        BarColumn(),
+        DownloadColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(
         *columns,
-        console=Console(stderr=True),
+        console=console(stderr=True),
         transient=True,
         # What is printed meanwhile goes above the bar, but into a pipe where stdout is one.
         redirect_stdout=sys.stdout.isatty(),
         disable=not sys.stderr.isatty(),
     ) as progress:
         if hub:
-            progress.add_task(hub, total=None)
+            progress.add_task(visible(hub), total=None)
 
         def watch(file: BinaryIO) -> BinaryIO:
             size = os.fstat(file.fileno()).st_size
-            return progress.wrap_file(file, total=size, description=Path(file.name).name)
+            return progress.wrap_file(file, total=size, description=visible(Path(file.name).name))
 
         yield watch

@@ -18,6 +18,5 @@ class InputErrorGroup(TyperGroup):
         try:
             return super().invoke(ctx)
         except InputError as error:
-            line = " ".join(str(error).split())
-            typer.echo("error: " + "".join(c if c.isprintable() else "\ufffd" for c in line), err=True)
+            typer.echo(f"error: {error}", err=True)
             raise typer.Exit(2) from None

@@ -3,33 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from dro_rl.shown import plain, visible
+from dro_rl.terminal import console
+
+__all__ = ["bar", "console", "number", "percent", "plain", "print_json", "visible"]
 
 SCALE = "▏▎▍▌▋▊▉█"
-
-
-def console() -> Console:
-    """A console on stdout. What its encoding cannot write becomes `?`; brackets are not markup."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
-    return Console(highlight=False, markup=False, emoji=False)
 
 
 def print_json(value: Any) -> None:
     """Print one JSON document: dataclasses as objects, NaN and infinities as null, ASCII only."""
     print(json.dumps(_jsonable(value), indent=2, allow_nan=False))
-
-
-def plain(text: str) -> str:
-    """Text of a model or a file on one line, without the control characters that would steer the terminal."""
-    return "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.split()))
 
 
 def number(value: float, digits: int = 2) -> str:

@@ -30,7 +30,7 @@ def group() -> None:
 @app.command("ls")
 def ls(json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False) -> None:
     """List the recipes that are shipped. Their names are good wherever a recipe's file is."""
-    from dro_rl.cli.output import print_json
+    from dro_rl.cli.output import console, print_json
     from dro_rl.shipped import RECIPES, headline, names
 
     listed = {name: headline(RECIPES / f"{name}.yaml") for name in names()}
@@ -39,15 +39,17 @@ def ls(json: Annotated[bool, typer.Option("--json", help="Print one JSON documen
         return
     width = max(map(len, listed))
     for name, about in listed.items():
-        typer.echo(f"{name:{width}}  {about}")
+        console().print(f"{name:{width}}  {about}", soft_wrap=True)
 
 
 @app.command("show")
 def show(name: Annotated[str, typer.Argument(metavar="RECIPE", help="A name or a file.", show_default=False)]) -> None:
     """Print a recipe's file as it is."""
+    from dro_rl.cli.output import console
     from dro_rl.shipped import find
 
-    typer.echo(find(name).read_text(encoding="utf-8"), nl=False)
+    for line in find(name).read_text(encoding="utf-8").splitlines():
+        console().print(line, soft_wrap=True)
 
 
 @app.command("cp")
@@ -59,6 +61,7 @@ def cp(
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
 ) -> None:
     """Copy a recipe, to change it. Without FILE it keeps its name, here."""
+    from dro_rl.cli.output import console
     from dro_rl.errors import InputError, Phrase
     from dro_rl.files import written_whole
     from dro_rl.shipped import find
@@ -71,7 +74,7 @@ def cp(
         )
     with written_whole(target) as beside:
         beside.write_bytes(source.read_bytes())
-    typer.echo(target)
+    console().print(str(target), soft_wrap=True)
 
 
 @app.command("keys")
@@ -93,7 +96,7 @@ def validate(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Read recipes as a training would, and print what they would train. Stops at the first wrong one."""
-    from dro_rl.cli.output import print_json
+    from dro_rl.cli.output import console, print_json
 
     checked = []
     for file in files:
@@ -101,7 +104,8 @@ def validate(
         facts = {key: recipe.values[key] for key in FACTS}
         checked.append({"file": file, "ok": True, **facts})
         if not json:
-            typer.echo(f"ok {file}: {', '.join(f'{key} {value}' for key, value in facts.items())}")
+            said = ", ".join(f"{key} {value}" for key, value in facts.items())
+            console().print(f"ok {file}: {said}", soft_wrap=True)
     if json:
         print_json({"recipes": checked})
 

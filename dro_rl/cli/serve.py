@@ -36,6 +36,7 @@ def serve_rollouts(
     import os
     import shlex
 
+    from dro_rl.cli.output import console
     from dro_rl.engines.serve import server_command
     from dro_rl.recipe import load_recipe
 
@@ -47,6 +48,6 @@ def serve_rollouts(
         extra=context.args,
     )
     set_here = " ".join(f"{name}={shlex.quote(value)}" for name, value in command.environment.items())
-    typer.echo(f"{set_here} {shlex.join(command.arguments)}")
+    console().print(f"{set_here} {shlex.join(command.arguments)}", soft_wrap=True)
     if not dry_run:
         os.execve(command.arguments[0], list(command.arguments), {**os.environ, **command.environment})

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dro_rl.files import written_whole
+from dro_rl.shown import chart
 
 DEV = (("eval_em", "exact match"), ("eval_f1", "F1"), ("eval_recall@3", "recall@3"), ("eval_valid", "valid"))
 
@@ -26,7 +27,7 @@ def plot_curves(output_dir: str | Path) -> Path:
     dev = [entry for entry in history if "eval_em" in entry]
     figure = Figure(figsize=(11, 7), layout="constrained")
     axes = figure.subplots(2, 2)
-    figure.suptitle(str(output_dir))
+    figure.suptitle(chart(output_dir))
     _dev(axes[0][0], dev)
     _steps(axes[0][1], steps, {"evidence_bound": "evidence bound", "answer_logp": "mean log p(answer)"}, "nats")
     _steps(axes[1][0], steps, {"ess": "effective sample size", "selector_entropy": "selector entropy (nats)"}, "")

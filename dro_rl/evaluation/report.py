@@ -13,6 +13,7 @@ from dro_rl.evaluation.evaluator import metric_values, results_by_type
 from dro_rl.evaluation.results import METRICS, NATS, Conditions, QuestionResult
 from dro_rl.evaluation.statistics import CONFIDENCE, RESAMPLES, Estimate, estimate
 from dro_rl.files import written_whole
+from dro_rl.shown import markdown
 
 TYPE_METRICS = ("em", "f1", "recall@5", "answer_recall@5", "answer_logp")
 """What the tables by question type show; the JSON has every metric."""
@@ -134,8 +135,8 @@ def type_rows(report: Report, intervals: bool = True) -> list[tuple[str, ...]]:
 
 def to_markdown(report: Report) -> str:
     """The report as one page."""
-    lines = [f"# Evaluation: {report.conditions.stage}", ""]
-    lines += [f"- {name}: {value}" for name, value in headline(report)]
+    lines = [f"# Evaluation: {markdown(report.conditions.stage)}", ""]
+    lines += [f"- {name}: {markdown(value)}" for name, value in headline(report)]
     lines += ["", *_table(("metric", "mean", f"{CONFIDENCE:.0%} interval", "questions"), metric_rows(report.metrics))]
     if report.by_type:
         lines += ["", *_table(("type", "questions", *map(label, TYPE_METRICS)), type_rows(report))]
@@ -144,4 +145,4 @@ def to_markdown(report: Report) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
+    return [f"| {' | '.join(map(markdown, row))} |" for row in (head, ["---"] * len(head), *rows)]

@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
 from dro_rl.em.timing import Phase, rates
 from dro_rl.recipe import KEYS, described
+from dro_rl.terminal import console
 
 COLUMNS = (("evidence_bound", "bound", ".2f"), ("ess", "ess", ".1f"), ("answer_logp", "answer", ".2f"),
            ("recall@3", "recall@3", ".2f"), ("rollouts/valid", "valid", ".2f"))  # fmt: skip
@@ -81,12 +81,12 @@ def print_stages(stages: Sequence[Mapping[str, Any]], run_dir: Path, curves: Pat
     for kind in last.get("by_type", {}):
         row(f"{first['stage']}, {kind}", first["by_type"][kind], "dim")
         row(f"{last['stage']}, {kind}", last["by_type"][kind], "dim")
-    console = Console()
-    console.print(table)
-    console.print(f"curves      {curves}", highlight=False)
-    console.print(f"rollouts    dro-rl rollouts show {run_dir}", highlight=False)
-    console.print(f"evaluate    dro-rl evaluate {run_dir} --data FILE", highlight=False)
-    console.print(f"ask         dro-rl ask {run_dir} QUESTION --documents FILE", highlight=False)
+    out = console()
+    out.print(table)
+    out.print(f"curves      {curves}", soft_wrap=True)
+    out.print(f"rollouts    dro-rl rollouts show {run_dir}", soft_wrap=True)
+    out.print(f"evaluate    dro-rl evaluate {run_dir} --data FILE", soft_wrap=True)
+    out.print(f"ask         dro-rl ask {run_dir} QUESTION --documents FILE", soft_wrap=True)
 
 
 def print_phases(phases: Mapping[str, Phase], peak: float | None) -> None:
@@ -103,12 +103,11 @@ def print_phases(phases: Mapping[str, Phase], peak: float | None) -> None:
         if peak:
             cells.append("" if utilisation is None else f"{utilisation:.1%}")
         table.add_row(name, *cells)
-    Console().print(table)
+    console().print(table)
 
 
 def print_help(summary: str) -> None:
     """Usage with examples, and every key of ours."""
-    console = Console(soft_wrap=False)
-    console.print(summary.strip(), markup=False, highlight=False)
+    print(summary.strip())
     for key in KEYS.values():
-        console.print(f"\n{described(key)}", markup=False, highlight=False)
+        print(f"\n{described(key)}")

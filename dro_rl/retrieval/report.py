@@ -15,6 +15,7 @@ from dro_rl.errors import InputError, Phrase
 from dro_rl.files import written_whole
 from dro_rl.metrics import answer_recall_at_k
 from dro_rl.records import Question, read_questions
+from dro_rl.shown import chart
 
 DEEPEST = 100
 SHOWN = (1, 3, 5, 10, 20, 50, 100)
@@ -148,7 +149,7 @@ def plot_reports(reports: Sequence[Report], path: Path) -> None:
         for number, report in enumerate(reports):
             for by, judged in report.judged.items():
                 style = {"ids": "-", "answer": "--"}[by]
-                label = f"{Path(report.file).name} ({report.retriever}), by {by}"
+                label = chart(f"{Path(report.file).name} ({report.retriever}), by {by}")
                 axes.plot(report.ks, [100 * v for v in judged.measures[name]], style, color=f"C{number}", label=label)
         axes.set_title(f"{name}@k")
         axes.set_xlabel("k")
