@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,16 +13,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import yaml
 from click.testing import Result
 from training_world import ROOT, questions, save_model, world, write_questions
 from typer.testing import CliRunner
 
 from dro_rl.cli import app
+from dro_rl.data import load_questions
+from dro_rl.data.candidates import shape_candidates
 from dro_rl.data.manifest import Manifest, file_sha256, questions_hash, write_manifest
 from dro_rl.evaluation import job
 from dro_rl.evaluation.controls import control_selection
-from dro_rl.evaluation.results import METRICS, SCHEMA, VERSION, read_results, write_results
+from dro_rl.evaluation.results import METRICS, SCHEMA, VERSION, candidates_hash, read_results, write_results
 from dro_rl.pipeline import PipelineSettings, RAGPipeline, save_settings
 
 Run = Callable[..., Result]
@@ -215,8 +221,6 @@ def test_rows_under_other_settings_are_not_mixed_in(evaluate, tmp_path, options)
 
 
 def test_rows_of_a_pair_that_was_trained_again_are_not_mixed_in(pair, tmp_path) -> None:
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(pair, copy, ignore=shutil.ignore_patterns("evaluation", "base-*"))
     command = ["evaluate", copy, "--data", pair / "data" / "dev.jsonl", "--limit", 3]
@@ -270,6 +274,111 @@ def test_candidates_may_be_cut_as_in_training(pair, evaluate, tmp_path) -> None:
     assert "results under another candidates_hash, num_documents" in evaluate("--limit", 20, code=2).output
 
 
+@pytest.fixture
+def trained(pair: Path, tmp_path: Path) -> Callable[..., Path]:
+    """A copy of the run, as one that was trained with some keys."""
+
+    def make(name: str = "trained", **keys: Any) -> Path:
+        folder = tmp_path / name
+        shutil.copytree(pair, folder, ignore=shutil.ignore_patterns("evaluation", "base-*"))
+        values = yaml.safe_load((folder / "recipe.yaml").read_text())
+        (folder / "recipe.yaml").write_text(yaml.safe_dump({**values, **keys}))
+        return folder
+
+    return make
+
+
+def test_a_run_is_evaluated_on_candidates_as_it_was_trained_to_read(pair, trained, tmp_path) -> None:
+    """Defect: all candidates, silently, for a pair that was trained on the first four."""
+    command = ["--data", pair / "data" / "dev.jsonl", "--limit", 8]
+    shown = dro_rl("evaluate", trained(num_documents=3), *command, "--output", tmp_path / "a").output
+    assert "candidates     the first 3, as recipe.yaml says" in shown
+    assert report(tmp_path / "a")["conditions"]["num_documents"] == 3
+    other = dro_rl("evaluate", tmp_path / "trained", *command, "--num-documents", 4, "--output", tmp_path / "b").output
+    assert "the first 4\n" in other
+    assert report(tmp_path / "b")["conditions"]["num_documents"] == 4
+    assert "as the file has them" in dro_rl("evaluate", pair, *command, "--output", tmp_path / "c").output
+
+
+def test_a_run_that_was_trained_on_shuffled_candidates_reads_shuffled_ones(pair, trained, tmp_path) -> None:
+    """By the seed and the questions' ids, as its dev split was: what `compare` sees are the same candidates."""
+    run = trained(shuffle_documents=True, seed=7)
+    command = ["evaluate", run, "--data", pair / "data" / "dev.jsonl", "--limit", 8]
+    assert "shuffled by seed 7, as recipe.yaml says" in dro_rl(*command, "--output", tmp_path / "a").output
+    made = shape_candidates(load_questions(str(pair / "data" / "dev.jsonl"), "dev", limit=8), shuffle_seed=7)
+    assert report(tmp_path / "a")["conditions"]["candidates_hash"] == candidates_hash(made)
+    assert "as the file has them" in dro_rl(*command, "--in-order", "--output", tmp_path / "b").output
+
+
+def test_a_recipe_of_the_run_that_is_broken_is_named(pair, trained) -> None:
+    run = trained(num_documents=0)
+    assert "num_documents: 0" in dro_rl("evaluate", run, "--data", pair / "data" / "dev.jsonl", code=2).output
+
+
+def test_a_copied_run_goes_on_with_its_evaluation(pair, trained, tmp_path, monkeypatch) -> None:
+    """Defect: the time of its files made it another run."""
+    run = trained("run")
+    command = ["--data", pair / "data" / "dev.jsonl", "--limit", 5]
+    dro_rl("evaluate", run, *command)
+    copy = tmp_path / "moved" / "elsewhere"
+    shutil.copytree(run, copy, copy_function=shutil.copyfile)
+    monkeypatch.setattr(RAGPipeline, "from_pretrained", None)
+    dro_rl("evaluate", copy, *command)
+    (name,) = (folder.name for folder in (copy / "evaluation").iterdir())
+    one, other = (report(folder / "evaluation" / name) for folder in (run, copy))
+    assert one | {"run": ""} == other | {"run": ""}
+
+
+def test_large_files_are_told_apart_by_blocks_all_over_them(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(job, "BLOCK", 16)
+    monkeypatch.setattr(job, "BLOCKS", 4)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(bytes(1000))
+    plain = job._content(path)
+    for place in (0, 330, 990, 999):
+        changed = bytearray(1000)
+        changed[place] = 1
+        path.write_bytes(changed)
+        assert job._content(path) != plain
+    path.write_bytes(bytes(1001))
+    assert job._content(path) != plain
+
+
+DAMAGES: dict[str, Callable[[Path], Any]] = {
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-40]),
+    "no results": lambda path: pq.write_table(pa.table({"id": ["a"]}), path),
+    "a column less": lambda path: pq.write_table(pq.read_table(path).drop_columns(["em"]), path),
+    "a hole": lambda path: pq.write_table(pa.Table.from_pylist([{"id": "a"}], schema=pq.read_table(path).schema), path),
+    "conditions that are none": lambda path: pq.write_table(
+        pq.read_table(path).replace_schema_metadata({b"dro_rl.evaluation.version": b"1", b"dro_rl.evaluation": b"[]"}),
+        path,
+    ),
+    "conditions of other fields": lambda path: pq.write_table(
+        pq.read_table(path).replace_schema_metadata(
+            {b"dro_rl.evaluation.version": b"1", b"dro_rl.evaluation": b'{"stage": 3}'}
+        ),
+        path,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damaged_results_are_refused(evaluate, tmp_path, name: str) -> None:
+    evaluate("--limit", 3)
+    path = tmp_path / "out" / "questions.parquet"
+    DAMAGES[name](path)
+    refused = dro_rl("compare", path, path, code=2).output
+    assert str(path) in refused
+    assert "Evaluate again" in refused
+
+
+def test_damaged_settings_are_named(evaluate, tmp_path) -> None:
+    evaluate("--limit", 3)
+    (tmp_path / "out" / "settings.json").write_text("{")
+    assert "settings.json: not JSON" in evaluate("--limit", 3, code=2).output
+    evaluate("--limit", 3, "--overwrite")
+
+
 def test_gold_needs_some_label(evaluate, tmp_path) -> None:
     path = write_questions(tmp_path / "q.jsonl", [replace(q, supporting=()) for q in questions(3)])
     assert "no question has labels" in evaluate("--control", "gold", data=path, code=2).output
@@ -288,8 +397,6 @@ def test_a_control_loads_no_selector(pair, tmp_path, monkeypatch) -> None:
 
 
 def test_a_pair_without_settings_takes_them_from_a_recipe(pair, tmp_path, evaluate) -> None:
-    import shutil
-
     bare = tmp_path / "bare"
     for role in ("selector", "generator"):
         shutil.copytree(pair / role, bare / role, ignore=shutil.ignore_patterns("prompt.jinja"))

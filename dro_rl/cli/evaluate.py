@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from dro_rl.cli.data import Column, columns_of
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -45,12 +47,26 @@ def evaluate(
         Path | None, typer.Option("--output", help="Folder of the results. Without it, RUN/evaluation/<split>.")
     ] = None,
     recipe: Annotated[
-        Path | None, typer.Option("--recipe", help="Says K, lengths and prompts of a RUN without pipeline.json.")
+        Path | None,
+        typer.Option("--recipe", help="Says K, lengths, prompts and candidates of a RUN without pipeline.json."),
     ] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="The first so many questions.")] = None,
     num_documents: Annotated[
-        int | None, typer.Option("--num-documents", min=1, help="The first so many candidates of each question.")
+        int | None,
+        typer.Option(
+            "--num-documents",
+            min=1,
+            help="The first so many candidates of each question. Without it, as many as the run's recipe says.",
+        ),
     ] = None,
+    shuffle_documents: Annotated[
+        bool | None,
+        typer.Option(
+            "--shuffle-documents/--in-order",
+            help="Shuffle candidates by the recipe's seed, or not. Without it, as the run's recipe says.",
+        ),
+    ] = None,
+    column: Column = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Questions answered at once.")] = 8,
     device: Annotated[
         str | None, typer.Option("--device", help="cpu, cuda, cuda:1, … Without it, CUDA or CPU.")
@@ -89,6 +105,8 @@ def evaluate(
         recipe=recipe,
         limit=limit,
         num_documents=num_documents,
+        shuffle_documents=shuffle_documents,
+        columns=columns_of(column),
         batch_size=batch_size,
         device=device,
         dtype=dtype,

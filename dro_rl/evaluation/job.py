@@ -11,8 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ import torch
 from tqdm import tqdm
 
 from dro_rl.data import load_questions
-from dro_rl.data.candidates import shape_candidates
 from dro_rl.data.manifest import SPLITS, Manifest, questions_hash, read_manifest, split_of_path
 from dro_rl.data.sources import files_of_split, saved_folder
 from dro_rl.errors import InputError, Phrase, first_line
@@ -28,14 +27,19 @@ from dro_rl.evaluation.controls import applies, control_selection
 from dro_rl.evaluation.evaluator import evaluate
 from dro_rl.evaluation.report import Report, make_report, write_report
 from dro_rl.evaluation.results import Conditions, QuestionResult, candidates_hash, read_results, write_results
+from dro_rl.evaluation.shape import shape_of
 from dro_rl.files import written_whole
 from dro_rl.pipeline import PROMPT, SETTINGS, PipelineSettings, RAGPipeline, read_settings
 from dro_rl.records import Question
 from dro_rl.roles import ROLES
 from dro_rl.rows import stem
+from dro_rl.rows.small import read_object
 
 QUESTIONS_PER_PART = 64
 """Questions whose rows are computed and written together: what a kill can cost."""
+
+
+BLOCK, BLOCKS = 2**16, 256
 
 
 @dataclass(frozen=True)
@@ -49,9 +53,12 @@ class EvaluationJob:
         control: what stands in for the selector.
         seed: of `control: random`.
         output: where the results go; `RUN/evaluation/<split>`, unless told.
-        recipe: where K, lengths and templates come from, for a folder without `pipeline.json`.
+        recipe: where K, lengths, templates and the shape of candidates come from, for a folder without
+            `pipeline.json`.
         limit: the first so many questions.
-        num_documents: the first so many candidates of each.
+        num_documents: the first so many candidates of each; None leaves it to the run's recipe.
+        shuffle_documents: whether candidates are shuffled by the recipe's seed; None leaves it to the run's recipe.
+        columns: names of columns by the fields of question files that they are.
         batch_size: questions answered at once.
         device, dtype: as in `RAGPipeline.from_pretrained`.
         overwrite: begin anew where other results stand.
@@ -66,6 +73,8 @@ class EvaluationJob:
     recipe: Path | None = None
     limit: int | None = None
     num_documents: int | None = None
+    shuffle_documents: bool | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
     batch_size: int = 8
     device: str | None = None
     dtype: str | None = None
@@ -83,7 +92,9 @@ def run_evaluation(job: EvaluationJob) -> tuple[Report, Path]:
     """
     _check_device(job.device)
     settings, templates = _settings(job)
+    shape = shape_of(job.run, job.recipe, job.num_documents, job.shuffle_documents)
     questions, split, manifest = _questions(job)
+    questions = shape.apply(questions)
     conditions = Conditions(
         stage=split if job.control == "none" else f"{split}, {job.control}",
         split=split,
@@ -120,7 +131,7 @@ def run_evaluation(job: EvaluationJob) -> tuple[Report, Path]:
     results = _results(folder, asked, conditions, load)
     left_out = len(questions) - len(asked)
     skipped = {"no labelled document among the candidates": left_out} if left_out else {}
-    report = make_report(str(job.run), job.data, conditions, results, skipped, manifest)
+    report = make_report(str(job.run), job.data, conditions, str(shape), results, skipped, manifest)
     write_report(folder, report)
     return report, folder
 
@@ -197,7 +208,7 @@ def _settings(job: EvaluationJob) -> tuple[PipelineSettings, dict[Any, str] | No
 def _questions(job: EvaluationJob) -> tuple[list[Question], str, Manifest | None]:
     """The questions, the split's name, and the manifest beside the file, where there is one."""
     part = job.split or "test"
-    questions = shape_candidates(load_questions(job.data, part, limit=job.limit, key="--data"), job.num_documents)
+    questions = load_questions(job.data, part, limit=job.limit, columns=job.columns, key="--data")
     path = Path(job.data).expanduser()
     if path.is_dir() and saved_folder(path, part) is None:
         path = files_of_split(path, part)[0]
@@ -224,6 +235,8 @@ def _folder_name(split: str, job: EvaluationJob) -> str:
     parts = [split.replace("/", "-").replace(", first ", "-first-")]
     if job.num_documents is not None:
         parts.append(f"n{job.num_documents}")
+    if job.shuffle_documents is not None:
+        parts.append("shuffled" if job.shuffle_documents else "in-order")
     if job.control != "none":
         parts.append(job.control)
     if job.control == "random":
@@ -232,14 +245,28 @@ def _folder_name(split: str, job: EvaluationJob) -> str:
 
 
 def _pair(job: EvaluationJob, templates: dict[Any, str] | None) -> dict[str, Any]:
-    """The models by name, size and time of their files: hashing the weights would take as long as loading them."""
+    """The models by what their files hold, wherever they stand."""
     digest = hashlib.sha256()
     for role in ROLES:
         for path in sorted((job.run / role).glob("*")):
             if path.is_file() and path.suffix in (".safetensors", ".bin", ".json", ".jinja"):
-                status = path.stat()
-                digest.update(f"{role}/{path.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+                digest.update(f"{role}/{path.name} {_content(path)}\n".encode())
     return {"models": digest.hexdigest(), "templates": templates or PROMPT, "dtype": job.dtype}
+
+
+def _content(path: Path) -> str:
+    """A hash of a file's size and of its bytes: of a large one, of `BLOCKS` blocks all over it.
+
+    A step of training changes weights everywhere, and reading them all would take as long as loading them.
+    """
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        for number in range(BLOCKS):
+            if size > BLOCKS * BLOCK:
+                file.seek(number * (size - BLOCK) // (BLOCKS - 1))
+            digest.update(file.read(BLOCK))
+    return digest.hexdigest()
 
 
 def _claim(folder: Path, job: EvaluationJob, settings: dict[str, Any]) -> None:
@@ -250,7 +277,7 @@ def _claim(folder: Path, job: EvaluationJob, settings: dict[str, Any]) -> None:
             (folder / name).unlink(missing_ok=True)
         shutil.rmtree(folder / "parts", ignore_errors=True)
     if path.is_file():
-        known = json.loads(path.read_text(encoding="utf-8"))
+        known = read_object(path, "what rows were computed under", "Give another --output, or --overwrite.")
         other = [key for key in settings if known.get(key) != settings[key] and key != "dro_rl"]
         if other:
             raise InputError(

@@ -27,6 +27,7 @@ class Report:
         run: the folder of the pair.
         data: where the questions come from.
         conditions: what was asked, and how.
+        candidates: what was done to them before the pair read them, and what said so.
         skipped: questions left out, by reason.
         metrics: every metric over all questions: percent, and nats for log-probabilities.
         by_type: the same for each number of hops or question type.
@@ -36,6 +37,7 @@ class Report:
     run: str
     data: str
     conditions: Conditions
+    candidates: str
     skipped: Mapping[str, int]
     metrics: Mapping[str, Estimate]
     by_type: Mapping[str, Mapping[str, Estimate]]
@@ -48,13 +50,14 @@ def make_report(
     run: str,
     data: str,
     conditions: Conditions,
+    candidates: str,
     results: Sequence[QuestionResult],
     skipped: Mapping[str, int],
     manifest: Manifest | None,
 ) -> Report:
     """Means and intervals of an evaluation's rows."""
     by_type = {kind: _estimates(of_type) for kind, of_type in results_by_type(results).items()}
-    return Report(run, data, conditions, skipped, _estimates(results), by_type, manifest)
+    return Report(run, data, conditions, candidates, skipped, _estimates(results), by_type, manifest)
 
 
 def _estimates(results: Sequence[QuestionResult]) -> dict[str, Estimate]:
@@ -94,6 +97,7 @@ def headline(report: Report) -> list[tuple[str, str]]:
         ("selector", "the run's own" if conditions.control == "none" else f"control: {_control(conditions)}"),
         ("decoding", f"{conditions.decoding}, K={conditions.num_selected} of N={conditions.num_documents}"),
     ]
+    lines.append(("candidates", report.candidates))
     if manifest is not None and manifest.retrieval:
         known = [
             f"{key} {manifest.retrieval[key]}" for key in ("retriever", "corpus", "k") if key in manifest.retrieval

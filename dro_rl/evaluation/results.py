@@ -19,6 +19,8 @@ from dro_rl import __version__
 from dro_rl.errors import InputError, Phrase, first_line
 from dro_rl.files import written_whole
 from dro_rl.records import Question
+from dro_rl.rows.small import record
+from dro_rl.rows.strict_json import decode
 
 VERSION = "1"
 KS = (1, 3, 5)
@@ -139,17 +141,31 @@ def read_results(path: Path) -> tuple[list[QuestionResult], Conditions]:
         raise InputError(str(path), Phrase("no such file"), "this is the result of an evaluation", "Check the path.")
     try:
         table = pq.read_table(path)
-    except (pa.ArrowInvalid, OSError) as error:
+        about = table.schema.metadata or {}
+        found = about.get(b"dro_rl.evaluation.version", b"none").decode()
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise InputError(
             str(path), Phrase(first_line(error)), "results are whole Parquet files", "Evaluate again."
         ) from None
-    about = table.schema.metadata or {}
-    found = about.get(b"dro_rl.evaluation.version", b"none").decode()
     if found != VERSION:
         raise InputError(
             str(path), Phrase(f"version {found}"), f"this release reads version {VERSION}", "Evaluate again."
         )
-    return [_result(row) for row in table.to_pylist()], Conditions(**json.loads(about[b"dro_rl.evaluation"]))
+    if not table.schema.equals(SCHEMA) or any(column.null_count for column in table.columns):
+        raise InputError(
+            str(path),
+            Phrase("other columns, or holes"),
+            f"its columns are {', '.join(SCHEMA.names)}",
+            "Evaluate again.",
+        )
+    place = f"{path}: conditions"
+    try:
+        values = decode(about[b"dro_rl.evaluation"].decode())
+    except (ValueError, KeyError) as error:
+        raise InputError(place, Phrase(first_line(error)), "they are JSON", "Evaluate again.") from None
+    return [_result(row) for row in table.to_pylist()], record(
+        Conditions, values, place, "what was asked", "Evaluate again."
+    )
 
 
 def _result(row: Mapping[str, object]) -> QuestionResult:
