@@ -23,7 +23,7 @@ from dro_rl.errors import InputError, Phrase, first_line, is_full_disk
 from dro_rl.evaluation.plots import plot_curves
 from dro_rl.job import preflight
 from dro_rl.job.assembly import build_prompters, evaluate_base, load_models, load_reference, warm_up_models
-from dro_rl.job.console import print_help, print_phases, print_stages
+from dro_rl.job.console import print_help, print_phases, print_signals, print_stages
 from dro_rl.job.output import claim_output_dir
 from dro_rl.job.stopping import LAUNCHED, Stopped, say_stopped, stop_on_signals
 from dro_rl.recipe import load_recipe, parse_command_line
@@ -84,6 +84,7 @@ def main(arguments: Sequence[str]) -> None:
     if trainer.is_world_process_zero():
         print_phases(trainer.phases(), trainer.peak_flops)
         curves = plot_curves(trainer.run_dir)
+        print_signals(trainer.signals.found, trainer.signals.spans)
         print_stages(trainer.stages, trainer.run_dir, curves)
 
 

@@ -31,12 +31,13 @@ from dro_rl.em.iteration import Iterations, Rollouts
 from dro_rl.em.m_step import Group, MicroBatch
 from dro_rl.em.method import Method
 from dro_rl.em.mismatch import EngineMismatch
+from dro_rl.em.progress import LineProgress, SignalWatch
 from dro_rl.em.schedule import Schedule, Slots, SlotSampler
 from dro_rl.em.timing import Phase, PhaseClock, flops_per_token, peak_flops, rates
 from dro_rl.engines.protocol import TrainedSelector
 from dro_rl.errors import InputError, Phrase
 from dro_rl.evaluation.evaluator import evaluate_stage, read_stages, with_stage
-from dro_rl.job.console import LineProgress
+from dro_rl.evaluation.results import NATS
 from dro_rl.likelihood import passes
 from dro_rl.models.module import SelectorGenerator
 from dro_rl.models.saving import export_role, load_role, save_role
@@ -45,7 +46,7 @@ from dro_rl.pipeline import PROMPT, PipelineSettings, RAGPipeline, save_settings
 from dro_rl.prompts import Prompter
 from dro_rl.records import Question, Rollout, Sample
 from dro_rl.roles import ROLES, Role
-from dro_rl.rollouts.diagnostics import columns, logged, summarize
+from dro_rl.rollouts.diagnostics import Summary, columns, logged, summarize
 
 logger = logging.getLogger(__name__)
 
@@ -147,7 +148,10 @@ class DROTrainer(_BaseTrainer):
         self.add_callback(_Iterations(self))
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
-        self.add_callback(LineProgress)
+        metric = None if args.metric_for_best_model in NATS else args.metric_for_best_model
+        self.signals = SignalWatch(self.schedule, self.run_dir, metric, speaks=self.is_world_process_zero())
+        self.add_callback(self.signals)
+        self.add_callback(LineProgress(self.schedule, self.signals))
         self.reference = reference.to(self.accelerator.device).eval() if reference is not None else None
         self.stages: list[dict[str, Any]] = read_stages(self.run_dir)
         self.checkpoints = Checkpoints(
@@ -238,19 +242,26 @@ class DROTrainer(_BaseTrainer):
             self._rollouts = rollouts = self.iterations.weighed(rollouts, self._done)
         self._done.clear()
         m, weighed = self.args.num_generations, cast(Sequence[Rollout], rollouts.samples)
-        groups = [weighed[place * m : (place + 1) * m] for place in self.schedule.positions(step)]
-        rule = self.method.weighting
-        step_summary = summarize(
-            columns(groups, self.train_questions), max_log_ratio=rule.max_log_ratio, min_weight=rule.min_weight
-        )
-        for name, value in logged(step_summary).items():
-            self._step_metrics[name].append(value)
+        everything = [weighed[first : first + m] for first in range(0, len(weighed), m)]
+        groups = [everything[place] for place in self.schedule.positions(step)]
+        metrics = logged(self._summarize(groups))
         plain = [rollout for group in groups for rollout in group if self._samples_plainly(rollout)]
         if plain and not rollouts.on_policy:  # the E-step scored them, by weights that the engine was sent
             difference = torch.tensor([rollout.selection_logp - rollout.proposal_logp for rollout in plain])
             self._compare_with_engine(difference, sum(len(rollout.token_ids) for rollout in plain), rollouts)
         if self.args.overlap_rollouts:
-            self._step_metrics["sampling/staleness"].append(rollouts.staleness)
+            metrics["sampling/staleness"] = rollouts.staleness
+        if (step + 1) % self.schedule.steps_per_iteration == 0:
+            ended = self._summarize(everything)
+            metrics |= self.signals.end_iteration(rollouts.iteration + 1, ended, self._mismatch.a_token)
+        for name, value in metrics.items():
+            self._step_metrics[name].append(value)
+
+    def _summarize(self, groups: Sequence[Sequence[Rollout]]) -> Summary:
+        rule = self.method.weighting
+        return summarize(
+            columns(groups, self.train_questions), max_log_ratio=rule.max_log_ratio, min_weight=rule.min_weight
+        )
 
     # The E-step's models
 

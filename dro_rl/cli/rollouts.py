@@ -216,14 +216,14 @@ def _print_places(out: Console, figures: Summary, over: str) -> None:
 def _print_signals(out: Console, signals: list[Signal], over: str) -> None:
     from rich.padding import Padding
 
-    from dro_rl.rollouts.signals import described
+    from dro_rl.rollouts.signals import reading
 
     out.print(f"Signals, over {over}", style="bold")
     for signal in signals:
         if math.isnan(signal.measured.value):
             continue
         mark, style = ("!", "yellow") if signal.fired else (" ", "")
-        out.print(f"{mark} {described(signal)}", style=style)
+        out.print(f"{mark} {reading(signal)}", style=style)
         if signal.fired:
             out.print(Padding(f"{signal.rule.meaning} {signal.rule.advice}", (0, 0, 0, 2)))
 

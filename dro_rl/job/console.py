@@ -1,4 +1,4 @@
-"""What the job prints: help, one line a step, a table at the end."""
+"""What the job prints: help, and the tables at its end."""
 
 from __future__ import annotations
 
@@ -7,58 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
-from transformers import TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import ProgressCallback
 
 from dro_rl.em.timing import Phase, rates
 from dro_rl.recipe import KEYS, described
+from dro_rl.rollouts.signals import Signal, reading
 from dro_rl.terminal import console
-
-COLUMNS = (("evidence_bound", "bound", ".2f"), ("ess", "ess", ".1f"), ("answer_logp", "answer", ".2f"),
-           ("recall@3", "recall@3", ".2f"), ("rollouts/valid", "valid", ".2f"))  # fmt: skip
-
-
-class LineProgress(ProgressCallback):
-    """The stock progress bar, with one readable line a log in place of a dictionary of every metric.
-
-    Under `disable_tqdm` the lines come without the bar.
-    """
-
-    def on_train_begin(self, args: TrainingArguments, *rest: Any, **kwargs: Any) -> None:
-        if not args.disable_tqdm:
-            super().on_train_begin(args, *rest, **kwargs)
-
-    def on_step_end(self, args: TrainingArguments, *rest: Any, **kwargs: Any) -> None:
-        if not args.disable_tqdm:
-            super().on_step_end(args, *rest, **kwargs)
-
-    def on_train_end(self, args: TrainingArguments, *rest: Any, **kwargs: Any) -> None:
-        if not args.disable_tqdm:
-            super().on_train_end(args, *rest, **kwargs)
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if not state.is_world_process_zero or not logs:
-            return
-        write = print if args.disable_tqdm or self.training_bar is None else self.training_bar.write
-        if "loss" in logs:
-            parts = [f"{label} {logs[name]:{form}}" for name, label, form in COLUMNS if name in logs]
-            seconds = sum(value for name, value in logs.items() if name.startswith("time/"))
-            write(
-                f"step {state.global_step}/{state.max_steps}  loss {logs['loss']:.3f}  "
-                f"{'  '.join(parts)}  {seconds:.1f} s"
-            )
-        elif "eval_em" in logs:
-            write(
-                f"step {state.global_step}/{state.max_steps}  dev: em {logs['eval_em']:.1f}  f1 {logs['eval_f1']:.1f}"
-                + "".join(f"  {name[5:]} {logs[name]:.1f}" for name in ("eval_recall@3", "eval_valid") if name in logs)
-            )
 
 
 def print_stages(stages: Sequence[Mapping[str, Any]], run_dir: Path, curves: Path) -> None:
@@ -87,6 +40,31 @@ def print_stages(stages: Sequence[Mapping[str, Any]], run_dir: Path, curves: Pat
     out.print(f"rollouts    dro-rl rollouts show {run_dir}", soft_wrap=True)
     out.print(f"evaluate    dro-rl evaluate {run_dir} --data FILE", soft_wrap=True)
     out.print(f"ask         dro-rl ask {run_dir} QUESTION --documents FILE", soft_wrap=True)
+
+
+def print_signals(found: Sequence[Signal], spans: Mapping[str, Sequence[tuple[int, int | None]]]) -> None:
+    """What said that the run needs a hand: when, what it came to, and which keys to turn.
+
+    Args:
+        found: every signal after the last iteration.
+        spans: by name, the iterations in which one appeared and was over; None for one that stands at the end.
+    """
+    if not spans:
+        return
+    table = Table(title="signals")
+    for name in ("iterations", "signal at the end", "keys to turn"):
+        table.add_column(name)
+    for signal in found:
+        if times := spans.get(signal.rule.name):
+            stands = times[-1][1] is None
+            when = ", ".join(f"{first}-{'' if end is None else end}" for first, end in times[-3:])
+            table.add_row(
+                when if len(times) <= 3 else f"…, {when}",
+                reading(signal) if stands else f"{signal.rule.name}: over",
+                ", ".join(signal.rule.keys),
+                style="yellow" if stands else "dim",
+            )
+    console().print(table)
 
 
 def print_phases(phases: Mapping[str, Phase], peak: float | None) -> None:

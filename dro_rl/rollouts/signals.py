@@ -156,7 +156,7 @@ def windows(history: Sequence[Iteration], count: int) -> list[list[Iteration]]:
     return found
 
 
-def described(signal: Signal) -> str:
+def reading(signal: Signal) -> str:
     """What was measured against which limit, in the rule's unit: `clean 42 % (signals below 90 %)`."""
     shown = [_in_unit(value, signal.rule.unit) for value in (signal.measured.value, signal.measured.limit)]
     return f"{signal.rule.name} {shown[0]} (signals {'above' if signal.measured.above else 'below'} {shown[1]})"
