@@ -20,6 +20,7 @@ from dro_rl.files import written_whole
 from dro_rl.likelihood import answer_logp, score_rows
 from dro_rl.metrics import answer_recall_at_k, exact_match, f1, precision_at_k, recall_at_k, rouge_l
 from dro_rl.pipeline import RAGPipeline, read
+from dro_rl.progress import Progress
 from dro_rl.prompts.rows import answer_row
 from dro_rl.records import Question, Selection
 
@@ -92,9 +93,13 @@ def evaluate_stage(
     """Evaluate a stage of training, each process its share, and write it. Returns its summary on every process."""
     state = PartialState()
     rank, world = state.process_index, state.num_processes
-    mine = evaluate(pipeline, questions[rank::world], likelihood, aliases)
-    gathered = gather_object([(i * world + rank, result) for i, result in enumerate(mine)])
-    results = [result for _, result in sorted(gathered, key=lambda item: item[0])]
+    mine: list[tuple[int, QuestionResult]] = []
+    with Progress(len(questions), f"evaluation, {stage}", quiet=not state.is_main_process) as progress:
+        for part in _parts(questions, world * pipeline.batch_size):  # as many on each process, who may share parameters
+            own = part[rank::world]
+            mine += zip(own, evaluate(pipeline, [questions[i] for i in own], likelihood, aliases), strict=True)
+            progress.update(len(part))
+    results = [result for _, result in sorted(gather_object(mine), key=lambda item: item[0])]
     conditions = Conditions(
         stage=stage,
         split=split,
@@ -111,6 +116,12 @@ def evaluate_stage(
         write_results(summary_path(output_dir).with_name(f"{stage}.parquet"), results, conditions)
         write_stages(output_dir, with_stage(read_stages(output_dir), summary))
     return summary
+
+
+def _parts(questions: Sequence[Question], size: int) -> list[list[int]]:
+    """The places of all questions in parts of a size, the longest first, so that those of a part are as long."""
+    order = sorted(range(len(questions)), key=lambda i: -sum(len(d.text) for d in questions[i].documents))
+    return [order[first : first + size] for first in range(0, len(order), size)]
 
 
 def summarise(results: Sequence[QuestionResult], conditions: Conditions) -> dict[str, Any]:
