@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from dataclasses import dataclass
 
 import torch
+from transformers.utils import is_torch_tf32_available
 from trl.trainer.base_config import _BaseConfig
 
 from dro_rl.errors import InputError
@@ -27,6 +29,8 @@ class DROConfig(TrainingKeys, _BaseConfig):  # type: ignore[misc]  # keys take o
             self.use_cpu = True
             self.bf16 = bool(self.bf16)
         self.check()
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            self.ddp_backend = None  # one process talks to nobody, and torch refuses to prepare it for that
         if self.disable_tqdm is None:
             self.disable_tqdm = not sys.stderr.isatty()
         # The stock rule ties this flag to a fixed step interval. Our evaluations fall on iterations, and each comes
@@ -38,6 +42,13 @@ class DROConfig(TrainingKeys, _BaseConfig):  # type: ignore[misc]  # keys take o
     def check(self) -> None:
         """Raise `InputError` for the first value that breaks a rule, those of this machine among them."""
         super().check()
+        self._require("tf32", not self.tf32 or is_torch_tf32_available(), "this GPU has it", "Leave it out.")
+        self._require(
+            "ddp_backend",
+            self.ddp_backend != "nccl" or (torch.cuda.is_available() and not self.use_cpu),
+            "NCCL talks between GPUs",
+            "Leave it unset.",
+        )
         self._require(
             "overlap_rollouts",
             not self.overlap_rollouts or (self.engine == "vllm" and self.vllm_mode == "server"),

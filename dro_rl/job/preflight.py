@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Trainer
 from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
@@ -51,6 +51,7 @@ def check(recipe: Recipe, train: Sequence[Question], dev: Sequence[Question]) ->
         )
     check_warm_up(recipe, train)
     check_trackers(training.report_to)
+    check_optimizer(training)
     engines.check(training)
     models: dict[Role, PreTrainedModel] = {}
     for role in ROLES:
@@ -143,6 +144,22 @@ def check_trackers(report_to: str | list[str] | None) -> None:
                 f"this is a tracker that is installed, of which there are {', '.join(known)}",
                 "Use one of them, or pip install 'dro_rl[report]'.",
             )
+
+
+def check_optimizer(training: DROConfig) -> None:
+    """Refuse an optimizer that is not installed or cannot be made of its settings, by a step with one weight."""
+    weight = torch.nn.Parameter(torch.zeros(1, 1, device=training.device))
+    weight.grad = torch.ones_like(weight)
+    try:
+        optimizer, options = Trainer.get_optimizer_cls_and_kwargs(training)
+        optimizer([weight], **options).step()
+    except Exception as error:  # each optimizer has errors of its own
+        raise InputError(
+            "optim_args" if training.optim_args else "optim",
+            training.optim_args or str(training.optim),
+            f"the optimizer can be made of this ({first_line(error)})",
+            "Correct it, install what is missing, or use adamw_torch.",
+        ) from None
 
 
 def without_weights(run: RunConfig, role: Role) -> PreTrainedModel:

@@ -19,6 +19,21 @@ EVERY = Rule(
     lambda value: 0 < value < 1 or (value >= 1 and value == int(value)),
 )
 
+OPTIM_ARGS = {
+    "sgd": ("momentum", "dampening", "nesterov"),
+    "adagrad": ("lr_decay", "eps"),
+    "rmsprop": ("momentum", "alpha", "eps", "centered"),
+}
+"""What `optim_args` may say of an optimizer. Others have keys of their own, or nothing to say."""
+
+NAMED_VALUES = Rule(
+    "name=value, or several with commas between, of numbers and true or false",
+    "Use momentum=0.9, say, or leave it out.",
+    lambda value: all(
+        re.fullmatch(r"\s*\w+\s*=\s*([0-9.]+([eE]-?[0-9]+)?|true|false)\s*", part) for part in value.split(",")
+    ),
+)
+
 
 def _is_address(url: str) -> bool:
     """Whether this is a scheme, a host and perhaps a port, and nothing more."""
@@ -226,7 +241,7 @@ class TrainingKeys:
         "adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "adagrad", "rmsprop", "adamw_8bit",
         "adamw_bnb_8bit", "paged_adamw_32bit", "paged_adamw_8bit",
     ] = option("adamw_torch_fused", "The optimizer; those named 8bit or paged need bitsandbytes.")  # fmt: skip
-    optim_args: str | None = option(None, "What else the optimizer takes, as name=value,name=value.")
+    optim_args: str | None = option(None, "What else sgd, adagrad or rmsprop take, as momentum=0.9.", NAMED_VALUES)
     adam_beta1: float = option(0.9, "Decay of AdamW's mean of gradients.", BETA)
     adam_beta2: float = option(0.999, "Decay of AdamW's mean of squares.", BETA)
     adam_epsilon: float = option(1e-8, "What AdamW adds to the root of the mean of squares.", above(0))
@@ -363,13 +378,37 @@ class TrainingKeys:
         )
         rates = [self.role_learning_rate(role) for role in ("selector", "generator")]
         self._require(
-            "generator_learning_rate", max(rates) > 0, "one of the two models trains", "Give one a rate above 0."
+            "learning_rate" if self.generator_learning_rate is None else "generator_learning_rate",
+            max(rates) > 0,
+            "one of the two models trains",
+            "Give one a rate above 0.",
         )
         self._require(
             "interleave",
             self.interleave == "joint" or min(rates) > 0,
             "taking turns needs two models that train",
             "Use interleave: joint, which skips the frozen model.",
+        )
+        takes = OPTIM_ARGS.get(self.optim, ())
+        given = [part.partition("=")[0].strip() for part in (self.optim_args or "").split(",") if part]
+        self._require(
+            "optim_args",
+            {*given} <= {*takes},
+            f"optim: {self.optim} takes {', '.join(takes) or 'none'}",
+            "Use one of them." if takes else "Leave it out.",
+        )
+        constant = self.lr_scheduler_type in ("constant", "constant_with_warmup")
+        self._require(
+            "lr_scheduler_kwargs",
+            not (constant and self.lr_scheduler_kwargs),
+            f"lr_scheduler_type: {self.lr_scheduler_type} takes none",
+            "Leave it out, or name another schedule.",
+        )
+        self._require(
+            "warmup_steps",
+            self.lr_scheduler_type != "constant" or self.warmup_steps == 0,
+            "lr_scheduler_type: constant has one rate from the first step on",
+            "Use lr_scheduler_type: constant_with_warmup.",
         )
         self._require(
             "fp16", not (self.fp16 and self.bf16), "one type is computed in, and bf16 is another", "Set one of them."
