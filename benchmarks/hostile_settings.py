@@ -30,7 +30,8 @@ import typer
 import yaml
 
 from dro_rl.errors import InputError, first_line
-from dro_rl.recipe import KEYS, load_recipe
+from dro_rl.keys.reference import KEYS
+from dro_rl.recipe import load_recipe
 
 MEMORY = 6 * 2**30
 """Bytes of data that a job may have."""
@@ -83,10 +84,11 @@ NUMBERS = [
     2**32 - 1, 2**32, 2**53, 2**63, 10**30, -(10**30), 10**5000, 3 + 4j,
 ]  # fmt: skip
 TEXTS = [
-    "", " ", "x", "0", "1e-5", "1e999", "inf", "nan", "none", "auto", "true", "steps", "no", "epoch", "verbose", "foo.json",
-    "no/such/path", "/", ".", "~", "/etc/passwd", "a" * 300, "a" * 100_000, "a/" * 2000, "\0", "a\nb", "\x1b[31m", "[red]",
-    "\ud800", "日本", "{}", "{", '{"a": 1}', "{{ 7 * 7 }}", "http://127.0.0.1:99999", "adamw_8bit", "galore_adamw",
-    "cosine_with_min_lr", "reduce_lr_on_plateau", "gloo", "nccl", "a=1", "betas=0.9", "momentum=0.9",
+    "", " ", "x", "0", "1e-5", "1e999", "inf", "nan", "none", "auto", "true", "steps", "no", "epoch", "verbose",
+    "foo.json", "no/such/path", "/", ".", "~", "/etc/passwd", "a" * 300, "a" * 100_000, "a/" * 2000, "\0", "a\nb",
+    "\x1b[31m", "[red]", "\ud800", "日本", "{}", "{", '{"a": 1}', "{{ 7 * 7 }}", "http://127.0.0.1:99999",
+    "adamw_8bit", "galore_adamw", "cosine_with_min_lr", "reduce_lr_on_plateau", "gloo", "nccl", "a=1", "betas=0.9",
+    "momentum=0.9",
 ]  # fmt: skip
 OTHERS = [
     None, True, False, [], [1], ["x"], ["x", "y"], [None], [[]], {}, {"a": 1}, {"a": float("inf")}, {"a": None}, {1: 2},
@@ -102,7 +104,7 @@ def hostile_values() -> list[Any]:
 
 
 def as_recipe(key: str, value: Any) -> tuple[str, str]:
-    """What reading a recipe with this value comes to: `accepted`, `refused`, `unnamed` or `traceback`, and its words."""
+    """What reading this value comes to: `accepted`, `refused`, `unnamed` or `traceback`, and its words."""
     try:
         load_recipe(None, {**LEAST, key: value})
     except InputError as error:

@@ -2,14 +2,11 @@
 
 One path for both: a command-line value is read as YAML and goes through the same checks. Keys are the fields of
 `RunConfig` (data, models, warm-up) and of `TrainingKeys`. What can be said without torch is said before it is imported.
-
-    python -m dro_rl.recipe --keys    prints docs/keys.md
 """
 
 from __future__ import annotations
 
 import difflib
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,18 +17,14 @@ import yaml
 from dro_rl.errors import InputError, Phrase, first_line
 from dro_rl.files import written_whole
 from dro_rl.flat_yaml import parse_yaml, read_yaml
-from dro_rl.keys import Key, keys_of
 from dro_rl.keys.inherited import REFUSED, WITHOUT_EFFECT
+from dro_rl.keys.reference import KEYS, RUN_KEYS, TRAINING_KEYS
 from dro_rl.keys.run import RunConfig
 from dro_rl.keys.training import TrainingKeys
 from dro_rl.shipped import find
 
 if TYPE_CHECKING:
     from dro_rl.config import DROConfig
-
-RUN_KEYS, TRAINING_KEYS = keys_of(RunConfig), keys_of(TrainingKeys)
-KEYS: Mapping[str, Key] = {**RUN_KEYS, **TRAINING_KEYS}
-"""Every key of a recipe, by name."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +84,13 @@ def read_keys(path: str | Path | None, overrides: Mapping[str, Any] | None = Non
         raise InputError(
             "output_dir", Phrase("missing"), "a run has a folder of its own", "Set output_dir: runs/<name>."
         )
+    if run.num_documents is not None and keys.num_selected > run.num_documents:
+        raise InputError(
+            "num_selected",
+            keys.num_selected,
+            f"num_documents: {run.num_documents} are there to select from",
+            "Lower num_selected, or raise num_documents.",
+        )
     return run, keys
 
 
@@ -144,49 +144,3 @@ def _command_line_value(key: str, items: list[str]) -> Any:
             f"--{key}", " ".join(items), f"a value is YAML ({error.value})", "Put quotes around it."
         ) from None
     return parsed[0] if len(parsed) == 1 else parsed or True
-
-
-def keys_page() -> str:
-    """The reference page: every key with what it may be, and every key of transformers and TRL that is none."""
-    lines = [
-        "# Recipe keys",
-        "",
-        "Made by `python -m dro_rl.recipe --keys`; rules and defaults stand in `dro_rl/keys/`. A recipe is flat YAML",
-        "of these keys, and the command line goes over it (`--key value`). A resumed run may change those marked so.",
-    ]
-    group = ""
-    for key in KEYS.values():
-        if key.group != group:
-            group = key.group
-            lines += [
-                "",
-                f"## {group}",
-                "",
-                "| key | may be | default | on resume | what it is |",
-                "|---|---|---|---|---|",
-            ]
-        default = f"`{as_yaml(key.default)}`" if key.default != "" else "required"
-        cells = (f"`{key.name}`", key.allowed, default, "may change" if key.resumes else "", key.help)
-        lines.append(f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |")
-    lines += ["", "## Keys of transformers and TRL that have no effect here", "", "| key | use |", "|---|---|"]
-    lines += [f"| `{name}` | {use} |" for name, use in WITHOUT_EFFECT.items()]
-    lines += ["", "## Keys of transformers and TRL that are refused", "", "| key | why | instead |", "|---|---|---|"]
-    lines += [f"| `{name}` | {rule} | {fix} |" for name, (rule, fix) in REFUSED.items()]
-    return "\n".join(lines) + "\n"
-
-
-def described(key: Key) -> str:
-    """A key on two lines of plain text."""
-    default = "required" if key.default == "" else as_yaml(key.default)
-    return f"{key.name}  ({key.allowed}; {default})\n    {key.help}"
-
-
-def as_yaml(value: Any) -> str:
-    """The value as a recipe has it, in one line."""
-    return yaml.safe_dump(value, default_flow_style=True).removesuffix("\n").removesuffix("\n...")
-
-
-if __name__ == "__main__":
-    if sys.argv[1:] != ["--keys"]:
-        sys.exit("usage: python -m dro_rl.recipe --keys")
-    print(keys_page(), end="")

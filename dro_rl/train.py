@@ -17,15 +17,14 @@ import torch
 import transformers
 from transformers import set_seed
 
-from dro_rl.data import dev_beside, load_questions
-from dro_rl.data.candidates import shape_candidates
 from dro_rl.errors import InputError, Phrase, first_line, is_full_disk
 from dro_rl.evaluation.plots import plot_curves
 from dro_rl.job import preflight
-from dro_rl.job.assembly import build_prompters, evaluate_base, load_models, load_reference, warm_up_models
-from dro_rl.job.console import print_help, print_phases, print_signals, print_stages
+from dro_rl.job.assembly import evaluate_base, load_models, load_reference, warm_up_models
+from dro_rl.job.console import print_phases, print_signals, print_stages
 from dro_rl.job.output import claim_output_dir
 from dro_rl.job.stopping import LAUNCHED, Stopped, say_stopped, stop_on_signals
+from dro_rl.keys.reference import keys_text
 from dro_rl.recipe import load_recipe, parse_command_line
 from dro_rl.terminal import PlainFormatter, console
 from dro_rl.trainer import DROTrainer
@@ -38,41 +37,19 @@ def main(arguments: Sequence[str]) -> None:
     transformers.utils.logging.disable_progress_bar()  # ours show the work; loading and writing files is brief
     recipe = load_recipe(*parse_command_line(arguments))
     run, training = recipe.run, recipe.training
-    train = load_questions(
-        run.dataset_name,
-        run.dataset_train_split,
-        config=run.dataset_config,
-        limit=run.max_train_samples,
-        columns=run.dataset_columns,
-    )
-    beside = dev_beside(run.dataset_name, run.dataset_train_split, run.dataset_eval_split)
-    dev = load_questions(
-        run.eval_dataset_name or beside or run.dataset_name,
-        run.dataset_eval_split,
-        config=run.dataset_config,
-        limit=run.max_eval_samples,
-        columns=run.dataset_columns,
-        key="eval_dataset_name" if run.eval_dataset_name else "dataset_name",
-    )
-    order_seed = training.seed if run.shuffle_documents else None
-    train = shape_candidates(train, run.num_documents, keep_gold=run.keep_gold, shuffle_seed=order_seed)
-    dev = shape_candidates(dev, run.num_documents, shuffle_seed=order_seed)
-    preflight.check(recipe, train, dev)
-    prompters = build_prompters(recipe)
-    preflight.check_prompts([*train, *dev], prompters, training.num_selected)
-    preflight.check_constraint(recipe, [*train, *dev], prompters["selector"])
+    job = preflight.prepare(recipe, training.world_size)
     checkpoint = claim_output_dir(recipe)
 
     set_seed(training.seed)
-    evaluate_base(recipe, dev, prompters)
-    sources = warm_up_models(recipe, train, prompters)
+    evaluate_base(recipe, job.dev, job.prompters)
+    sources = warm_up_models(recipe, job.train, job.prompters)
     set_seed(training.seed)
     trainer = DROTrainer(
         load_models(recipe, sources),
         training,
-        train,
-        dev,
-        prompters,
+        job.train,
+        job.dev,
+        job.prompters,
         eval_split=run.dataset_eval_split,
         initial_stage="base" if run.warmup == "none" else "warmup",
         reference=load_reference(recipe, sources),
@@ -91,7 +68,7 @@ def main(arguments: Sequence[str]) -> None:
 def run_job(arguments: Sequence[str]) -> int:
     """`main` with errors in a user's input, and a signal's end, as one line on standard error and the exit status."""
     if "--help" in arguments or "-h" in arguments or not arguments:
-        print_help(__doc__ or "")
+        print((__doc__ or "").strip(), keys_text(), sep="\n")
         return 0
     handler = logging.StreamHandler()
     handler.setFormatter(PlainFormatter("%(message)s"))

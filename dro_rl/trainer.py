@@ -98,17 +98,7 @@ class DROTrainer(_BaseTrainer):
         args.check_batch(args.world_size, len(train_questions))
         self.train_questions, self.eval_questions = train_questions, eval_questions
         self.prompters, self.eval_split, self.initial_stage = dict(prompters), eval_split, initial_stage
-        per_step = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
-        per_step //= args.num_generations
-        self.schedule = Schedule(
-            num_questions=len(train_questions),
-            questions_per_iteration=args.questions_per_iteration or len(train_questions) // per_step * per_step,
-            questions_per_step=per_step,
-            m_step_epochs=args.m_step_epochs,
-            num_iterations=args.num_iterations,
-            num_generations=args.num_generations,
-            seed=args.seed,
-        )
+        self.schedule = Schedule.of(args, args.world_size, len(train_questions))
         args.num_train_epochs = 1  # one pass over the schedule, which holds every iteration
         args.ddp_find_unused_parameters = args.interleave == "alternate"
         for role in ROLES:

@@ -606,7 +606,7 @@ def test_an_error_that_is_not_the_users_is_raised(home: Path, monkeypatch: pytes
     def bug(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("a bug of ours")
 
-    monkeypatch.setattr(train, "load_questions", bug)
+    monkeypatch.setattr(preflight, "load_questions", bug)
     with pytest.raises(RuntimeError, match="a bug of ours"):
         train.run_job([str(home / "recipe.yaml")])
 

@@ -556,35 +556,3 @@ def test_ask_refuses_what_it_cannot_read(tmp_path: Path, documents_file: Path) -
     assert "line 2" in refusal("ask", tmp_path, "Warum?", "--documents", documents_file)
     documents_file.write_text('{"text": "one"}\n{"title": "two"}\n')
     assert "documents[2].text: missing" in refusal("ask", tmp_path, "Warum?", "--documents", documents_file)
-
-
-def recipe_file(path: Path, **keys: Any) -> Path:
-    """A recipe for the shipped toy pair."""
-    recipe = {
-        "dataset_name": "toy",
-        "selector_model_name_or_path": "toy",
-        "generator_model_name_or_path": "toy",
-        "output_dir": str(path.with_suffix("")),
-    }
-    path.write_text(json.dumps(recipe | keys))  # JSON is YAML
-    return path
-
-
-def test_recipe_validate_prints_what_would_be_trained(tmp_path: Path) -> None:
-    """A line a file, with the keys that tell recipes apart."""
-    good = recipe_file(tmp_path / "good.yaml", num_generations=4, num_selected=2)
-    result = invoke("recipe", "validate", good, good)
-    assert result.exit_code == 0
-    line = "selector_model_name_or_path toy, generator_model_name_or_path toy, dataset_name toy"
-    assert result.stdout.splitlines()[1] == f"ok {good}: {line}, num_generations 4, num_selected 2"
-    (found,) = document("recipe", "validate", good)["recipes"]
-    assert (found["file"], found["num_generations"], found["num_selected"]) == (str(good), 4, 2)
-
-
-def test_recipe_validate_names_the_file_and_the_key(tmp_path: Path) -> None:
-    """Defect: among several recipes, an error that names the key alone."""
-    bad = recipe_file(tmp_path / "bad.yaml", num_generation=4)
-    message = refusal("recipe", "validate", bad)
-    assert message.startswith(f"error: {bad}: num_generation: 4: there is no such key")
-    missing = refusal("recipe", "validate", tmp_path / "none.yaml")
-    assert missing.count("none.yaml") == 1

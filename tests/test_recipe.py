@@ -15,7 +15,8 @@ from trl.trainer.base_config import _BaseConfig
 from dro_rl.config import DROConfig
 from dro_rl.errors import InputError
 from dro_rl.keys.inherited import REFUSED, WITHOUT_EFFECT
-from dro_rl.recipe import KEYS, RunConfig, keys_page, load_recipe, parse_command_line
+from dro_rl.keys.reference import KEYS, keys_page, keys_text
+from dro_rl.recipe import RunConfig, load_recipe, parse_command_line
 
 ROOT = Path(__file__).parent.parent / "recipes"
 SHIPPED = sorted(path for path in ROOT.rglob("*.y*ml") if "accelerate" not in path.relative_to(ROOT).parts)
@@ -374,8 +375,16 @@ def test_every_key_stands_under_a_heading_and_is_described_in_a_sentence() -> No
 
 
 def test_the_reference_page_is_what_the_keys_say() -> None:
-    """`python -m dro_rl.recipe --keys > docs/keys.md`."""
+    """`dro-rl recipe keys --markdown > docs/keys.md`."""
     assert (ROOT.parent / "docs" / "keys.md").read_text() == keys_page()
+
+
+def test_help_lists_every_key_with_its_values_in_80_columns_and_breaks_no_name() -> None:
+    lines = keys_text().splitlines()
+    assert max(map(len, lines)) <= 80
+    for key in KEYS.values():
+        assert any(line.startswith(f"  {key.name}: ") for line in lines)
+    assert "one of joint, alternate [joint]" in keys_text()
 
 
 @pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(_BaseConfig)])

@@ -3,23 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    from dro_rl.recipe import Recipe
+from dro_rl.cli.validate import validate
 
 app = typer.Typer(help="List, show, copy and check recipes.", no_args_is_help=True, rich_markup_mode=None)
-
-FACTS = (
-    "selector_model_name_or_path",
-    "generator_model_name_or_path",
-    "dataset_name",
-    "num_generations",
-    "num_selected",
-)
-"""The keys that tell one recipe from another, in the order they are printed."""
 
 
 @app.callback()
@@ -82,42 +72,12 @@ def keys(
     word: Annotated[
         str, typer.Argument(metavar="[WORD]", help="Only keys that have this word.", show_default=False)
     ] = "",
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the reference page, docs/keys.md.")] = False,
 ) -> None:
     """Print the keys of a recipe: what each may be, its default, what it is."""
-    from dro_rl.recipe import KEYS, described
+    from dro_rl.keys.reference import keys_page, keys_text
 
-    found = [text for text in map(described, KEYS.values()) if word.lower() in text.lower()]
-    typer.echo("\n\n".join(found))
-
-
-@app.command("validate")
-def validate(
-    files: Annotated[list[Path], typer.Argument(metavar="FILE", help="Recipe files.", show_default=False)],
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
-) -> None:
-    """Read recipes as a training would, and print what they would train. Stops at the first wrong one."""
-    from dro_rl.cli.output import console, print_json
-
-    checked = []
-    for file in files:
-        recipe = _load(file)
-        facts = {key: recipe.values[key] for key in FACTS}
-        checked.append({"file": file, "ok": True, **facts})
-        if not json:
-            said = ", ".join(f"{key} {value}" for key, value in facts.items())
-            console().print(f"ok {file}: {said}", soft_wrap=True)
-    if json:
-        print_json({"recipes": checked})
+    typer.echo(keys_page() if markdown else keys_text(word), nl=False)
 
 
-def _load(file: Path) -> Recipe:
-    """Load a recipe. Its errors name keys; among several recipes they need the file too."""
-    from dro_rl.errors import InputError
-    from dro_rl.recipe import load_recipe
-
-    try:
-        return load_recipe(file)
-    except InputError as error:
-        if str(file) in error.place:
-            raise
-        raise InputError(f"{file}: {error.place}", error.value, error.rule, error.fix) from None
+app.command("validate", context_settings={"ignore_unknown_options": True})(validate)

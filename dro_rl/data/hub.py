@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dro_rl.errors import InputError, Phrase, first_line
+from dro_rl.hub import look_up
 from dro_rl.rows import Rows, Wanted, is_readable
 
 
@@ -41,6 +42,7 @@ def hub_rows(
     """
     from datasets import load_dataset
 
+    look_up("dataset", name)
     options = {"streaming": True} if streaming else {}
     first: Exception | None = None
     for split in splits:

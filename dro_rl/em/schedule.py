@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from torch.utils.data import Dataset, Sampler
 
+from dro_rl.config import DROConfig
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -29,6 +31,21 @@ class Schedule:
     num_iterations: int
     num_generations: int
     seed: int
+
+    @classmethod
+    def of(cls, args: DROConfig, processes: int, num_questions: int) -> Schedule:
+        """The schedule that a run's settings mean for so many questions."""
+        rollouts = args.per_device_train_batch_size * processes * args.gradient_accumulation_steps
+        per_step = rollouts // args.num_generations
+        return cls(
+            num_questions=num_questions,
+            questions_per_iteration=args.questions_per_iteration or num_questions // per_step * per_step,
+            questions_per_step=per_step,
+            m_step_epochs=args.m_step_epochs,
+            num_iterations=args.num_iterations,
+            num_generations=args.num_generations,
+            seed=args.seed,
+        )
 
     @property
     def steps_per_iteration(self) -> int:

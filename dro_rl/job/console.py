@@ -1,4 +1,4 @@
-"""What the job prints: help, and the tables at its end."""
+"""The tables that the job prints at its end."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 from rich.table import Table
 
 from dro_rl.em.timing import Phase, rates
-from dro_rl.recipe import KEYS, described
 from dro_rl.rollouts.signals import Signal, reading
 from dro_rl.terminal import console
 
@@ -82,10 +81,3 @@ def print_phases(phases: Mapping[str, Phase], peak: float | None) -> None:
             cells.append("" if utilisation is None else f"{utilisation:.1%}")
         table.add_row(name, *cells)
     console().print(table)
-
-
-def print_help(summary: str) -> None:
-    """Usage with examples, and every key of ours."""
-    print(summary.strip())
-    for key in KEYS.values():
-        print(f"\n{described(key)}")

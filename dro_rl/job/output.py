@@ -12,7 +12,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from dro_rl.errors import InputError
 from dro_rl.flat_yaml import read_yaml
-from dro_rl.recipe import KEYS, Recipe
+from dro_rl.keys.reference import KEYS
+from dro_rl.recipe import Recipe
 
 
 def claim_output_dir(recipe: Recipe) -> str | None:

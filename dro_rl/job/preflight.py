@@ -7,18 +7,24 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Trainer
 from transformers.integrations import get_available_reporting_integrations
+from transformers.training_args import OptimizerNames
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from dro_rl import engines
+from dro_rl.config import DROConfig
+from dro_rl.data import dev_beside, load_questions
+from dro_rl.data.candidates import shape_candidates
+from dro_rl.em.schedule import Schedule
 from dro_rl.errors import InputError, Phrase, first_line
 from dro_rl.evaluation.results import METRICS
+from dro_rl.job.assembly import build_prompters
 from dro_rl.job.warmup import selection_order
 from dro_rl.models.loading import check_model
 from dro_rl.models.sharding import whole_parameters
@@ -30,10 +36,67 @@ from dro_rl.roles import ROLES, Role
 from dro_rl.selection import format_selection
 
 
-def check(recipe: Recipe, train: Sequence[Question], dev: Sequence[Question]) -> None:
-    """Settings against data, models and disk. Raises `InputError`."""
+@dataclass(frozen=True)
+class Prepared:
+    """What a job reads, with nothing found wrong in it.
+
+    Args:
+        train, dev: its questions, with their candidates as the recipe shapes them.
+        prompters: each role's prompts.
+        schedule: its iterations and steps.
+        disk: bytes that its checkpoints and models take.
+    """
+
+    train: Sequence[Question]
+    dev: Sequence[Question]
+    prompters: dict[Role, Prompter]
+    schedule: Schedule
+    disk: int
+
+
+def prepare(recipe: Recipe, processes: int) -> Prepared:
+    """Read what a job reads, and check all that can be checked before a model is loaded: for training and for
+    `dro-rl recipe validate` alike. Raises `InputError`."""
+    train, dev = read_splits(recipe)
+    disk = check(recipe, train, dev, processes)
+    prompters = build_prompters(recipe)
+    check_prompts([*train, *dev], prompters, recipe.training.num_selected)
+    check_constraint(recipe, [*train, *dev], prompters["selector"])
+    schedule = Schedule.of(recipe.training, processes, len(train))
+    check_max_steps(recipe.training, schedule)
+    return Prepared(train, dev, prompters, schedule, disk)
+
+
+def read_splits(recipe: Recipe) -> tuple[list[Question], list[Question]]:
+    """The training and the dev questions, with their candidates cut and shuffled as the recipe says."""
+    run = recipe.run
+    beside = dev_beside(run.dataset_name, run.dataset_train_split, run.dataset_eval_split)
+    train = load_questions(
+        run.dataset_name,
+        run.dataset_train_split,
+        config=run.dataset_config,
+        limit=run.max_train_samples,
+        columns=run.dataset_columns,
+    )
+    dev = load_questions(
+        run.eval_dataset_name or beside or run.dataset_name,
+        run.dataset_eval_split,
+        config=run.dataset_config,
+        limit=run.max_eval_samples,
+        columns=run.dataset_columns,
+        key="eval_dataset_name" if run.eval_dataset_name else "dataset_name",
+    )
+    seed = recipe.training.seed if run.shuffle_documents else None
+    return (
+        shape_candidates(train, run.num_documents, keep_gold=run.keep_gold, shuffle_seed=seed),
+        shape_candidates(dev, run.num_documents, shuffle_seed=seed),
+    )
+
+
+def check(recipe: Recipe, train: Sequence[Question], dev: Sequence[Question], processes: int) -> int:
+    """Settings against data, models and disk. Returns the bytes that the run takes. Raises `InputError`."""
     run, training = recipe.run, recipe.training
-    training.check_batch(PartialState().num_processes, len(train))
+    training.check_batch(processes, len(train))
     for question in (*train, *dev):
         training.check_documents(len(question.documents), question.id)
     if training.metric_for_best_model not in METRICS:
@@ -69,7 +132,18 @@ def check(recipe: Recipe, train: Sequence[Question], dev: Sequence[Question]) ->
         if run.of(role).lora_r > 0:
             check_adapters(run, role, models[role])
         check_positions(recipe, role, models[role])
-    check_disk(recipe, models)
+    return check_disk(recipe, models)
+
+
+def check_max_steps(training: DROConfig, schedule: Schedule) -> None:
+    """Refuse to go on after the last iteration."""
+    if training.max_steps > schedule.total_steps:
+        raise InputError(
+            "max_steps",
+            training.max_steps,
+            f"num_iterations: {training.num_iterations} is {schedule.total_steps} steps in all",
+            "Lower it, leave it out, or raise num_iterations.",
+        )
 
 
 def check_positions(recipe: Recipe, role: Role, model: PreTrainedModel) -> None:
@@ -156,7 +230,7 @@ def check_optimizer(training: DROConfig) -> None:
     except Exception as error:  # each optimizer has errors of its own
         raise InputError(
             "optim_args" if training.optim_args else "optim",
-            training.optim_args or str(training.optim),
+            training.optim_args or OptimizerNames(training.optim).value,
             f"the optimizer can be made of this ({first_line(error)})",
             "Correct it, install what is missing, or use adamw_torch.",
         ) from None
@@ -296,8 +370,12 @@ def check_constraint(recipe: Recipe, questions: Sequence[Question], prompter: Pr
             )
 
 
-def check_disk(recipe: Recipe, models: Mapping[Role, PreTrainedModel]) -> None:
-    """Refuse a run whose checkpoints would not fit. Weights, and two moments for what trains, in float32."""
+def check_disk(recipe: Recipe, models: Mapping[Role, PreTrainedModel]) -> int:
+    """Refuse a run whose checkpoints would not fit. Weights, and two moments for what trains, in float32.
+
+    Returns:
+        The bytes that it takes.
+    """
     run, training = recipe.run, recipe.training
     weights = moments = 0
     for role in ROLES:
@@ -315,6 +393,7 @@ def check_disk(recipe: Recipe, models: Mapping[Role, PreTrainedModel]) -> None:
             f"checkpoints of both models take about {needed / 2**30:.1f} GiB",
             "Free some, lower save_total_limit, or use another disk.",
         )
+    return needed
 
 
 def _nearest(path: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from dro_rl.errors import InputError, Phrase
@@ -151,7 +152,7 @@ class RunConfig:
 
         name = key("{}_model_name_or_path")
         return RoleSettings(
-            model=str(TOY_BASE) if name == "toy" else name,
+            model=str(TOY_BASE if name == "toy" else Path(name).expanduser() if name.startswith("~") else name),
             revision=key("{}_model_revision"),
             prompt_template=key("{}_prompt_template"),
             lora_r=key("{}_lora_r"),

@@ -21,6 +21,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from dro_rl.errors import InputError, Phrase, first_line
+from dro_rl.hub import look_up
 
 
 def check_model(name: str, place: str, *, revision: str | None = None, trust_remote_code: bool = False) -> None:
@@ -32,6 +33,8 @@ def check_model(name: str, place: str, *, revision: str | None = None, trust_rem
     path = Path(name)
     if path.exists() and not (path / "config.json").is_file():
         raise InputError(place, name, "a model folder holds a config.json", "Check the path.")
+    if not path.exists():
+        look_up("model", name, revision)
     try:
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
