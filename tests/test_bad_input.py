@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from dro_rl import train
 from dro_rl.errors import InputError, is_full_disk
-from dro_rl.job import preflight
+from dro_rl.job import model_checks, preflight
 from dro_rl.rollouts import log as rollout_log
 
 Refuse = Callable[..., str]
@@ -392,17 +392,17 @@ def test_weights_in_parts_and_pickled_weights_are_accepted(home: Path, tmp_path:
     model = AutoModelForCausalLM.from_pretrained(home / "base-selector")
     model.save_pretrained(tmp_path / "parts", max_shard_size="10kB")
     assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 1
-    preflight.check_weights(tmp_path / "parts", model, "selector_model_name_or_path")
+    model_checks.check_weights(tmp_path / "parts", model, "selector_model_name_or_path")
     (tmp_path / "pickled").mkdir()
     torch.save(model.state_dict(), tmp_path / "pickled" / "pytorch_model.bin")
-    preflight.check_weights(tmp_path / "pickled", model, "selector_model_name_or_path")
+    model_checks.check_weights(tmp_path / "pickled", model, "selector_model_name_or_path")
 
 
 def test_tied_weights_are_accepted(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "tied", 1, tie_word_embeddings=True)
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert "lm_head.weight" not in safetensors.torch.load_file(folder / "model.safetensors")
-    preflight.check_weights(folder, model, "selector_model_name_or_path")
+    model_checks.check_weights(folder, model, "selector_model_name_or_path")
 
 
 # Templates

@@ -1,9 +1,7 @@
-"""What is checked before models load: data against settings, models, prompts, disk, the output folder."""
+"""What is checked before models load: data against settings, what `model_checks` and `prompt_checks` say, and disk."""
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -11,11 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.integrations import get_available_reporting_integrations
 from transformers.training_args import OptimizerNames
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from dro_rl import engines
 from dro_rl.config import DROConfig
@@ -25,15 +21,13 @@ from dro_rl.em.schedule import Schedule
 from dro_rl.errors import InputError, Phrase, first_line
 from dro_rl.evaluation.results import METRICS
 from dro_rl.job.assembly import build_prompters
+from dro_rl.job.model_checks import check_models
+from dro_rl.job.prompt_checks import check_prompts
 from dro_rl.job.warmup import selection_order
-from dro_rl.models.loading import check_model
-from dro_rl.models.sharding import whole_parameters
-from dro_rl.prompts import Prompter, load_template
-from dro_rl.prompts.templates import PLACE as TEMPLATE
+from dro_rl.prompts import Prompter
 from dro_rl.recipe import Recipe, RunConfig
-from dro_rl.records import Document, Question
+from dro_rl.records import Question
 from dro_rl.roles import ROLES, Role
-from dro_rl.selection import format_selection
 
 
 @dataclass(frozen=True)
@@ -60,8 +54,7 @@ def prepare(recipe: Recipe, processes: int) -> Prepared:
     train, dev = read_splits(recipe)
     disk = check(recipe, train, dev, processes)
     prompters = build_prompters(recipe)
-    check_prompts([*train, *dev], prompters, recipe.training.num_selected)
-    check_constraint(recipe, [*train, *dev], prompters["selector"])
+    check_prompts(recipe, [*train, *dev], prompters)
     schedule = Schedule.of(recipe.training, processes, len(train))
     check_max_steps(recipe.training, schedule)
     return Prepared(train, dev, prompters, schedule, disk)
@@ -105,34 +98,18 @@ def check(recipe: Recipe, train: Sequence[Question], dev: Sequence[Question], pr
         )
     check_splits(run, train, dev)
     labelled = any(question.supporting for question in dev)
-    if str(training.metric_for_best_model).startswith("recall@") and not labelled:
+    if str(training.metric_for_best_model).startswith(("recall@", "precision@")) and not labelled:
         raise InputError(
             "metric_for_best_model",
             training.metric_for_best_model,
-            "recall by document needs labels, and the dev split has none",
+            "recall and precision by document: either needs labels, and the dev split has none",
             "Use f1, or answer_recall@5.",
         )
     check_warm_up(recipe, train)
     check_trackers(training.report_to)
     check_optimizer(training)
     engines.check(training)
-    models: dict[Role, PreTrainedModel] = {}
-    for role in ROLES:
-        place = f"{role}_model_name_or_path"
-        load_template(run.of(role).prompt_template)
-        check_model(
-            run.of(role).model,
-            place,
-            revision=run.of(role).revision,
-            trust_remote_code=run.trust_remote_code,
-        )
-        models[role] = without_weights(run, role)
-        if Path(run.of(role).model).is_dir():
-            check_weights(Path(run.of(role).model), models[role], place)
-        if run.of(role).lora_r > 0:
-            check_adapters(run, role, models[role])
-        check_positions(recipe, role, models[role])
-    return check_disk(recipe, models)
+    return check_disk(recipe, check_models(recipe))
 
 
 def check_max_steps(training: DROConfig, schedule: Schedule) -> None:
@@ -143,20 +120,6 @@ def check_max_steps(training: DROConfig, schedule: Schedule) -> None:
             training.max_steps,
             f"num_iterations: {training.num_iterations} is {schedule.total_steps} steps in all",
             "Lower it, leave it out, or raise num_iterations.",
-        )
-
-
-def check_positions(recipe: Recipe, role: Role, model: PreTrainedModel) -> None:
-    """Refuse sequences longer than the model has positions for."""
-    training = recipe.training
-    written = training.max_completion_length if role == "selector" else training.max_answer_length
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and (training.max_prompt_length or 0) + written > positions:
-        raise InputError(
-            "max_prompt_length",
-            training.max_prompt_length,
-            f"with {written} tokens to write this is at most the {role}'s {positions} positions",
-            "Lower it: documents are cut evenly to fit.",
         )
 
 
@@ -234,140 +197,6 @@ def check_optimizer(training: DROConfig) -> None:
             f"the optimizer can be made of this ({first_line(error)})",
             "Correct it, install what is missing, or use adamw_torch.",
         ) from None
-
-
-def without_weights(run: RunConfig, role: Role) -> PreTrainedModel:
-    """The role's model as its config describes it, on no device: names, shapes and sizes."""
-    name, trust = run.of(role).model, run.trust_remote_code
-    config = AutoConfig.from_pretrained(name, revision=run.of(role).revision, trust_remote_code=trust)
-    # Each architecture has errors of its own for a config that it cannot be built from.
-    try:
-        with torch.device("meta"), whole_parameters():
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
-    except Exception as error:
-        raise InputError(
-            f"{role}_model_name_or_path",
-            name,
-            f"its config.json describes a model ({first_line(error)})",
-            "Copy the folder again.",
-        ) from None
-    if run.attn_implementation is not None:
-        try:
-            with torch.device("meta"), whole_parameters():
-                AutoModelForCausalLM.from_config(
-                    config, trust_remote_code=trust, attn_implementation=run.attn_implementation
-                )
-        except Exception as error:
-            raise InputError(
-                "attn_implementation",
-                run.attn_implementation,
-                f"the {role} has it here ({first_line(error)})",
-                "Use sdpa, or leave it unset.",
-            ) from None
-    return model
-
-
-def check_weights(folder: Path, model: PreTrainedModel, place: str) -> None:
-    """Refuse a folder whose weights are missing, not whole, or of other shapes. Headers are read, not weights."""
-    index = folder / SAFE_WEIGHTS_INDEX_NAME
-    names = [SAFE_WEIGHTS_NAME]
-    if not (folder / SAFE_WEIGHTS_NAME).is_file():
-        if index.is_file():
-            try:
-                names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise InputError(
-                    place, str(index), "this is the index of the folder's weights", "Copy the folder again."
-                ) from None
-        elif any((folder / name).is_file() for name in (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
-            return  # pickled weights: nothing can be said without reading them
-    shapes = {} if hasattr(model.config, "quantization_config") else model.state_dict()
-    for name in names:
-        if not (folder / name).is_file():
-            raise InputError(
-                place, str(folder), f"a model folder holds its weights, and {name} is missing", "Copy the folder again."
-            )
-        try:
-            with safe_open(folder / name, framework="pt") as weights:
-                known = shapes.keys() & set(weights.keys())
-                found = {key: tuple(weights.get_slice(key).get_shape()) for key in sorted(known)}
-        except (SafetensorError, OSError) as error:
-            raise InputError(
-                place, str(folder / name), f"this is a whole safetensors file ({error})", "Copy the file again."
-            ) from None
-        for key, shape in found.items():
-            if shape != tuple(shapes[key].shape):
-                raise InputError(
-                    place,
-                    str(folder / name),
-                    f"weights have the shapes of config.json, and {key} has {shape} for {tuple(shapes[key].shape)}",
-                    "Copy the folder again, its config and its weights together.",
-                )
-
-
-def check_adapters(run: RunConfig, role: Role, model: PreTrainedModel) -> None:
-    """Refuse adapters without the extra, or on layers that the model does not have."""
-    if importlib.util.find_spec("peft") is None:
-        raise InputError(
-            f"{role}_lora_r",
-            run.of(role).lora_r,
-            "adapters need the peft extra",
-            "pip install 'dro_rl[peft]', or use 0.",
-        )
-    layers = {name.rpartition(".")[2] for name, part in model.named_modules() if not list(part.children())}
-    names = [name for name, _ in model.named_modules()]
-    for target in run.lora_target_modules or []:
-        if target == "lm_head" or not any(name == target or name.endswith(f".{target}") for name in names):
-            raise InputError(
-                "lora_target_modules",
-                target,
-                f"adapters go on layers of the {role} below its head ({', '.join(sorted(layers - {'lm_head'}))})",
-                "Take it off the list, or leave the list unset.",
-            )
-
-
-def check_prompts(questions: Sequence[Question], prompters: Mapping[Role, Prompter], k: int) -> None:
-    """Refuse a template that does not render, and a question that would not fit `max_prompt_length` with every
-    document cut away."""
-    for role, prompter in prompters.items():
-        try:
-            _check_role_prompts(questions, role, prompter, k)
-        except InputError as error:
-            if error.place != TEMPLATE:
-                raise
-            raise InputError(f"{role}_prompt_template", error.value, error.rule, error.fix) from None
-
-
-def _check_role_prompts(questions: Sequence[Question], role: Role, prompter: Prompter, k: int) -> None:
-    """A token is at least one byte, so only the first question and those with more bytes than tokens are rendered."""
-    variables = {"k": k, "example": format_selection(range(k, 0, -1))} if role == "selector" else {}
-    count = max((len(question.documents) for question in questions), default=0) if role == "selector" else k
-    overhead = len(prompter.render("", [Document("x", "x", "x")] * count, **variables).encode())
-    limit = prompter.max_prompt_length
-    for place, question in enumerate(questions):
-        titles = sum(len(document.title.encode()) + 8 for document in question.documents)
-        if place == 0 or (limit is not None and 2 * len(question.question.encode()) + titles + overhead > limit):
-            if role == "selector":
-                prompter.selector_prompt(question, k)
-            else:
-                longest = sorted(question.documents, key=lambda document: -len(document.title))[:k]
-                prompter.generator_prompt(question, [question.documents.index(d) + 1 for d in longest])
-
-
-def check_constraint(recipe: Recipe, questions: Sequence[Question], prompter: Prompter) -> None:
-    """Refuse a constraint that the selector's tokenizer cannot follow, or that does not fit `max_completion_length`."""
-    training = recipe.training
-    if not training.constrain_selection:
-        return
-    for count in sorted({len(question.documents) for question in questions}):
-        longest = prompter.constraint(count, training.num_selected).verify()
-        if longest > training.max_completion_length:
-            raise InputError(
-                "max_completion_length",
-                training.max_completion_length,
-                f"constrain_selection writes all {training.num_selected} of {count} numbers, in up to {longest} tokens",
-                f"Use {longest} or more.",
-            )
 
 
 def check_disk(recipe: Recipe, models: Mapping[Role, PreTrainedModel]) -> int:

@@ -30,10 +30,8 @@ def check_model(name: str, place: str, *, revision: str | None = None, trust_rem
     Raises:
         InputError: naming `place`, the recipe key.
     """
-    path = Path(name)
-    if path.exists() and not (path / "config.json").is_file():
-        raise InputError(place, name, "a model folder holds a config.json", "Check the path.")
-    if not path.exists():
+    _check_folder(Path(name), place)
+    if not Path(name).exists():
         look_up("model", name, revision)
     try:
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
@@ -60,6 +58,10 @@ def check_model(name: str, place: str, *, revision: str | None = None, trust_rem
             "this is a causal language model, and an encoder reads what comes after",
             "Use a decoder-only model.",
         )
+    quantised = getattr(config, "quantization_config", None)
+    if quantised is not None:
+        method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else quantised.quant_method
+        raise _quantised(place, Phrase(f"{name} ({getattr(method, 'value', method)})"))
     rows = config.get_text_config().vocab_size
     if len(tokenizer) > rows:
         raise InputError(
@@ -74,10 +76,51 @@ def check_model(name: str, place: str, *, revision: str | None = None, trust_rem
         raise InputError(place, name, "the tokenizer has an end-of-sequence token", "Set eos_token in its config.")
 
 
+def _check_folder(path: Path, place: str) -> None:
+    """Refuse a path that is no model folder, and say what it is where that is known."""
+    gguf = path if path.suffix == ".gguf" else next(iter(sorted(path.glob("*.gguf"))), None)
+    if path.exists() and gguf is not None and not [*path.glob("*.safetensors"), *path.glob("*.bin")]:
+        raise InputError(
+            place,
+            str(path),
+            "a model is a folder with config.json and safetensors, and this is llama.cpp's format",
+            f"Make one of it: dro-rl model convert {gguf} FOLDER.",
+        )
+    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        raise InputError(
+            place,
+            str(path),
+            "a model folder holds a whole model, and these are adapters of one",
+            "Merge them into it, with peft's merge_and_unload, and save that.",
+        )
+    if path.exists() and not (path / "config.json").is_file():
+        raise InputError(place, str(path), "a model folder holds a config.json", "Check the path.")
+    for name, method in (("quantize_config.json", "gptq"), ("quant_config.json", "awq")):
+        if (path / name).is_file():
+            raise _quantised(place, Phrase(f"{path} ({method}, by its {name})"))
+
+
+def _quantised(place: str, value: Phrase) -> InputError:
+    return InputError(
+        place,
+        value,
+        "weights that train are not quantised",
+        "Use the model that this one was made from; adapters (lora_r) save memory.",
+    )
+
+
 def load_model(name: str, **kwargs: Any) -> PreTrainedModel:
-    """`AutoModelForCausalLM.from_pretrained`, float32 unless `dtype` says otherwise."""
+    """`AutoModelForCausalLM.from_pretrained`, float32 unless `dtype` says otherwise.
+
+    A mixture of experts gives no router logits: nothing here reads them, and the losses made of them go wrong where a
+    pass has a mask of its own or a cache. TRL's supervised training, which uses them, leaves them on in the config.
+    """
     kwargs.setdefault("dtype", torch.float32)
-    return AutoModelForCausalLM.from_pretrained(name, **kwargs)
+    model = AutoModelForCausalLM.from_pretrained(name, **kwargs)
+    for config in (model.config, model.config.get_text_config()):
+        if getattr(config, "output_router_logits", False):
+            config.output_router_logits = False
+    return model
 
 
 def load_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:

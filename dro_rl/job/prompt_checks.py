@@ -1,0 +1,142 @@
+"""What is checked of prompts and answers once the tokenizers are there, and before any weights are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from transformers import AutoConfig
+
+from dro_rl.errors import InputError
+from dro_rl.job.model_checks import positions_of
+from dro_rl.prompts import Prompter
+from dro_rl.prompts.templates import PLACE as TEMPLATE
+from dro_rl.recipe import Recipe
+from dro_rl.records import Document, Question
+from dro_rl.roles import Role
+from dro_rl.selection import format_selection
+
+MEASURED = 100
+"""Answers that are tokenized whatever their size, the longest first."""
+
+
+def check_prompts(recipe: Recipe, questions: Sequence[Question], prompters: Mapping[Role, Prompter]) -> None:
+    """Refuse a template that does not render, and what would not fit: a question that is longer than
+    `max_prompt_length` with every document cut away, a prompt or an answer longer than the model has positions for, a
+    constraint that the selector's tokenizer cannot follow."""
+    run, k = recipe.run, recipe.training.num_selected
+    for role, prompter in prompters.items():
+        try:
+            _check_role_prompts(questions, role, prompter, k)
+        except InputError as error:
+            if error.place != TEMPLATE:
+                raise
+            raise InputError(f"{role}_prompt_template", error.value, error.rule, error.fix) from None
+        asked = run.of(role)
+        config = AutoConfig.from_pretrained(
+            asked.model, revision=asked.revision, trust_remote_code=run.trust_remote_code
+        )
+        positions, what = positions_of(config)
+        if positions is not None:
+            check_lengths(recipe, questions, role, prompter, positions, what)
+    check_constraint(recipe, questions, prompters["selector"])
+
+
+def check_lengths(
+    recipe: Recipe, questions: Sequence[Question], role: Role, prompter: Prompter, positions: int, what: str
+) -> None:
+    """Refuse gold answers, and prompts that nothing cuts, that are longer than the model has positions for.
+
+    A token is at least one byte, so only what has more bytes than there is room for is tokenized.
+    """
+    training = recipe.training
+    longest, selects = training.max_prompt_length, role == "selector"
+    written = training.max_completion_length if selects else training.max_answer_length
+    if not selects:
+        tokens, answered = _longest_answer(questions, prompter, training.answer_aliases, positions - (longest or 0))
+        if tokens + (longest or 0) > positions:
+            raise InputError(
+                "max_prompt_length",
+                longest,
+                f"with the {tokens} tokens of the answer of question {answered} this is at most the generator's "
+                f"{positions} {what}",
+                f"{f'Use {positions - tokens}, or drop' if tokens < positions else 'Drop'} the question.",
+            )
+        written = max(written, tokens)
+    if longest is not None:
+        return
+    room, k = positions - written, training.num_selected
+    overhead = _overhead(questions, role, prompter, k)
+    for question in questions:
+        numbers = list(range(1, len(question.documents) + 1))
+        if not selects:
+            numbers = sorted(numbers, key=lambda number: -_bytes(question.documents[number - 1]))[:k]
+        size = sum(_bytes(question.documents[number - 1]) for number in numbers)
+        if size + 2 * len(question.question.encode()) + overhead <= room:
+            continue
+        asked = prompter.selector_prompt(question, k) if selects else prompter.generator_prompt(question, numbers)
+        if len(asked.ids) > room:
+            raise InputError(
+                "max_prompt_length",
+                None,
+                f"the prompt of question {question.id} has {len(asked.ids)} tokens, and with {written} to write the "
+                f"{role} has {positions} {what}",
+                f"Use {room}: documents are cut evenly to fit." if room > 0 else "Use another model.",
+            )
+
+
+def _longest_answer(questions: Sequence[Question], prompter: Prompter, aliases: str, room: int) -> tuple[int, str]:
+    """Tokens of the longest gold answer that is scored, its end included, and its question."""
+    answers = [
+        (len(answer.encode()), answer, question.id)
+        for question in questions
+        for answer in (question.answers[:1] if aliases == "first" else question.answers)
+    ]
+    answers.sort(key=lambda each: -each[0])
+    measured = [
+        (len(prompter.completion(answer)), identifier)
+        for place, (size, answer, identifier) in enumerate(answers)
+        if place < MEASURED or size + 2 > room
+    ]
+    return max(measured, key=lambda each: each[0], default=(0, ""))
+
+
+def _bytes(document: Document) -> int:
+    """More than the tokens of a document with its number."""
+    return len(document.title.encode()) + len(document.text.encode()) + 16
+
+
+def _check_role_prompts(questions: Sequence[Question], role: Role, prompter: Prompter, k: int) -> None:
+    """A token is at least one byte, so only the first question and those with more bytes than tokens are rendered."""
+    overhead = _overhead(questions, role, prompter, k)
+    limit = prompter.max_prompt_length
+    for place, question in enumerate(questions):
+        titles = sum(len(document.title.encode()) + 8 for document in question.documents)
+        if place == 0 or (limit is not None and 2 * len(question.question.encode()) + titles + overhead > limit):
+            if role == "selector":
+                prompter.selector_prompt(question, k)
+            else:
+                longest = sorted(question.documents, key=lambda document: -len(document.title))[:k]
+                prompter.generator_prompt(question, [question.documents.index(d) + 1 for d in longest])
+
+
+def _overhead(questions: Sequence[Question], role: Role, prompter: Prompter, k: int) -> int:
+    """Bytes of a prompt without its question and documents: no fewer than its tokens."""
+    variables = {"k": k, "example": format_selection(range(k, 0, -1))} if role == "selector" else {}
+    count = max((len(question.documents) for question in questions), default=0) if role == "selector" else k
+    return len(prompter.render("", [Document("x", "x", "x")] * count, **variables).encode())
+
+
+def check_constraint(recipe: Recipe, questions: Sequence[Question], prompter: Prompter) -> None:
+    """Refuse a constraint that the selector's tokenizer cannot follow, or that does not fit `max_completion_length`."""
+    training = recipe.training
+    if not training.constrain_selection:
+        return
+    for count in sorted({len(question.documents) for question in questions}):
+        longest = prompter.constraint(count, training.num_selected).verify()
+        if longest > training.max_completion_length:
+            raise InputError(
+                "max_completion_length",
+                training.max_completion_length,
+                f"constrain_selection writes all {training.num_selected} of {count} numbers, in up to {longest} tokens",
+                f"Use {longest} or more.",
+            )
