@@ -32,7 +32,7 @@ from dro_rl.models.loading import LoraSettings, add_adapter, load_model
 from dro_rl.models.saving import export_role
 from dro_rl.prompts import Prompter
 from dro_rl.recipe import RunConfig
-from dro_rl.records import Question
+from dro_rl.records import Question, check_id
 from dro_rl.roles import Role
 from dro_rl.rows.strict_json import json_lines
 from dro_rl.selection import format_selection
@@ -132,9 +132,11 @@ def read_ranking(path: Path) -> Callable[[Question], list[int]]:
         raise InputError("warmup_selector_ranking", str(path), "the file exists", "Check the path.")
     ranking: dict[str, list[str]] = {}
     for place, row in json_lines(path):
-        if not isinstance(row, dict) or not isinstance(row.get("id"), str) or not isinstance(row.get("ranking"), list):
+        if not isinstance(row, dict) or not isinstance(row.get("ranking"), list):
             raise InputError(place, row, "each line is {id, ranking: [document ids]}", "Correct it.")
-        ranking[row["id"]] = row["ranking"]
+        ranking[check_id(row.get("id"), f"{place}: id")] = [
+            check_id(identifier, f"{place}: ranking[{n}]") for n, identifier in enumerate(row["ranking"], start=1)
+        ]
 
     def order(question: Question) -> list[int]:
         if question.id not in ranking:

@@ -115,7 +115,8 @@ class BM25:
         self._analyzer = Analyzer(self.language)
         try:
             self._index = bm25s.BM25.load(folder, mmap=True, allow_pickle=False)
-        except (OSError, ValueError) as error:
+        except Exception as error:
+            # What torn files make numpy, json and bm25s raise is no list that anybody could keep.
             raise InputError(str(folder), Phrase(first_line(error)), "an index is whole", "Build it again.") from None
         if self._index.scores["num_docs"] >= COMPILED:
             self._index.activate_numba_scorer()
