@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import transformers
@@ -21,11 +22,12 @@ from dro_rl.errors import InputError, Phrase, first_line, is_full_disk
 from dro_rl.evaluation.plots import plot_curves
 from dro_rl.job import preflight
 from dro_rl.job.assembly import evaluate_base, load_models, load_reference, warm_up_models
-from dro_rl.job.console import print_phases, print_signals, print_stages
-from dro_rl.job.output import claim_output_dir
+from dro_rl.job.console import kept, print_phases, print_signals, print_stages
+from dro_rl.job.identity import inputs_of
+from dro_rl.job.output import claimed_output_dir
 from dro_rl.job.stopping import LAUNCHED, Stopped, say_stopped, stop_on_signals
 from dro_rl.keys.reference import keys_text
-from dro_rl.recipe import load_recipe, parse_command_line
+from dro_rl.recipe import Recipe, load_recipe, parse_command_line
 from dro_rl.terminal import PlainFormatter, console
 from dro_rl.trainer import DROTrainer
 
@@ -33,13 +35,18 @@ SECONDS_TO_BE_ENDED = 10
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Recipe, data, checks, warm-up, models, training, evaluation, export: from top to bottom."""
+    """Recipe, data, checks, and the run: from top to bottom."""
     transformers.utils.logging.disable_progress_bar()  # ours show the work; loading and writing files is brief
     recipe = load_recipe(*parse_command_line(arguments))
-    run, training = recipe.run, recipe.training
-    job = preflight.prepare(recipe, training.world_size)
-    checkpoint = claim_output_dir(recipe)
+    job = preflight.prepare(recipe, recipe.training.world_size)
+    inputs = partial(inputs_of, recipe, job.train, job.dev, job.prompters)
+    with claimed_output_dir(recipe, inputs) as checkpoint:
+        run_training(recipe, job, checkpoint)
 
+
+def run_training(recipe: Recipe, job: preflight.Prepared, checkpoint: str | None) -> None:
+    """What happens in the output folder: warm-up, models, training, evaluation, export."""
+    run, training = recipe.run, recipe.training
     set_seed(training.seed)
     evaluate_base(recipe, job.dev, job.prompters)
     sources = warm_up_models(recipe, job.train, job.prompters)
@@ -62,7 +69,8 @@ def main(arguments: Sequence[str]) -> None:
         print_phases(trainer.phases(), trainer.peak_flops)
         curves = plot_curves(trainer.run_dir)
         print_signals(trainer.signals.found, trainer.signals.spans)
-        print_stages(trainer.stages, trainer.run_dir, curves)
+        metric, more = str(training.metric_for_best_model), bool(training.greater_is_better)
+        print_stages(trainer.stages, trainer.run_dir, curves, kept(trainer.stages, trainer.kept_stage, metric, more))
 
 
 def run_job(arguments: Sequence[str]) -> int:

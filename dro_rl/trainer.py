@@ -16,33 +16,38 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate.utils import DistributedType, broadcast_object_list, gather_object
+from accelerate.utils import DistributedType, gather_object
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl.trainer.base_trainer import _BaseTrainer
 
 from dro_rl import engines
 from dro_rl.config import DROConfig
-from dro_rl.em.checkpoints import Checkpoints
+from dro_rl.em.best import ranked, stalled
+from dro_rl.em.checkpoints import Checkpoints, step_of
 from dro_rl.em.e_step import EStep
 from dro_rl.em.fast_path import FastPath
+from dro_rl.em.finite import largest, refuse_nonfinite, refuse_nonfinite_rollouts
 from dro_rl.em.iteration import Iterations, Rollouts
 from dro_rl.em.m_step import Group, MicroBatch
 from dro_rl.em.method import Method
 from dro_rl.em.mismatch import EngineMismatch
+from dro_rl.em.optimizer import align, clip, parameter_groups, role_factors
 from dro_rl.em.progress import LineProgress, SignalWatch
 from dro_rl.em.schedule import Schedule, Slots, SlotSampler
 from dro_rl.em.timing import Phase, PhaseClock, flops_per_token, peak_flops, rates
 from dro_rl.engines.protocol import TrainedSelector
 from dro_rl.errors import InputError, Phrase
-from dro_rl.evaluation.evaluator import evaluate_stage, read_stages, with_stage
+from dro_rl.evaluation.evaluator import evaluate_stage, with_stage
 from dro_rl.evaluation.results import NATS
 from dro_rl.likelihood import passes
 from dro_rl.models.module import SelectorGenerator
 from dro_rl.models.saving import export_role, load_role, save_role
 from dro_rl.models.sharding import inference
 from dro_rl.pipeline import PROMPT, PipelineSettings, RAGPipeline, save_settings
+from dro_rl.processes import told_by_main
 from dro_rl.prompts import Prompter
 from dro_rl.records import Question, Rollout, Sample
 from dro_rl.roles import ROLES, Role
@@ -143,9 +148,14 @@ class DROTrainer(_BaseTrainer):
         self.add_callback(self.signals)
         self.add_callback(LineProgress(self.schedule, self.signals))
         self.reference = reference.to(self.accelerator.device).eval() if reference is not None else None
-        self.stages: list[dict[str, Any]] = read_stages(self.run_dir)
+        self.stages: list[dict[str, Any]] = []
+        self._kept_step: int | None = None  # whose weights were gone back to
         self.checkpoints = Checkpoints(
-            self.run_dir, self.schedule, args.save_total_limit, keep_last_iteration=args.duplicate_threshold is not None
+            self.run_dir,
+            self.schedule,
+            args.save_total_limit,
+            keep_last_iteration=args.duplicate_threshold is not None,
+            sample_again=self.fused,
         )
         self.fast_path = FastPath(
             args, self._module, self._open, sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled
@@ -234,6 +244,7 @@ class DROTrainer(_BaseTrainer):
         m, weighed = self.args.num_generations, cast(Sequence[Rollout], rollouts.samples)
         everything = [weighed[first : first + m] for first in range(0, len(weighed), m)]
         groups = [everything[place] for place in self.schedule.positions(step)]
+        refuse_nonfinite_rollouts((rollout for group in groups for rollout in group), step, self.run_dir)
         metrics = logged(self._summarize(groups))
         plain = [rollout for group in groups for rollout in group if self._samples_plainly(rollout)]
         if plain and not rollouts.on_policy:  # the E-step scored them, by weights that the engine was sent
@@ -299,7 +310,8 @@ class DROTrainer(_BaseTrainer):
     # The M-step's passes
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SlotSampler:
-        return SlotSampler(self.schedule, finished=self.stalled())
+        most = self.args.max_steps if self.args.max_steps > 0 else None
+        return SlotSampler(self.schedule, steps=0 if self.stalled() else most)
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         """Nothing to move: rows become tensors where they are scored."""
@@ -362,7 +374,8 @@ class DROTrainer(_BaseTrainer):
         scale = self.args.num_generations / self.args.per_device_train_batch_size
         losses = {role: scale * loss for role, loss in output.losses.items()}
         for role, loss in losses.items():
-            self._losses[f"{role}/loss"] += loss.item()
+            self._losses[f"{role}/loss"] += (value := loss.item())
+            self._refuse_nonfinite(value, "the loss", role)
         first_step = self.state.global_step % self.schedule.steps_per_iteration == 0
         selected = output.logps.get("selector")
         # The weights are still those that sampled.
@@ -389,45 +402,42 @@ class DROTrainer(_BaseTrainer):
         assert model is not None
         if self.optimizer is None:
             decayed = set(self.get_decay_parameter_names(model))
-            groups = []
-            for role in ROLES:
-                for decays in (True, False):
-                    parameters = [
-                        parameter
-                        for name, parameter in model.named_parameters()
-                        if name.split(".")[0] == role and parameter.requires_grad and (name in decayed) == decays
-                    ]
-                    if parameters:
-                        self._group_roles.append(role)
-                        groups.append(
-                            {
-                                "params": parameters,
-                                "lr": self.args.role_learning_rate(role),
-                                "weight_decay": self.args.weight_decay if decays else 0.0,
-                            }
-                        )
+            rates = {role: self.args.role_learning_rate(role) for role in ROLES}
+            groups, self._group_roles = parameter_groups(model, rates, decayed, self.args.weight_decay)
             optimizer, options = self.get_optimizer_cls_and_kwargs(self.args, cast(Any, model))
             self.optimizer = optimizer(groups, **options)
         return self.optimizer
 
-    def _clip_grad_norm(self, model: nn.Module) -> Tensor | float | None:
-        """Clip each model's gradient on its own, so that neither's scale decides the other's step."""
-        with self.clock.phase("optimizer"):
-            return self._clip_each(model)
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """Each model's own schedule, so that an absolute floor is the same for both."""
+        optimizer = optimizer or self.optimizer
+        assert optimizer is not None
+        if self.lr_scheduler is None:
+            factors = role_factors(self.args, [group["lr"] for group in optimizer.param_groups], num_training_steps)
+            self.lr_scheduler, self._created_lr_scheduler = LambdaLR(optimizer, factors), True
+        return self.lr_scheduler
 
-    def _clip_each(self, model: nn.Module) -> Tensor | float | None:
-        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
-            return super()._clip_grad_norm(model)  # the engine clips, over all parameters
-        self.accelerator.unscale_gradients()
-        total = torch.zeros((), dtype=torch.float64)
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor | float | None:
+        """Clip each model's gradient on its own, and stop where it is not finite."""
+        with self.clock.phase("optimizer"):
+            if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+                return super()._clip_grad_norm(model)  # the engine clips, over all parameters
+            self.accelerator.unscale_gradients()
+            norms = {role: clip(self._module(role), self.args.max_grad_norm) for role in ROLES}
+        for role, norm in norms.items():
+            if norm is not None:
+                self._step_metrics[f"{role}/grad_norm"].append(norm)
+                if self.accelerator.scaler is None:  # which takes no step with such a gradient, and lowers its scale
+                    self._refuse_nonfinite(norm, "the gradient's norm", role)
+        return sum(norm**2 for norm in norms.values() if norm is not None) ** 0.5
+
+    def check_weights(self) -> None:
+        """Raise `InputError` where a model holds a number that is not finite."""
         for role in ROLES:
-            parameters = [p for p in getattr(self._unwrapped(), role).parameters() if p.grad is not None]
-            if parameters:
-                norm: Any = nn.utils.clip_grad_norm_(parameters, self.args.max_grad_norm)
-                norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-                self._step_metrics[f"{role}/grad_norm"].append(norm.item())
-                total += norm.double().cpu() ** 2
-        return total.sqrt()
+            self._refuse_nonfinite(largest(self._module(role).parameters()), "a weight", role)
+
+    def _refuse_nonfinite(self, value: float, what: str, role: Role) -> None:
+        refuse_nonfinite(value, what, role, self.state.global_step, self.run_dir)
 
     # Evaluation
 
@@ -456,12 +466,12 @@ class DROTrainer(_BaseTrainer):
         return self._report(summary)
 
     def evaluate_initially(self) -> None:
-        """Evaluate before the first iteration, unless a run killed since then already has."""
+        """Evaluate what the run starts from, unless one killed since then already has, and keep it."""
         known = [stage for stage in self.stages if stage["stage"] == self.initial_stage]
-        if known:
-            self._report(known[0])
-        else:
-            self.evaluate(stage=self.initial_stage)
+        metrics = self._report(known[0]) if known else self.evaluate(stage=self.initial_stage)
+        if self.args.load_best_model_at_end:
+            self._determine_best_metric(metrics, None)
+            self._save_checkpoint(cast(nn.Module, self.model), None)
 
     def _report(self, summary: dict[str, Any]) -> dict[str, float]:
         metrics = {f"eval_{name}": value for name, value in summary.items() if isinstance(value, int | float)}
@@ -469,16 +479,30 @@ class DROTrainer(_BaseTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def _ranked(self) -> list[int]:
+        metric = str(self.args.metric_for_best_model)
+        return ranked(self.state.log_history, metric, bool(self.args.greater_is_better))
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Keep in mind which step is the best so far, the start among them. Returns whether it is this one."""
+        best = self._ranked()[0]
+        if best == self.state.global_step:
+            self.state.best_global_step = best
+            self.state.best_metric = metrics[f"eval_{self.args.metric_for_best_model}"]
+        return best == self.state.global_step
+
+    @property
+    def kept_stage(self) -> str:
+        """The stage whose weights the models have."""
+        step = self.state.global_step if self._kept_step is None else self._kept_step
+        return f"iteration-{self.schedule.iteration(step)}" if step else self.initial_stage
+
     def stalled(self) -> bool:
         """Whether the dev metric has not improved for `early_stopping_patience` evaluations."""
-        patience, metric = self.args.early_stopping_patience, self.args.metric_for_best_model
-        if patience is None or metric is None:
-            return False
-        sign = 1 if self.args.greater_is_better else -1
+        metric = str(self.args.metric_for_best_model)
         counts = [stage for stage in self.stages if stage["stage"].startswith(("iteration-", self.initial_stage))]
-        values = [sign * stage[metric] for stage in counts]
-        best = max(range(len(values)), key=values.__getitem__, default=0)
-        return len(values) - 1 - best >= patience
+        values = [stage[metric] for stage in counts]
+        return stalled(values, self.args.early_stopping_patience, bool(self.args.greater_is_better))
 
     # Logging
 
@@ -514,17 +538,17 @@ class DROTrainer(_BaseTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train, from the start or from a checkpoint of this run."""
-        if self.is_world_process_zero():
-            self.checkpoints.restore_logs(Path(str(resume_from_checkpoint)) if resume_from_checkpoint else None)
-        self.accelerator.wait_for_everyone()
-        self.stages = broadcast_object_list([read_stages(self.run_dir)])[0]
+        checkpoint = Path(str(resume_from_checkpoint)) if resume_from_checkpoint else None
+        self.stages = told_by_main(lambda: self.checkpoints.restore_logs(checkpoint))
+        if checkpoint is not None and self.stalled():
+            logger.info("the run has stopped early and stays so; a higher early_stopping_patience would go on")
         result = super().train(resume_from_checkpoint, *args, **kwargs)
         self.iterations.close()
         return result
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        cast(dict[str, Any], self.state.stateful_callbacks)["TrainerControl"] = self.control.state()
-        with self.checkpoints.written(self.state, self.stages) as folder, self.clock.phase("checkpoint"):
+        written = self.checkpoints.written(self.state, self.control, self.stages)
+        with written as folder, self.clock.phase("checkpoint"):
             self.save_model(str(folder), _internal_call=True)
             self._save_optimizer_and_scheduler(str(folder))
             self._save_scaler(str(folder))
@@ -561,14 +585,26 @@ class DROTrainer(_BaseTrainer):
         for role in ROLES:
             load_role(getattr(self._unwrapped(), role), Path(resume_from_checkpoint) / role)
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and align(self.lr_scheduler):
+            logger.warning(
+                f"the run ends at step {self.state.max_steps} now, and the schedule of its learning rates with it: "
+                f"from step {self.state.global_step} on they are those of a run of this length"
+            )
+
     def _load_best_model(self) -> None:
-        """Go back to the best evaluated iteration."""
-        best = self.state.best_model_checkpoint
-        assert best is not None
+        """Go back to the best of the start and the evaluated iterations whose checkpoint is whole."""
+        best = told_by_main(lambda: self.checkpoints.best_whole(self._ranked()))
+        self.state.best_model_checkpoint = None if best is None else str(best)
+        if best is None:
+            logger.warning("no checkpoint of an evaluated iteration is whole: the last weights are kept")
+            return
+        self._kept_step = step_of(best)
         if self.is_deepspeed_enabled:
             self.model_wrapped.load_checkpoint(best, load_optimizer_states=False, load_lr_scheduler_states=False)
         else:
-            self._load_from_checkpoint(best, self.model_wrapped)
+            self._load_from_checkpoint(str(best), self.model_wrapped)
 
     def pipeline_settings(self) -> PipelineSettings:
         """What serving needs to know."""
@@ -592,13 +628,15 @@ class _Iterations(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if state.global_step == 0 and self.trainer.eval_questions is not None:
+        self.trainer.check_weights()
+        if self.trainer.eval_questions is not None and not state.log_history:
             self.trainer.evaluate_initially()
 
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         self.trainer.clock.switch("optimizer")
 
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer.check_weights()
         self.trainer.clock.switch("other")
 
     def on_step_end(

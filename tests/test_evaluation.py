@@ -24,10 +24,11 @@ from typer.testing import CliRunner
 from dro_rl.cli import app
 from dro_rl.data import load_questions
 from dro_rl.data.candidates import shape_candidates
-from dro_rl.data.manifest import Manifest, file_sha256, questions_hash, write_manifest
+from dro_rl.data.manifest import Manifest, questions_hash, write_manifest
 from dro_rl.evaluation import job
 from dro_rl.evaluation.controls import control_selection
 from dro_rl.evaluation.results import METRICS, SCHEMA, VERSION, candidates_hash, read_results, write_results
+from dro_rl.files import file_sha256
 from dro_rl.pipeline import PipelineSettings, RAGPipeline, save_settings
 
 Run = Callable[..., Result]

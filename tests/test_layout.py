@@ -183,7 +183,8 @@ def test_these_are_the_trainer_methods_that_we_replace() -> None:
         "__init__", "_send_telemetry", "_get_train_sampler", "_prepare_inputs", "compute_loss",
         "training_step", "create_optimizer", "_clip_grad_norm", "evaluate", "log", "train",
         "_save_checkpoint", "save_model",
-        "_load_from_checkpoint", "_load_best_model",
+        "_load_from_checkpoint", "_load_best_model", "_load_optimizer_and_scheduler", "create_scheduler",
+        "_determine_best_metric",
     }  # fmt: skip
     assert {
         name: tuple(inspect.signature(getattr(_BaseTrainer, name)).parameters)[1:]

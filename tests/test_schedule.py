@@ -88,4 +88,4 @@ def test_slots_carry_their_number() -> None:
 
 
 def test_a_run_that_has_stopped_early_draws_nothing() -> None:
-    assert list(SlotSampler(SCHEDULE, finished=True)) == []
+    assert list(SlotSampler(SCHEDULE, steps=0)) == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ from training_world import questions, save_model, tokenizer, world
 
 from dro_rl import train
 from dro_rl.evaluation.evaluator import read_stages
+from dro_rl.files import damage, folder_written_whole
 from dro_rl.job import warmup
 from dro_rl.job.warmup import WarmUp, generator_examples, selection_order, selector_examples, warm_up
+from dro_rl.locks import owned
 from dro_rl.prompts import Prompter
 from dro_rl.recipe import Recipe, load_recipe
 from dro_rl.records import Document, Question
@@ -237,8 +240,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     folders: list[Path] = []
 
     def stand_in(job: WarmUp, pairs: Any, run: Any, training: Any, folder: Path) -> None:
-        folder.mkdir(parents=True)
-        (folder / "config.json").write_text("{}")
+        with folder_written_whole(folder, sealed=True) as beside:
+            (beside / "config.json").write_text("{}")
+            (beside / "model.safetensors").write_bytes(b"weights")
         folders.append(folder)
 
     monkeypatch.setattr(warmup, "train_supervised", stand_in)
@@ -250,6 +254,43 @@ def test_the_second_time_trains_nothing(home: Path, tmp_path: Path, counted: lis
     first = warm_up(job(home), questions(8), recipe.run, recipe.training)
     assert warm_up(job(home), questions(8), recipe.run, recipe.training) == first
     assert counted == [Path(first)]
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-2])
+
+
+@pytest.mark.parametrize("spoil", [Path.unlink, cut, lambda path: path.write_bytes(b"garbage")])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "files.json"])
+def test_a_damaged_warm_up_is_made_again(
+    home: Path, tmp_path: Path, counted: list[Path], spoil: Callable[[Path], Any], name: str
+) -> None:
+    recipe = recipe_with(home, warmup_cache_dir=str(tmp_path))
+    first = warm_up(job(home), questions(8), recipe.run, recipe.training)
+    spoil(Path(first) / name)
+    assert warm_up(job(home), questions(8), recipe.run, recipe.training) == first
+    assert len(counted) == 2
+    assert damage(Path(first)) is None
+
+
+def test_who_shares_the_cache_waits_for_who_makes_it(
+    home: Path, tmp_path: Path, counted: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second run finds what the first was making, and trains nothing."""
+    recipe = recipe_with(home, warmup_cache_dir=str(tmp_path))
+    first = warm_up(job(home), questions(8), recipe.run, recipe.training)
+    waited: list[float] = []
+    owner = owned(Path(first).with_name(f".{Path(first).name}.lock"), "another run")
+    owner.__enter__()
+
+    def done(seconds: float) -> None:
+        waited.append(seconds)
+        owner.__exit__(None, None, None)
+
+    monkeypatch.setattr(warmup.time, "sleep", done)
+    assert warm_up(job(home), questions(8), recipe.run, recipe.training) == first
+    assert len(waited) == 1
+    assert len(counted) == 1
 
 
 def test_what_is_found_is_not_made_again(
@@ -271,15 +312,6 @@ def test_what_is_found_is_not_made_again(
     made.clear()
     warm_up(job(home), many, recipe.run, recipe.training)
     assert len(made) == warmup.CANARIES < 40
-
-
-def test_a_folder_that_was_left_half_made_is_trained_again(home: Path, tmp_path: Path, counted: list[Path]) -> None:
-    recipe = recipe_with(home, warmup_cache_dir=str(tmp_path))
-    first = Path(warm_up(job(home), questions(8), recipe.run, recipe.training))
-    (first / "config.json").unlink()
-    first.rmdir()
-    warm_up(job(home), questions(8), recipe.run, recipe.training)
-    assert counted == [first, first]
 
 
 KEYS = {

@@ -16,7 +16,7 @@ from typing import Any
 
 from dro_rl import __version__
 from dro_rl.errors import InputError, Phrase
-from dro_rl.files import written_whole
+from dro_rl.files import file_sha256, written_whole
 from dro_rl.records import Question
 from dro_rl.rows.small import read_object, record
 
@@ -114,9 +114,3 @@ def questions_hash(questions: Iterable[Question]) -> str:
         row = [question.id, question.question, *question.answers]
         digest.update(json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode() + b"\n")
     return digest.hexdigest()
-
-
-def file_sha256(path: Path) -> str:
-    """Hash of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

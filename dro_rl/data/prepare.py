@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dro_rl.data.corpus import write_corpus
-from dro_rl.data.manifest import Manifest, file_sha256, questions_hash, split_of_path, write_manifest
+from dro_rl.data.manifest import Manifest, questions_hash, split_of_path, write_manifest
 from dro_rl.data.readers import FORMATS, read_aliases, read_answers, read_released, released_rows
 from dro_rl.data.readers.fields import Source
 from dro_rl.errors import InputError, Phrase
+from dro_rl.files import file_sha256
 from dro_rl.records import Question, iter_questions, write_questions
 from dro_rl.rows import Bad, Skips, Watch, refuse
 

@@ -91,22 +91,22 @@ class Slots(Dataset):
 
 
 class SlotSampler(Sampler[int]):
-    """All slots of a run in order, step by step; a group's rollouts stand together.
+    """Slots of a run in order, step by step; a group's rollouts stand together.
 
-    A run that had stopped early and is resumed is `finished`: it has nothing more to draw.
+    Args:
+        schedule: the order.
+        steps: how many are drawn: a run that has stopped early, or had its `max_steps`, and is resumed draws no more.
     """
 
-    def __init__(self, schedule: Schedule, finished: bool = False) -> None:
+    def __init__(self, schedule: Schedule, steps: int | None = None) -> None:
         self.schedule = schedule
-        self.finished = finished
+        self.steps = schedule.total_steps if steps is None else min(steps, schedule.total_steps)
 
     def __len__(self) -> int:
         return len(Slots(self.schedule))
 
     def __iter__(self) -> Iterator[int]:
-        if self.finished:
-            return
         m = self.schedule.num_generations
-        for step in range(self.schedule.total_steps):
+        for step in range(self.steps):
             for position in self.schedule.positions(step):
                 yield from range(position * m, (position + 1) * m)

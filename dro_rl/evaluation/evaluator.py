@@ -15,6 +15,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from dro_rl.data.manifest import questions_hash
+from dro_rl.errors import InputError, Phrase
 from dro_rl.evaluation.results import KS, METRICS, NATS, Conditions, QuestionResult, candidates_hash, write_results
 from dro_rl.files import written_whole
 from dro_rl.likelihood import answer_logp, score_rows
@@ -23,6 +24,7 @@ from dro_rl.pipeline import RAGPipeline, read
 from dro_rl.progress import Progress
 from dro_rl.prompts.rows import answer_row
 from dro_rl.records import Question, Selection
+from dro_rl.rows.small import read_object
 
 
 def evaluate(
@@ -164,7 +166,13 @@ def summary_path(output_dir: str | Path) -> Path:
 def read_stages(output_dir: str | Path) -> list[dict[str, Any]]:
     """The stages evaluated so far, in order."""
     path = summary_path(output_dir)
-    return json.loads(path.read_text())["stages"] if path.is_file() else []
+    if not path.is_file():
+        return []
+    fix = "Delete it: a resumed run puts its checkpoint's in its place."
+    match read_object(path, "the summary of a run", fix):
+        case {"stages": [*stages]} if all(isinstance(stage, dict) and "stage" in stage for stage in stages):
+            return stages
+    raise InputError(str(path), Phrase("other fields"), "this is as a run wrote it", fix)
 
 
 def with_stage(stages: Sequence[dict[str, Any]], summary: dict[str, Any]) -> list[dict[str, Any]]:

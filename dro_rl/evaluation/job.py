@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -28,12 +27,11 @@ from dro_rl.evaluation.evaluator import evaluate
 from dro_rl.evaluation.report import Report, make_report, write_report
 from dro_rl.evaluation.results import Conditions, QuestionResult, candidates_hash, read_results, write_results
 from dro_rl.evaluation.shape import shape_of
-from dro_rl.files import written_whole
+from dro_rl.locks import LOCK, claim, owned
 from dro_rl.pipeline import PROMPT, SETTINGS, PipelineSettings, RAGPipeline, read_settings
 from dro_rl.records import Question
 from dro_rl.roles import ROLES
 from dro_rl.rows import stem
-from dro_rl.rows.small import read_object
 
 QUESTIONS_PER_PART = 64
 """Questions whose rows are computed and written together: what a kill can cost."""
@@ -115,7 +113,6 @@ def run_evaluation(job: EvaluationJob) -> tuple[Report, Path]:
             "Use a file with labels, or another control.",
         )
     folder = job.output or job.run / "evaluation" / _folder_name(split, job)
-    _claim(folder, job, {**asdict(conditions), "settings": asdict(settings), **_pair(job, templates)})
 
     def load() -> RAGPipeline:
         return RAGPipeline.from_pretrained(
@@ -128,12 +125,14 @@ def run_evaluation(job: EvaluationJob) -> tuple[Report, Path]:
             batch_size=job.batch_size,
         )
 
-    results = _results(folder, asked, conditions, load)
-    left_out = len(questions) - len(asked)
-    skipped = {"no labelled document among the candidates": left_out} if left_out else {}
-    report = make_report(str(job.run), job.data, conditions, str(shape), results, skipped, manifest)
-    write_report(folder, report)
-    return report, folder
+    with owned(folder / LOCK, str(folder)):
+        _claim(folder, job, {**asdict(conditions), "settings": asdict(settings), **_pair(job, templates)})
+        results = _results(folder, asked, conditions, load)
+        left_out = len(questions) - len(asked)
+        skipped = {"no labelled document among the candidates": left_out} if left_out else {}
+        report = make_report(str(job.run), job.data, conditions, str(shape), results, skipped, manifest)
+        write_report(folder, report)
+        return report, folder
 
 
 def _check_device(device: str | None) -> None:
@@ -271,28 +270,18 @@ def _content(path: Path) -> str:
 
 def _claim(folder: Path, job: EvaluationJob, settings: dict[str, Any]) -> None:
     """Take an output folder: a fresh one, or one whose rows were computed under the same settings."""
-    path = folder / "settings.json"
-    if job.overwrite and path.is_file():
+    record = folder / "settings.json"
+    if job.overwrite and record.is_file():
         for name in ("questions.parquet", "report.json", "report.md", "settings.json"):
             (folder / name).unlink(missing_ok=True)
         shutil.rmtree(folder / "parts", ignore_errors=True)
-    if path.is_file():
-        known = read_object(path, "what rows were computed under", "Give another --output, or --overwrite.")
-        other = [key for key in settings if known.get(key) != settings[key] and key != "dro_rl"]
-        if other:
-            raise InputError(
-                str(folder),
-                Phrase(f"results under another {', '.join(other)}"),
-                "rows of one evaluation come from one pair, the same questions and the same settings",
-                "Give another --output, or --overwrite to begin anew.",
-            )
-        return
-    if folder.is_dir() and any(folder.iterdir()):
-        raise InputError(
+
+    def differs(key: str, was: Any, wanted: Any) -> InputError:
+        return InputError(
             str(folder),
-            Phrase("holds something else"),
-            "results go to a folder of their own",
-            "Give another --output.",
+            Phrase(f"results under another {key}"),
+            "rows of one evaluation come from one pair, the same questions and the same settings",
+            "Give another --output, or --overwrite to begin anew.",
         )
-    with written_whole(path) as beside:
-        beside.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    claim(record, {key: value for key, value in settings.items() if key != "dro_rl"}, differs)

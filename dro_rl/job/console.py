@@ -13,8 +13,24 @@ from dro_rl.rollouts.signals import Signal, reading
 from dro_rl.terminal import console
 
 
-def print_stages(stages: Sequence[Mapping[str, Any]], run_dir: Path, curves: Path) -> None:
-    """The dev split before, on the way and after, as a table, and where the rest is."""
+def kept(stages: Sequence[Mapping[str, Any]], stage: str, metric: str, greater_is_better: bool) -> str:
+    """Which stage's weights a run exports, and where they stand against the start, in a line."""
+    values = {each["stage"]: each[metric] for each in stages}
+    start = [name for name in values if name in ("base", "warmup")][-1]
+    iterations = [name for name in values if name.startswith("iteration-")]
+    line = f"{stage}, with a {metric} of {values[stage]:.2f}"
+    if stage == start:
+        return f"{line}: no iteration was as good"
+    sign = 1 if greater_is_better else -1
+    line += f"; {start} had {values[start]:.2f}"
+    if sign * values[stage] < sign * values[start]:
+        line += ", which is better"
+    equal = [name for name in (start, *iterations) if values[name] == values[stage] and name != stage]
+    return f"{line}; as good: {', '.join(equal)}" if equal else line
+
+
+def print_stages(stages: Sequence[Mapping[str, Any]], run_dir: Path, curves: Path, kept: str) -> None:
+    """The dev split before, on the way and after, as a table, which stage was kept, and where the rest is."""
     table = Table(title=f"{run_dir}: {stages[0]['split']}, {stages[0]['n']} questions")
     names = ("em", "f1", "recall@1", "recall@3", "recall@5", "answer_logp", "valid")
     table.add_column("stage", no_wrap=True)
@@ -35,6 +51,7 @@ def print_stages(stages: Sequence[Mapping[str, Any]], run_dir: Path, curves: Pat
         row(f"{last['stage']}, {kind}", last["by_type"][kind], "dim")
     out = console()
     out.print(table)
+    out.print(f"kept        {kept}", soft_wrap=True)
     out.print(f"curves      {curves}", soft_wrap=True)
     out.print(f"rollouts    dro-rl rollouts show {run_dir}", soft_wrap=True)
     out.print(f"evaluate    dro-rl evaluate {run_dir} --data FILE", soft_wrap=True)

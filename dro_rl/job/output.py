@@ -1,35 +1,61 @@
-"""The output folder: claimed for one run, or gone on in."""
+"""The output folder: claimed for one run, or gone on in, by one job at a time."""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
-from transformers.trainer_utils import get_last_checkpoint
-
-from dro_rl.errors import InputError
+from dro_rl.em.checkpoints import checkpoints_of, find_checkpoint
+from dro_rl.errors import InputError, Phrase
+from dro_rl.files import written_whole
 from dro_rl.flat_yaml import read_yaml
+from dro_rl.job.identity import Inputs, differences, this_session
 from dro_rl.keys.reference import KEYS
+from dro_rl.locks import LOCK, owned, refuse_foreign
+from dro_rl.processes import told_by_main
 from dro_rl.recipe import Recipe
+from dro_rl.rows.small import read_object
+
+logger = logging.getLogger(__name__)
+
+RUN = "run.json"
+"""In a run's folder: hashes of what it reads, and what computed it, each time that it was started."""
 
 
-def claim_output_dir(recipe: Recipe) -> str | None:
-    """Take the output folder for this run and write `recipe.yaml` into it.
+@contextmanager
+def claimed_output_dir(recipe: Recipe, inputs: Callable[[], Inputs]) -> Iterator[str | None]:
+    """Own the output folder while this job runs, with `recipe.yaml` and `run.json` in it.
 
-    Returns:
+    Args:
+        recipe: the run's.
+        inputs: hashes of what it reads. The main process alone asks for them.
+
+    Yields:
         The checkpoint to resume from, or None to start.
 
     Raises:
-        InputError: the folder holds another run, or this one and resuming was not asked for, or is not writable.
+        InputError: the folder holds another run, or this one and resuming was not asked for, or what the run reads has
+            changed, or another job is at work there, or it is not writable.
     """
-    training = recipe.training
-    folder = Path(str(training.output_dir))
-    wanted = training.resume_from_checkpoint
-    checkpoint: str | None = None
-    if (folder / "recipe.yaml").exists() or any(folder.glob("checkpoint-*")):
+    with ExitStack() as stack:
+
+        def claim() -> str | None:
+            folder = Path(str(recipe.training.output_dir))
+            stack.enter_context(owned(folder / LOCK, "output_dir"))
+            return _begin_or_go_on(recipe, folder, inputs())
+
+        yield told_by_main(claim)
+
+
+def _begin_or_go_on(recipe: Recipe, folder: Path, inputs: Inputs) -> str | None:
+    wanted = recipe.training.resume_from_checkpoint
+    sessions = []
+    if (folder / "recipe.yaml").exists() or checkpoints_of(folder):
         if not wanted:
             raise InputError(
                 "output_dir",
@@ -38,26 +64,16 @@ def claim_output_dir(recipe: Recipe) -> str | None:
                 "Add --resume_from_checkpoint auto, or use another.",
             )
         _same_recipe(recipe, folder / "recipe.yaml")
-        checkpoint = get_last_checkpoint(str(folder)) if wanted == "auto" else wanted
-    elif folder.is_dir() and any(path for path in folder.iterdir() if not path.name.startswith(".")):
-        raise InputError("output_dir", str(folder), "this folder is empty or holds this run", "Use another folder.")
-    elif wanted and wanted != "auto":
-        checkpoint = wanted
-    if checkpoint is not None and not (Path(checkpoint) / "trainer_state.json").is_file():
-        raise InputError(
-            "resume_from_checkpoint", checkpoint, "this is auto, or a whole checkpoint of this run", "Use auto."
-        )
-    PartialState().wait_for_everyone()
-    if PartialState().is_main_process:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            recipe.save(folder / "recipe.yaml")
-        except OSError as error:
-            raise InputError(
-                "output_dir", str(folder), f"a run can write there ({error.strerror})", "Use another."
-            ) from None
-    PartialState().wait_for_everyone()
-    return checkpoint
+        if (folder / RUN).is_file():
+            sessions = _same_inputs(recipe, folder / RUN, inputs)
+    else:
+        refuse_foreign(folder, "output_dir")
+    checkpoint = find_checkpoint(folder, wanted) if wanted else None
+    recipe.save(folder / "recipe.yaml")
+    with written_whole(folder / RUN) as beside:
+        run = {"inputs": inputs, "sessions": [*sessions, this_session()]}
+        beside.write_text(json.dumps(run, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return None if checkpoint is None else str(checkpoint)
 
 
 def _same_recipe(recipe: Recipe, path: Path) -> None:
@@ -74,3 +90,33 @@ def _same_recipe(recipe: Recipe, path: Path) -> None:
                 f"the run in {path.parent}{os.sep} has {was!r}, and a resumed run computes what it began",
                 "Give it the same value, or use another output_dir.",
             )
+
+
+def _same_inputs(recipe: Recipe, path: Path, inputs: Inputs) -> list[dict[str, Any]]:
+    """Refuse to resume on other questions, prompts or models; say where other versions go on. Returns the sessions."""
+    before = read_object(path, "the record of a run", "Delete it, if all that the run reads is as it was.")
+    versions = this_session()["versions"]
+    try:
+        sessions = [*before["sessions"]]
+        was = sessions[-1]["versions"]
+        changed = {key: differences(before["inputs"][key], inputs[key]) for key in inputs}
+        moved = [f"{name} {was.get(name)} → {versions.get(name)}" for name in differences(was, versions)]
+    except (KeyError, TypeError, AttributeError, IndexError):
+        raise InputError(
+            str(path), Phrase("other fields"), "this is as a run wrote it", "Delete it, if nothing has changed."
+        ) from None
+    if any(changed.values()):
+        key = next(key for key in inputs if changed[key])
+        raise InputError(
+            key,
+            Phrase(
+                "; ".join(
+                    f"{recipe.values.get(key)}: other {', '.join(changed[key])}" for key in inputs if changed[key]
+                )
+            ),
+            f"a resumed run computes what it began, and this has changed since the run in {path.parent} began",
+            "Put it back, or begin another run in another output_dir.",
+        )
+    if moved:
+        logger.warning(f"the run goes on under other versions than it had: {', '.join(moved)}")
+    return sessions

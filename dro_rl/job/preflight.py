@@ -17,6 +17,8 @@ from dro_rl import engines
 from dro_rl.config import DROConfig
 from dro_rl.data import dev_beside, load_questions
 from dro_rl.data.candidates import shape_candidates
+from dro_rl.em.checkpoints import checkpoints_of
+from dro_rl.em.optimizer import role_factors
 from dro_rl.em.schedule import Schedule
 from dro_rl.errors import InputError, Phrase, first_line
 from dro_rl.evaluation.results import METRICS
@@ -96,6 +98,7 @@ def check(recipe: Recipe, train: Sequence[Question], dev: Sequence[Question], pr
         raise InputError(
             "metric_for_best_model", training.metric_for_best_model, f"this is one of {', '.join(METRICS)}", "Use one."
         )
+    role_factors(training, [rate for role in ROLES if (rate := training.role_learning_rate(role))], steps=1000)
     check_splits(run, train, dev)
     labelled = any(question.supporting for question in dev)
     if str(training.metric_for_best_model).startswith(("recall@", "precision@")) and not labelled:
@@ -202,6 +205,8 @@ def check_optimizer(training: DROConfig) -> None:
 def check_disk(recipe: Recipe, models: Mapping[Role, PreTrainedModel]) -> int:
     """Refuse a run whose checkpoints would not fit. Weights, and two moments for what trains, in float32.
 
+    Checkpoints that are there have their room already: those of the run that is gone on in.
+
     Returns:
         The bytes that it takes.
     """
@@ -213,16 +218,25 @@ def check_disk(recipe: Recipe, models: Mapping[Role, PreTrainedModel]) -> int:
         adapted = run.of(role).lora_r > 0
         moments += 0 if adapted or training.role_learning_rate(role) == 0 else 2 * size
     needed = (weights + moments) * ((training.save_total_limit or 5) + 1) + weights
-    place = _nearest(Path(str(training.output_dir)))
+    folder = Path(str(training.output_dir))
+    there = [path for place in checkpoints_of(folder) for path in place.rglob("*") if path.is_file()]
+    there += [path for role in ROLES for path in (folder / role).rglob("*") if path.is_file()]
+    more = needed - sum(path.stat().st_size for path in there)
+    place = _nearest(folder)
     free = shutil.disk_usage(place).free
-    if free < needed:
+    if free < more:
         raise InputError(
             "output_dir",
-            f"{free / 2**30:.1f} GiB free at {place}",
-            f"checkpoints of both models take about {needed / 2**30:.1f} GiB",
+            Phrase(f"{_size(free)} free at {place}"),
+            f"checkpoints of both models take about {_size(more)} more",
             "Free some, lower save_total_limit, or use another disk.",
         )
     return needed
+
+
+def _size(count: int) -> str:
+    """Bytes as people say them."""
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
 def _nearest(path: Path) -> Path:

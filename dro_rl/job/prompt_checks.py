@@ -38,7 +38,7 @@ def check_prompts(recipe: Recipe, questions: Sequence[Question], prompters: Mapp
         positions, what = positions_of(config)
         if positions is not None:
             check_lengths(recipe, questions, role, prompter, positions, what)
-    check_constraint(recipe, questions, prompters["selector"])
+    check_completions(recipe, questions, prompters["selector"])
 
 
 def check_lengths(
@@ -126,17 +126,26 @@ def _overhead(questions: Sequence[Question], role: Role, prompter: Prompter, k: 
     return len(prompter.render("", [Document("x", "x", "x")] * count, **variables).encode())
 
 
-def check_constraint(recipe: Recipe, questions: Sequence[Question], prompter: Prompter) -> None:
-    """Refuse a constraint that the selector's tokenizer cannot follow, or that does not fit `max_completion_length`."""
-    training = recipe.training
+def check_completions(recipe: Recipe, questions: Sequence[Question], prompter: Prompter) -> None:
+    """Refuse a `max_completion_length` that no selection fits, or not the longest that a constraint may write, and a
+    constraint that the selector's tokenizer cannot follow."""
+    training, k = recipe.training, recipe.training.num_selected
+    shortest = min(len(prompter.completion(format_selection(order))) for order in (range(1, k + 1), range(k, 0, -1)))
+    if shortest > training.max_completion_length:
+        raise InputError(
+            "max_completion_length",
+            training.max_completion_length,
+            f"a selection of {k} documents fits, which takes {shortest} tokens or more",
+            f"Use {2 * shortest}: numbers of two digits take more.",
+        )
     if not training.constrain_selection:
         return
     for count in sorted({len(question.documents) for question in questions}):
-        longest = prompter.constraint(count, training.num_selected).verify()
+        longest = prompter.constraint(count, k).verify()
         if longest > training.max_completion_length:
             raise InputError(
                 "max_completion_length",
                 training.max_completion_length,
-                f"constrain_selection writes all {training.num_selected} of {count} numbers, in up to {longest} tokens",
+                f"constrain_selection writes all {k} of {count} numbers, in up to {longest} tokens",
                 f"Use {longest} or more.",
             )

@@ -11,7 +11,9 @@ import hashlib
 import itertools
 import logging
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -27,9 +29,11 @@ from datasets import Dataset
 from dro_rl import __version__
 from dro_rl.config import DROConfig
 from dro_rl.errors import InputError, Phrase
-from dro_rl.files import written_whole
+from dro_rl.files import damage, file_sha256, written_whole
+from dro_rl.locks import owned
 from dro_rl.models.loading import LoraSettings, add_adapter, load_model
 from dro_rl.models.saving import export_role
+from dro_rl.processes import told_by_main
 from dro_rl.prompts import Prompter
 from dro_rl.recipe import RunConfig
 from dro_rl.records import Question, check_id
@@ -38,6 +42,9 @@ from dro_rl.rows.strict_json import json_lines
 from dro_rl.selection import format_selection
 
 logger = logging.getLogger(__name__)
+
+SECONDS_BETWEEN_TRIES = 2
+"""While another run makes the warm-up that this one wants too."""
 
 
 @dataclass(frozen=True)
@@ -74,18 +81,47 @@ def warm_up(job: WarmUp, questions: Sequence[Question], run: RunConfig, training
     examples = selector_examples if job.role == "selector" else generator_examples
     name = fingerprint(job, questions, examples(questions[:CANARIES], job.prompter, run, training), run, training)
     folder = Path(run.warmup_cache_dir).expanduser() / f"{job.role}-{name}"
-    state = PartialState()
-    if (folder / "config.json").is_file():
-        logger.info(f"warm-up of the {job.role}: found in {folder}")
-    else:
+    with _owned_by_main(folder) as found:
+        if found:
+            logger.info(f"warm-up of the {job.role}: found in {folder}")
+            return str(folder)
         logger.info(f"warm-up of the {job.role}: {len(questions)} examples")
         scratch = Path(training.output_dir or ".") / "warmup" / job.role
+        state = PartialState()
         with state.main_process_first():
             if state.is_main_process:
                 write_examples(examples(questions, job.prompter, run, training), scratch / EXAMPLES)
         train_supervised(job, scratch, run, training, folder)
-    state.wait_for_everyone()
+        state.wait_for_everyone()
     return str(folder)
+
+
+@contextmanager
+def _owned_by_main(folder: Path) -> Iterator[bool]:
+    """Own a place in the cache, and tell whether a whole model is in it. Runs that share the cache wait for each other.
+
+    Every process enters; the main one owns, and tells the others while it waits, so that no collective call times out.
+    """
+
+    def told(found: bool | None) -> bool | None:
+        return told_by_main(lambda: found)
+
+    if not PartialState().is_main_process:
+        while (found := told(None)) is None:
+            time.sleep(SECONDS_BETWEEN_TRIES)
+        yield found
+        return
+
+    def wait() -> None:
+        told(None)
+        time.sleep(SECONDS_BETWEEN_TRIES)
+
+    with owned(folder.with_name(f".{folder.name}.lock"), "warmup_cache_dir", wait):
+        what = damage(folder)
+        if what is not None and folder.exists():
+            logger.warning(f"{folder} is damaged ({what}) and is made again")
+        told(what is None)
+        yield what is None
 
 
 Pair = tuple[tuple[int, ...], tuple[int, ...]]
@@ -194,8 +230,7 @@ def fingerprint(
     folder = Path(job.model)
     if folder.is_dir():
         for path in sorted(path for path in folder.iterdir() if path.is_file()):
-            with path.open("rb") as stream:
-                digest.update(f"{path.name}/{hashlib.file_digest(stream, 'sha256').hexdigest()}".encode())
+            digest.update(f"{path.name}/{file_sha256(path)}".encode())
     settings = (
         job.role,
         "" if folder.is_dir() else job.model,
@@ -245,8 +280,7 @@ def train_supervised(job: WarmUp, scratch: Path, run: RunConfig, training: DROCo
     trainer.train()
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if trainer.accelerator.is_main_process:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        export_role(trainer.accelerator.unwrap_model(trainer.model), job.prompter.tokenizer, folder, state)
+        export_role(trainer.accelerator.unwrap_model(trainer.model), job.prompter.tokenizer, folder, state, sealed=True)
         shutil.rmtree(scratch.parent, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.free_memory()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dro_rl.errors import InputError, Phrase
+from dro_rl.files import folder_written_whole
 from dro_rl.models.sharding import whole_parameters
 
 
@@ -64,28 +64,26 @@ def export_role(
     folder: Path,
     state_dict: dict[str, Tensor] | None = None,
     extra: Mapping[str, str] | None = None,
+    *,
+    sealed: bool = False,
 ) -> None:
     """Write one role to serve: a plain causal LM with its tokenizer, and `extra` text files by name.
 
-    Adapters are merged into the model, and kept in `adapter/`.
-
-    Written beside and renamed, so that the folder is whole or the one before.
+    Adapters are merged into the model, and kept in `adapter/`. The folder is whole or the one before; `sealed`, it
+    can be told later whether it is (`dro_rl.files.damage`).
     """
-    beside = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(beside, ignore_errors=True)
-    if is_adapted(model):
-        from peft import PeftModel
+    with folder_written_whole(folder, sealed=sealed) as beside:
+        if is_adapted(model):
+            from peft import PeftModel
 
-        assert isinstance(model, PeftModel)
-        model.save_pretrained(beside / "adapter", state_dict=state_dict)
-        merged_copy(model, state_dict).save_pretrained(beside)
-    else:
-        model.save_pretrained(beside, state_dict=state_dict)
-    tokenizer.save_pretrained(beside)
-    for name, text in (extra or {}).items():
-        (beside / name).write_text(text, encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    beside.rename(folder)
+            assert isinstance(model, PeftModel)
+            model.save_pretrained(beside / "adapter", state_dict=state_dict)
+            merged_copy(model, state_dict).save_pretrained(beside)
+        else:
+            model.save_pretrained(beside, state_dict=state_dict)
+        tokenizer.save_pretrained(beside)
+        for name, text in (extra or {}).items():
+            (beside / name).write_text(text, encoding="utf-8")
 
 
 def merged_copy(model: Any, state_dict: Mapping[str, Tensor] | None = None) -> PreTrainedModel:

@@ -22,7 +22,6 @@ from tqdm.auto import tqdm
 from dro_rl.data.candidates import insert_gold, with_candidates
 from dro_rl.data.manifest import (
     Manifest,
-    file_sha256,
     manifest_path,
     questions_hash,
     read_manifest,
@@ -30,7 +29,8 @@ from dro_rl.data.manifest import (
     write_manifest,
 )
 from dro_rl.errors import InputError, Phrase
-from dro_rl.files import written_whole
+from dro_rl.files import file_sha256, written_whole
+from dro_rl.locks import owned
 from dro_rl.records import Question, iter_questions, write_questions
 from dro_rl.retrieval.index import Index, IndexManifest, check_k
 from dro_rl.rows import Bad, Skips, refuse
@@ -92,8 +92,22 @@ def retrieve(
         "retrieval": {**retrieval_facts(index.manifest), **asdict(search)},
         "source": {"name": questions.name, "sha256": file_sha256(questions)},
     }
-    if (there := _finished(output, asked, overwrite)) is not None:
-        return there
+    with owned(output.with_name(f".{output.name}.lock"), str(output)):
+        there = _finished(output, asked, overwrite)
+        return there or _retrieve(index, questions, output, search, source, asked, processes, skip_bad)
+
+
+def _retrieve(
+    index: Index,
+    questions: Path,
+    output: Path,
+    search: Search,
+    source: Manifest | None,
+    asked: Mapping[str, Any],
+    processes: int,
+    skip_bad: bool,
+) -> Manifest:
+    """Search for what is not found yet, and gather it."""
     skips = Skips()
     bad = skips if skip_bad else refuse
     read = list(_questions(index, questions, search, bad))

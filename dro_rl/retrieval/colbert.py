@@ -24,8 +24,8 @@ from typing import Any, ClassVar
 
 from tqdm.auto import tqdm
 
-from dro_rl.data.manifest import file_sha256
 from dro_rl.errors import InputError, Phrase, first_line
+from dro_rl.files import file_sha256
 from dro_rl.records import Document
 from dro_rl.retrieval.colbert_runtime import check_runtime, load_colbert, take_gpu
 from dro_rl.retrieval.passages import PassageStore

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -18,9 +18,9 @@ from tqdm.auto import tqdm
 
 from dro_rl import __version__
 from dro_rl.data.corpus import corpus_files, read_corpus, shards
-from dro_rl.data.manifest import file_sha256
 from dro_rl.errors import InputError, Phrase
-from dro_rl.files import written_whole
+from dro_rl.files import file_sha256, written_whole
+from dro_rl.locks import LOCK, claim, owned
 from dro_rl.records import Document
 from dro_rl.retrieval.bm25 import BM25
 from dro_rl.retrieval.colbert import ColBERT
@@ -159,7 +159,25 @@ def build_index(
     if (folder / "index.json").is_file():
         return _same_index(folder, asked)
     next(read(bad=Skips() if skip_bad else refuse))  # what is wrong with it at once, is said at once
-    _claim(folder, asked)
+    with owned(folder / LOCK, str(folder)):
+        return _build(retriever, folder, asked, read, processes, skip_bad)
+
+
+def _build(
+    retriever: Retriever, folder: Path, asked: dict[str, Any], read: Callable[..., Any], processes: int, skip_bad: bool
+) -> IndexManifest:
+    """Make what is not there yet."""
+
+    def differs(key: str, was: Any, wanted: Any) -> InputError:
+        return InputError(
+            f"{folder}: {key}",
+            Phrase(f"begun with {was!r}"),
+            f"a build goes on as it began, and this is {wanted!r}",
+            "Give the same command, or delete the folder.",
+        )
+
+    files = asked["files"]
+    claim(folder / "building.json", {**asked, "files": _hashes(files)}, differs)
     skips = Skips()
     bad = skips if skip_bad else refuse
     with _byte_progress(files) as watch:
@@ -284,33 +302,6 @@ def _same_index(folder: Path, asked: Mapping[str, Any]) -> IndexManifest:
             )
     check_weights(manifest, asked["versions"], folder)
     return manifest
-
-
-def _claim(folder: Path, asked: Mapping[str, Any]) -> None:
-    """Take the folder for this build, or go on with the same one."""
-    begun = folder / "building.json"
-    if begun.is_file():
-        before = read_object(begun, "what a build began with", "Delete the folder and build the index again.")
-        for key in asked:
-            was, wanted = (_hashes(each.get(key)) if key == "files" else each.get(key) for each in (before, asked))
-            if was != wanted:
-                raise InputError(
-                    f"{folder}: {key}",
-                    Phrase(f"begun with {was!r}"),
-                    f"a build goes on as it began, and this is {wanted!r}",
-                    "Give the same command, or delete the folder.",
-                )
-        return
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(str(folder), Phrase("not empty"), "an index has a folder of its own", "Name another.")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with written_whole(begun) as beside:
-            beside.write_text(json.dumps(asked, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise InputError(
-            str(folder), Phrase(str(error.strerror)), "an index can be written there", "Name another."
-        ) from None
 
 
 def _hashes(files: Any) -> list[Any]:
