@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any
 
 from tqdm import tqdm
@@ -21,6 +20,7 @@ class Progress:
         total: how much there is to do.
         what: what is done: `evaluation of the base models`.
         unit: what is counted.
+        bars: draw one where there is a terminal.
         quiet: say nothing.
         clock: seconds, for tests.
     """
@@ -31,6 +31,7 @@ class Progress:
         what: str,
         unit: str = "questions",
         *,
+        bars: bool = True,
         quiet: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -38,7 +39,7 @@ class Progress:
         self._clock, self._quiet = clock, quiet
         self._began = self._said = clock()
         self._bar: Any = None
-        if not quiet and on_terminal():
+        if bars and not quiet and on_terminal():
             self._bar = tqdm(total=total, desc=what, unit=f" {unit}", leave=False)
 
     def update(self, count: int) -> None:
@@ -46,18 +47,28 @@ class Progress:
         self.done += count
         if self._bar is not None:
             self._bar.update(count)
-        elif not self._quiet and self._clock() - self._said >= INTERVAL:
-            self._said = self._clock()
-            say(f"{self.what}: {how_far(self.done, self.total, self.unit, self._said - self._began)}")
+        elif self._clock() - self._said >= INTERVAL:
+            self.note()
+
+    def note(self, what: str = "") -> None:
+        """Say how far it is now, with what else there is to say."""
+        if self._quiet:
+            return
+        self._said = self._clock()
+        far = how_far(self.done, self.total, self.unit, self._said - self._began)
+        line = f"{self.what}: {', '.join(filter(None, (far, what)))}"
+        say(line) if self._bar is None else self._bar.write(line)
+
+    def close(self) -> None:
+        """The loop has ended."""
+        if self._bar is not None:
+            self._bar.close()
 
     def __enter__(self) -> Progress:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._bar is not None:
-            self._bar.close()
+    def __exit__(self, *how: object) -> None:
+        self.close()
 
 
 def on_terminal() -> bool:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 import shlex
+from dataclasses import fields
 from pathlib import Path
 
 import typer
 
 from dro_rl.cli import app
+from dro_rl.rollouts.diagnostics import Summary
 from dro_rl.rollouts.log import SCHEMA, VERSION
+from dro_rl.rollouts.signals import RULES
 
 ROOT = Path(__file__).parent.parent
 
@@ -19,6 +22,17 @@ def test_every_column_of_the_rollout_log_is_documented() -> None:
     assert f"Version {VERSION}:" in text
     rows = re.findall(r"^\| `(\w+)` \| (.+?) \| (.+) \|$", text, flags=re.MULTILINE)
     assert rows == [(f.name, str(f.type), f.metadata[b"description"].decode()) for f in SCHEMA]
+
+
+def test_every_figure_and_signal_is_documented() -> None:
+    text = (ROOT / "docs" / "signals.md").read_text()
+    figures, signals = (
+        re.findall(r"^\| `([\w/]+)`.*\|$", part, flags=re.MULTILINE) for part in text.split("## Signals")
+    )
+    assert figures == [field.metadata["log"] for field in fields(Summary) if field.metadata.get("log")]
+    assert signals == [rule.name for rule in RULES]
+    for rule in RULES:
+        assert f"| {', '.join(f'`{key}`' for key in rule.keys)} |" in text
 
 
 def test_files_that_documents_point_to_exist() -> None:

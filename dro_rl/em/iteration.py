@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils import broadcast_object_list, gather_object
-from tqdm import tqdm
 
 from dro_rl.config import DROConfig
 from dro_rl.em.ahead import Ahead
 from dro_rl.em.e_step import Asked, EStep
 from dro_rl.em.schedule import Schedule
 from dro_rl.em.temperature import guarded_temperature, repeated_share
+from dro_rl.progress import Progress
 from dro_rl.proposal import rollout_seed
 from dro_rl.records import Question, Rollout, Sample
 from dro_rl.rollouts import log as rollout_log
@@ -86,13 +86,13 @@ class Iterations:
         temperature = self._temperature(iteration, before) if ahead is None else ahead.temperature
         parts = self._parts(iteration, temperature)
         count = sum(len(part.indices) for part in parts)
-        quiet = self.config.disable_tqdm or len(parts) == 1 or not self._main
+        bars, quiet = not self.config.disable_tqdm, len(parts) == 1 or not self._main
         samples: list[Sample] = []
         on_policy = self.e_step.engine.samples_policy(replace(self.e_step.method.sampling, temperature=temperature))
-        with tqdm(total=count, desc=f"iteration {iteration + 1}: rollouts", unit="q", disable=quiet) as bar:
+        with Progress(count, f"iteration {iteration + 1}, rollouts", bars=bars, quiet=quiet) as progress:
             for number, part in enumerate(parts):
                 samples += self._logged(iteration, number, part) or self._part(iteration, number, part, step, ahead)
-                bar.update(len(part.indices))
+                progress.update(len(part.indices))
         if self._main:  # cut otherwise, by a run with another number of processes
             for leftover in rollout_log.part_paths(self.run_dir, iteration + 1)[len(parts) :]:
                 leftover.unlink()

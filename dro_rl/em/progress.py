@@ -15,7 +15,7 @@ from transformers.trainer_callback import ProgressCallback
 
 from dro_rl.em.schedule import Schedule
 from dro_rl.evaluation.evaluator import read_stages
-from dro_rl.progress import how_far, on_terminal
+from dro_rl.progress import Progress, how_far, on_terminal
 from dro_rl.rollouts import read, signals
 from dro_rl.rollouts.diagnostics import Summary
 from dro_rl.rollouts.signals import Estimate, Iteration, Signal
@@ -137,6 +137,50 @@ class SignalWatch(TrainerCallback):
     def _say(self, what: str) -> None:
         if self.speaks:
             logger.warning(f"iteration {self.history[-1].number}: signal: {what}")
+
+
+class SupervisedProgress(TrainerCallback):
+    """How far a supervised warm-up is, and its loss at each log.
+
+    Args:
+        what: as a line begins: `warm-up of the selector`.
+    """
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._progress: Progress | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._progress = Progress(
+            state.max_steps,
+            self._what,
+            "steps",
+            bars=not args.disable_tqdm,
+            quiet=not state.is_world_process_zero,
+        )
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        assert self._progress is not None
+        self._progress.update(1)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self._progress is not None and logs and "loss" in logs:
+            self._progress.note(f"loss {float(logs['loss']):.3f}")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        assert self._progress is not None
+        self._progress.close()
 
 
 class LineProgress(ProgressCallback):

@@ -25,9 +25,11 @@ import trl
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from datasets import Dataset
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from dro_rl import __version__
 from dro_rl.config import DROConfig
+from dro_rl.em.progress import SupervisedProgress
 from dro_rl.errors import InputError, Phrase
 from dro_rl.files import damage, file_sha256, written_whole
 from dro_rl.locks import owned
@@ -275,8 +277,14 @@ def train_supervised(job: WarmUp, scratch: Path, run: RunConfig, training: DROCo
     )
     examples = Dataset.from_file(str(scratch / EXAMPLES))
     trainer = trl.SFTTrainer(
-        model=model, args=arguments, train_dataset=examples, processing_class=job.prompter.tokenizer
+        model=model,
+        args=arguments,
+        train_dataset=examples,
+        processing_class=job.prompter.tokenizer,
+        callbacks=[SupervisedProgress(f"warm-up of the {job.role}")],
     )
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if trainer.accelerator.is_main_process:
