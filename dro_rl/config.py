@@ -16,6 +16,7 @@ from dro_rl.keys.training import TrainingKeys
 from dro_rl.likelihood import Scoring
 from dro_rl.objective import Weighting
 from dro_rl.proposal import SamplingParams
+from dro_rl.rewards import Reward, parse_reward
 from dro_rl.selection import SelectionSpec
 
 
@@ -159,9 +160,18 @@ class DROConfig(TrainingKeys, _BaseConfig):  # type: ignore[misc]  # keys take o
         return SelectionSpec(self.num_selected, self.constrain_selection)
 
     @property
+    def reward_rule(self) -> Reward:
+        """What rollouts are weighed by."""
+        return parse_reward(self.reward)
+
+    @property
     def weighting_rule(self) -> Weighting:
         """How rollouts are weighed, and what the selector's gradient is made of."""
         return Weighting(
+            self.objective,
+            self.generator_weights,
+            0.2 if self.epsilon is None else self.epsilon,
+            self.reward_rule.is_likelihood,
             self.weighting,
             self.weight_temperature,
             self.target_ess,

@@ -57,6 +57,12 @@ def f1(prediction: str, answers: Sequence[str]) -> float:
     return max(_token_f1(predicted, normalize_answer(answer).split()) for answer in _accepted(answers))
 
 
+def contains(prediction: str, answers: Sequence[str]) -> float:
+    """1 when an accepted answer stands in the prediction, as a run of whole words, both normalised; else 0."""
+    words = f" {normalize_answer(prediction)} "
+    return float(any(f" {known} " in words for answer in _accepted(answers) if (known := normalize_answer(answer))))
+
+
 def rouge_l(prediction: str, answers: Sequence[str]) -> float:
     """ROUGE-L as KILT computes it, 0..1: the best over all accepted answers, by the `rouge` package that KILT calls.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -17,11 +17,23 @@ MAX_MOVE = 30.0
 """Nats. log p_θ(z|x) − log p_t(z|x) is cut here, so that the ratio of a policy that has moved is a finite number."""
 
 
+Objective = Literal["dro", "grpo", "rloo", "maxrl", "best_of_m"]
+OBJECTIVES: tuple[Objective, ...] = get_args(Objective)
+ADVANTAGES: frozenset[Objective] = frozenset({"grpo", "rloo"})
+"""Objectives that move the selector by advantages, which are signed; the others do it by weights, which sum to one."""
+
+
 @dataclass(frozen=True, slots=True)
 class Weighting:
     """How the E-step weighs rollouts, and what the M-step makes of the weights.
 
     Args:
+        objective: what moves the selector: importance weights (`dro`), advantages (`grpo`, `rloo`), weights by reward
+            (`maxrl`) or the best rollout (`best_of_m`).
+        generator_weights: what the generator learns from under an objective of advantages: the answers' `posterior`, or
+            all valid rollouts alike (`uniform`). Under the others it learns from the weights that move the selector.
+        epsilon: how far `grpo` follows a rollout: p_θ/p_t from 1 − epsilon to 1 + epsilon.
+        log_reward: the reward is a log-likelihood, so that under `maxrl` it is exponentiated.
         by: `likelihood`, or `uniform`, which looks at no answer (a control).
         temperature: T ≥ 1 softens the weights.
         target_ess: picks T for each question instead: see `temperature_for_ess`.
@@ -30,6 +42,10 @@ class Weighting:
         min_weight: the generator skips rollouts of less weight.
     """
 
+    objective: Objective = "dro"
+    generator_weights: Literal["posterior", "uniform"] = "posterior"
+    epsilon: float = 0.2
+    log_reward: bool = True
     by: Literal["likelihood", "uniform"] = "likelihood"
     temperature: float = 1.0
     target_ess: float | None = None
@@ -147,10 +163,90 @@ def temperature_for_ess(
     return high.exp()
 
 
+# Rivals: what else may come of the rewards of a group
+
+
+def group_advantages(rewards: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    """(R_i − mean R) / (std R + 1e-4), the advantages of GRPO (arXiv 2402.03300, section 4.1; std over m − 1).
+
+    Args:
+        rewards: (..., m). Values under the mask may be NaN.
+        mask: (..., m) bool. A rollout that names no document is as bad as the worst that does: it says nothing better.
+
+    Returns:
+        (..., m); 0 throughout where all tie, or none is valid.
+    """
+    rewards = _filled(rewards, mask)
+    spread = rewards.std(dim=-1, keepdim=True) if rewards.shape[-1] > 1 else torch.zeros_like(rewards)
+    return (rewards - rewards.mean(dim=-1, keepdim=True)) / (spread + 1e-4)
+
+
+def leave_one_out_advantages(rewards: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    """R_i − mean of the others' R, the advantages of RLOO (arXiv 2402.14740). As in `group_advantages`."""
+    rewards = _filled(rewards, mask)
+    return rewards - _mean_of_others(rewards) if rewards.shape[-1] > 1 else torch.zeros_like(rewards)
+
+
+def maxrl_weights(
+    log_rewards: Tensor,
+    *,
+    proposal_log_ratio: Tensor | None = None,
+    mask: Tensor | None = None,
+    max_log_ratio: float | None = None,
+) -> Tensor:
+    """R_i / Σ R: maximum-likelihood RL (arXiv 2602.02710); with R = p(y|x,d_z) the method's own weights.
+
+    Args:
+        log_rewards: (..., m) log R_i; −inf for a failure.
+        proposal_log_ratio, mask, max_log_ratio: as in `importance_weights`.
+
+    Returns:
+        (..., m), summing to 1 where any rollout succeeds, else all 0: a group of failures moves nothing. With rewards
+        of 0 and 1 the expected gradient is that of log p(success), expanded in powers of p(failure), to order m; with a
+        variate in the groups that succeed, to order m − 1.
+    """
+    succeeds = log_rewards > -math.inf
+    return importance_weights(
+        log_rewards,
+        proposal_log_ratio=proposal_log_ratio,
+        mask=succeeds if mask is None else succeeds & mask,
+        max_log_ratio=max_log_ratio,
+    )
+
+
+def best_of_m_weights(rewards: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    """1 for the rollout of the highest reward, shared by those that tie for it; 0 throughout where none is valid.
+
+    Imitation of the best of m (rejection sampling; RAFT, arXiv 2304.06767). Arguments as in `group_advantages`.
+    """
+    rewards = _wide(rewards)
+    if mask is not None:
+        rewards = rewards.masked_fill(~mask, -math.inf)
+    best = rewards == rewards.amax(dim=-1, keepdim=True)
+    best = best & (rewards > -math.inf) if mask is None else best & mask
+    return best / best.sum(dim=-1, keepdim=True).clamp(min=1).to(rewards)
+
+
+def _filled(rewards: Tensor, mask: Tensor | None) -> Tensor:
+    """Rewards with the lowest of the group in place of what is masked; 0 where all of it is."""
+    rewards = _wide(rewards)
+    if mask is None:
+        return rewards
+    lowest = rewards.masked_fill(~mask, math.inf).amin(dim=-1, keepdim=True)
+    lowest = torch.where(mask.any(dim=-1, keepdim=True), lowest, torch.zeros_like(lowest))
+    return torch.where(mask, rewards, lowest)
+
+
+# What the weights become
+
+
 def selector_coefficients(
     weights: Tensor,
     *,
     baseline: str = "none",
+    advantages: Tensor | None = None,
+    epsilon: float | None = None,
+    follows_failures: bool = True,
     proposal_weights: Tensor | None = None,
     selection_logps: Tensor | None = None,
     sampled_logps: Tensor | None = None,
@@ -176,6 +272,11 @@ def selector_coefficients(
         weights: (..., m) importance weights.
         baseline: `none`, the paper's form (Eq. 12), or `mean`, which subtracts the proposal's own weight (1/m
             on-policy), times p_θ/p_t. At p_t a group that ties then gives no gradient.
+        advantages: (..., m) in place of the weights: A_i p_θ/p_t, each counted by its proposal weight, whose
+            expectation at every θ is the gradient of E_{p_θ}[A].
+        epsilon: leave out a rollout that p_θ/p_t has carried beyond 1 ± epsilon in its advantage's direction (the
+            clipped surrogate of PPO, arXiv 1707.06347, Eq. 7); None follows it however far.
+        follows_failures: whether a group without any weight still has its variate, which pushes from what it wrote.
         proposal_weights: (..., m) p_t/q of the rollouts, normalised over the group; 1/m when None (on-policy).
         selection_logps: (..., m) log p_θ(z_i|x), detached: needed where θ has moved, for `beta` and `entropy_coef`.
         sampled_logps: (..., m) log p_t(z_i|x); None where θ is still what the E-step weighed with.
@@ -188,10 +289,19 @@ def selector_coefficients(
     if (beta and reference_logps is None) or ((beta or entropy_coef) and selection_logps is None):
         raise ValueError("beta needs selection_logps and reference_logps, entropy_coef needs selection_logps")
     counts = torch.full_like(weights, 1 / weights.shape[-1]) if proposal_weights is None else proposal_weights
+    ratio = torch.ones_like(counts)
     if selection_logps is not None and sampled_logps is not None:
-        moved = (_wide(selection_logps) - _wide(sampled_logps)).clamp(max=MAX_MOVE)
-        counts = counts * moved.exp()
-    coefficients = weights - counts if baseline == "mean" else weights
+        ratio = (_wide(selection_logps) - _wide(sampled_logps)).clamp(max=MAX_MOVE).exp()
+    counts = counts * ratio
+    if advantages is not None:
+        coefficients = counts * advantages
+        if epsilon is not None:
+            beyond = torch.where(advantages > 0, ratio > 1 + epsilon, ratio < 1 - epsilon)
+            coefficients = coefficients.masked_fill(beyond, 0.0)
+    elif baseline == "mean":
+        coefficients = weights - (counts if follows_failures else counts * weights.sum(dim=-1, keepdim=True))
+    else:
+        coefficients = weights
     if selection_logps is not None and (beta or entropy_coef):
         before = selection_logps if sampled_logps is None else sampled_logps
         now, then = (_cost(logps, reference_logps, beta, entropy_coef) for logps in (selection_logps, before))

@@ -91,6 +91,8 @@ class Sample:
         reference_logp: log p(z|x) under the initial selector, nats; NaN without `beta`.
         prompt_cut: whether the selector read documents cut to fit `max_prompt_length`.
         temperature: what it was sampled at.
+        answer: what the generator wrote after reading the selection; None where no reward looks at answers.
+        rewards: the value of each reward that has been computed, by name.
     """
 
     question: int
@@ -102,6 +104,8 @@ class Sample:
     reference_logp: float = math.nan
     prompt_cut: bool = False
     temperature: float = 1.0
+    answer: str | None = None
+    rewards: tuple[tuple[str, float], ...] = ()
 
     @property
     def proposal_logp(self) -> float:
@@ -116,7 +120,9 @@ class Rollout(Sample):
     Args:
         selection_logp: log p(z|x) at temperature 1 under the selector that the E-step weighed with, nats.
         answer_logp: log p(y|x, d_z), nats; NaN for an invalid selection, which is never scored.
+        reward: what the objective weighs: under `reward: likelihood` the answer's log-likelihood, nats.
         weight: importance weight; sums to 1 over the group unless every rollout is invalid.
+        advantage: what moves the selector under an objective of advantages; NaN under the others.
         proposal_weight: its weight were all answers alike: p/q normalised over the group, 1/m where q is p.
         ess: effective sample size of the group's weights, 0..m.
         weight_temperature: the temperature its weights were computed at.
@@ -124,7 +130,9 @@ class Rollout(Sample):
 
     selection_logp: float
     answer_logp: float
+    reward: float
     weight: float
+    advantage: float = math.nan
     proposal_weight: float
     ess: float
     weight_temperature: float

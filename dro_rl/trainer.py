@@ -272,7 +272,8 @@ class DROTrainer(_BaseTrainer):
 
         It does where that is what scoring first would give: when an iteration is a single step of both models (or
         several passes over one step's questions, of which the first is fresh), each question is whole on a process,
-        no rollout is to be left out of the backward pass, and no dropout disturbs the pass that weighs.
+        no rollout is to be left out of the backward pass, the reward is the likelihood, and no dropout disturbs the
+        pass that weighs.
         """
         return (
             self.args.fused_e_step == "auto"
@@ -281,6 +282,7 @@ class DROTrainer(_BaseTrainer):
             and all(self.args.role_learning_rate(role) > 0 for role in ROLES)
             and self.args.per_device_train_batch_size % self.args.num_generations == 0
             and self.args.min_weight == 0
+            and self.method.reward.is_likelihood
             and not self._drops_out
         )
 

@@ -12,15 +12,18 @@ import torch
 from dro_rl.em.method import Method
 from dro_rl.em.timing import PhaseClock
 from dro_rl.em.weighing import weigh
+from dro_rl.engines.decoding import Decoder
 from dro_rl.engines.protocol import GenerationRequest, RolloutEngine
 from dro_rl.likelihood import Model, answer_logp, score_rows
 from dro_rl.likelihood.packing import Row
 from dro_rl.prompts import Prompter
 from dro_rl.prompts.rows import answer_row, constraint_of, selector_row
-from dro_rl.proposal import Completion
+from dro_rl.proposal import Completion, rollout_seed
 from dro_rl.records import Question, Rollout, Sample
+from dro_rl.rewards import Read, score
 from dro_rl.roles import Role
 from dro_rl.selection import parse_selection
+from dro_rl.selection.thinking import without_thinking
 
 OpenRole = Callable[[Role], AbstractContextManager[Model]]
 """Opens a role for scoring, without gradient."""
@@ -148,7 +151,41 @@ class EStep:
         else:
             policy = self._selection_logps(lambda: self.open_role("selector"), questions, samples)
         answers = self._answer_logps(questions, samples)
-        return weigh(samples, policy, answers, self.method.weighting, on_policy=sampled.on_policy)
+        if self.method.reward.others:
+            samples = self._rewarded(asked, samples, answers.flatten().tolist())
+        return weigh(samples, policy, answers, self.method.weighting, self.method.reward, on_policy=sampled.on_policy)
+
+    def _rewarded(self, asked: Asked, samples: Sequence[Sample], likelihoods: Sequence[float]) -> list[Sample]:
+        """The samples with the generator's answers and their rewards. Each distinct selection is answered once."""
+        m, prompter = self.method.num_generations, self.prompters["generator"]
+        keys = [(i // m, sample.selection.numbers) for i, sample in enumerate(samples)]
+        distinct: dict[tuple[int, tuple[int, ...]], int] = {}  # with the place of its first sample
+        for i, sample in enumerate(samples):
+            if sample.selection.valid:
+                distinct.setdefault(keys[i], i)
+        request = GenerationRequest(
+            [prompter.generator_prompt(asked.questions[q], z).ids for q, z in distinct],
+            1,
+            self.method.answering,
+            [rollout_seed(asked.seeds[q], "answer", *z) for q, z in distinct],
+        )
+        with self.clock.phase("answers"), self.open_role("generator") as model:
+            decoder = Decoder(model, prompter.ends.stops, shared_prefix=self.method.scoring.shared_prefix)
+            written = decoder.generate(request)
+        read = [
+            Read(
+                asked.questions[q],
+                tuple(asked.questions[q].documents[number - 1] for number in z),
+                without_thinking(prompter.decode(completion.ids)).strip(),
+                likelihoods[place],
+            )
+            for ((q, z), place), (completion,) in zip(distinct.items(), written, strict=True)
+        ]
+        rewards = dict(zip(distinct, zip(read, score(self.method.reward.others, read), strict=True), strict=True))
+        return [
+            replace(sample, answer=rewards[key][0].answer, rewards=rewards[key][1]) if key in rewards else sample
+            for sample, key in zip(samples, keys, strict=True)
+        ]
 
     def _selection_logps(
         self,

@@ -12,7 +12,7 @@ from dro_rl.em.method import Method
 from dro_rl.em.weighing import weigh
 from dro_rl.likelihood import depth, unshared
 from dro_rl.likelihood.packing import Row
-from dro_rl.objective import selector_coefficients
+from dro_rl.objective import ADVANTAGES, selector_coefficients
 from dro_rl.prompts import Prompter
 from dro_rl.prompts.rows import answer_row, selector_row
 from dro_rl.records import Question, Rollout, Sample
@@ -160,6 +160,7 @@ class MicroBatch:
                 self._matrix(proposal if self.on_policy else [policy[i] for i in self._sample_of]),
                 self._matrix([math.nan if i is None else answers[i] for i in self._row_of]),
                 self.method.weighting,
+                self.method.reward,
                 on_policy=self.on_policy,
             )
         ]
@@ -184,6 +185,9 @@ class MicroBatch:
         coefficients = selector_coefficients(
             self._matrix([rollout.weight for rollout in whole]),
             baseline=weighting.baseline,
+            advantages=self._matrix([r.advantage for r in whole]) if weighting.objective in ADVANTAGES else None,
+            epsilon=weighting.epsilon if weighting.objective == "grpo" else None,
+            follows_failures=weighting.objective != "maxrl",
             proposal_weights=self._matrix([rollout.proposal_weight for rollout in whole]),
             selection_logps=now,
             sampled_logps=sampled,

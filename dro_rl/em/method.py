@@ -8,6 +8,7 @@ from dro_rl.config import DROConfig
 from dro_rl.likelihood import Scoring
 from dro_rl.objective import Weighting
 from dro_rl.proposal import SamplingParams
+from dro_rl.rewards import Reward
 from dro_rl.selection import SelectionSpec
 
 
@@ -21,6 +22,8 @@ class Method:
         sampling: the proposal q, at the temperature of the first iteration.
         scoring: how both models score.
         weighting: how samples are weighed, and what the selector's gradient is made of.
+        reward: what they are weighed by.
+        answering: how the generator writes the answers that rewards look at.
     """
 
     spec: SelectionSpec
@@ -28,8 +31,18 @@ class Method:
     sampling: SamplingParams
     scoring: Scoring
     weighting: Weighting
+    reward: Reward = Reward()
+    answering: SamplingParams = SamplingParams(64, temperature=0.0)
 
     @classmethod
     def of(cls, config: DROConfig) -> Method:
         """The recipe's."""
-        return cls(config.spec, config.num_generations, config.sampling, config.scoring, config.weighting_rule)
+        return cls(
+            config.spec,
+            config.num_generations,
+            config.sampling,
+            config.scoring,
+            config.weighting_rule,
+            config.reward_rule,
+            SamplingParams(config.max_answer_length, config.answer_temperature),
+        )

@@ -29,6 +29,7 @@ from dro_rl.job.warmup import selection_order
 from dro_rl.prompts import Prompter
 from dro_rl.recipe import Recipe, RunConfig
 from dro_rl.records import Question
+from dro_rl.rewards import check_functions
 from dro_rl.roles import ROLES, Role
 
 
@@ -112,6 +113,7 @@ def check(recipe: Recipe, train: Sequence[Question], dev: Sequence[Question], pr
     check_trackers(training.report_to)
     check_optimizer(training)
     engines.check(training)
+    check_functions(training.reward_rule)
     return check_disk(recipe, check_models(recipe))
 
 

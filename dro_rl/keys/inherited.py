@@ -99,10 +99,6 @@ REFUSED = {
         "a ratio near zero is a rollout that p would hardly write, and stays near zero",
         "Leave it out.",
     ),
-    "epsilon": (
-        "weights are fixed in the E-step, so that no ratio to an older policy is there to clip",
-        "Leave it out; max_log_ratio bounds p/q where the proposal is not p.",
-    ),
     "use_liger_kernel": _PATCHED,
     "liger_kernel_config": _PATCHED,
     "neftune_noise_alpha": (

@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 
 from dro_rl.errors import InputError
 from dro_rl.keys import Rule, above, at_least, check_keys, either, option, within
+from dro_rl.rewards import parse_reward
 
 RATE = at_least(0, "Use 0 to freeze the model.")
 SHARE = within("(0, 1)", "Use 0.5, or leave it unset.")
@@ -198,8 +199,28 @@ class TrainingKeys:
         resumes=True,
     )
 
+    objective: Literal["dro", "grpo", "rloo", "maxrl", "best_of_m"] = option(
+        "dro",
+        "What moves the selector: importance weights (dro), advantages (grpo, rloo), weights by reward (maxrl), or the "
+        "best rollout.",
+        group="Objective",
+    )
+    reward: str | dict[str, Any] = option(
+        "likelihood",
+        "What rollouts are weighed by: likelihood, em, f1, contains, rouge_l, package.module:function, or a mixture: "
+        "{f1: 10, likelihood: 1}.",
+    )
+    answer_temperature: float = option(
+        0.0, "How the generator writes the answers that rewards look at; 0 is greedy.", at_least(0)
+    )
+    generator_weights: Literal["posterior", "uniform"] = option(
+        "posterior", "What the generator learns from under grpo and rloo: the answers' posterior, or all valid alike."
+    )
+    epsilon: float | None = option(
+        None, "Under grpo: how far p/p_old may carry a rollout, 1 ± epsilon; unset: 0.2.", within("(0, 1)", "Use 0.2.")
+    )
     answer_likelihood: Literal["sum", "mean"] = option(
-        "sum", "log p(answer): sum over its tokens (the posterior), or mean (another posterior).", group="Objective"
+        "sum", "log p(answer): sum over its tokens (the posterior), or mean (another posterior)."
     )
     answer_aliases: Literal["first", "max", "logsumexp"] = option(
         "first", "How several accepted answers make one likelihood."
@@ -376,6 +397,7 @@ class TrainingKeys:
             "reaches",
             "Use 0 to switch it off.",
         )
+        self._check_objective()
         rates = [self.role_learning_rate(role) for role in ("selector", "generator")]
         self._require(
             "learning_rate" if self.generator_learning_rate is None else "generator_learning_rate",
@@ -419,6 +441,38 @@ class TrainingKeys:
             "a server has its memory to itself",
             "Leave it out, or use vllm_mode: colocate.",
         )
+
+    def _check_objective(self) -> None:
+        """Rules over the objective and the reward: what would mean nothing together."""
+        objective, reward = self.objective, parse_reward(self.reward)
+        softened = self.target_ess is not None or self.weight_temperature != 1
+        elsewhere = "Leave it out, or use another objective."
+        out = "Leave it out."
+        if objective == "best_of_m":
+            rule = "best_of_m imitates, without a policy gradient to hold back or to spread"
+            self._require("beta", self.beta == 0, rule, elsewhere)
+            self._require("entropy_coef", self.entropy_coef == 0, rule, elsewhere)
+        if objective in ("grpo", "rloo", "best_of_m"):
+            self._require("selector_baseline", self.selector_baseline == "none", f"{objective} has its own", out)
+        if objective in ("maxrl", "best_of_m"):
+            rule = f"weight_temperature and target_ess soften importance weights, and {objective} has none"
+            self._require("objective", not softened, rule, "Leave them out, or use dro.")
+        if objective == "maxrl":
+            rule = "maxrl takes a likelihood as p and other rewards as they are, which cannot be added"
+            self._require("reward", reward.is_likelihood or "likelihood" not in reward.names, rule, "Use one of them.")
+        if objective != "dro":
+            self._require("weighting", self.weighting == "likelihood", "uniform is the control of objective: dro", out)
+        if objective != "grpo":
+            self._require("epsilon", self.epsilon is None, f"{objective} does not clip", out)
+        if objective not in ("grpo", "rloo"):
+            rule = f"under {objective} the generator learns from the weights that move the selector"
+            self._require("generator_weights", self.generator_weights == "posterior", rule, out)
+        if "likelihood" not in reward.names:
+            rule = "this is how the likelihood is a reward, and the reward has none"
+            self._require("answer_likelihood", self.answer_likelihood == "sum", rule, out)
+        if not reward.others:
+            rule = "answers are written where a reward looks at them"
+            self._require("answer_temperature", self.answer_temperature == 0, rule, "Use a reward such as f1.")
 
     def _require(self, name: str, holds: bool, rule: str, fix: str) -> None:
         if not holds:

@@ -16,7 +16,7 @@ from dro_rl.errors import InputError, Phrase, first_line
 from dro_rl.files import written_whole
 from dro_rl.records import Question, Rollout, Selection
 
-VERSION = "3"
+VERSION = "4"
 
 
 def _column(name: str, kind: pa.DataType, description: str) -> pa.Field:
@@ -50,7 +50,11 @@ SCHEMA = pa.schema(
             "reference_logp", pa.float64(), "log p of the rollout under the initial selector, nats; NaN without beta"
         ),
         _column("answer_logp", pa.float64(), "log p(answer | question, selected documents), nats; NaN when invalid"),
+        _column("answer", pa.string(), "what the generator wrote; null where no reward looks at answers"),
+        _column("rewards", pa.map_(pa.string(), pa.float64()), "each reward beside the likelihood, by name"),
+        _column("reward", pa.float64(), "what the objective weighs; the answer's log-likelihood unless told"),
         _column("weight", pa.float64(), "importance weight, sums to 1 over the group"),
+        _column("advantage", pa.float64(), "what moves the selector under grpo and rloo; NaN under the others"),
         _column("proposal_weight", pa.float64(), "the weight were all answers alike: p/q, sums to 1 over the group"),
         _column("ess", pa.float64(), "effective sample size of the group's weights, 0..m"),
         _column("weight_temperature", pa.float64(), "temperature of the group's weights"),
@@ -110,7 +114,11 @@ def to_table(
                 "selection_logp": rollout.selection_logp,
                 "reference_logp": rollout.reference_logp,
                 "answer_logp": rollout.answer_logp,
+                "answer": rollout.answer,
+                "rewards": rollout.rewards,
+                "reward": rollout.reward,
                 "weight": rollout.weight,
+                "advantage": rollout.advantage,
                 "proposal_weight": rollout.proposal_weight,
                 "ess": rollout.ess,
                 "weight_temperature": rollout.weight_temperature,
@@ -171,7 +179,11 @@ def to_rollouts(table: pa.Table) -> list[Rollout]:
             selection_logp=row["selection_logp"],
             reference_logp=row["reference_logp"],
             answer_logp=row["answer_logp"],
+            answer=row["answer"],
+            rewards=tuple(row["rewards"]),
+            reward=row["reward"],
             weight=row["weight"],
+            advantage=row["advantage"],
             proposal_weight=row["proposal_weight"],
             ess=row["ess"],
             weight_temperature=row["weight_temperature"],
