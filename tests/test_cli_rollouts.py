@@ -56,6 +56,7 @@ def rollouts(
             selection_logp=-1.5 + (log_ratios[sample] if log_ratios else 0.0),
             reference_logp=math.nan,
             answer_logp=answer_logps[sample],
+            reward=answer_logps[sample],
             weight=weights[sample],
             proposal_weight=1 / len(selections),
             ess=1 / squares if squares else 0.0,

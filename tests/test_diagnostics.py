@@ -51,6 +51,7 @@ def rollouts(
             reference_logp=float(np.log(REFERENCE)[i]),
             selection_logp=float(log_p[sample]),
             answer_logp=float(answers[sample]),
+            reward=float(answers[sample]),
             weight=weights[sample].item(),
             proposal_weight=1 / len(picked),
             ess=ess,
