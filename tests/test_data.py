@@ -15,9 +15,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import released
+from datasets import Dataset, DatasetDict
 from training_world import questions, write_questions
 
 from dro_rl.data import TOY_SIZES, dev_beside, load_questions
+from dro_rl.data.check import check
 from dro_rl.data.hub import is_local
 from dro_rl.data.prepare import Preparation, prepare
 from dro_rl.errors import InputError
@@ -262,8 +264,6 @@ def test_a_folder_without_the_split_says_what_it_has(tmp_path: Path) -> None:
 
 
 def test_a_dataset_that_was_saved_to_disk_is_read(tmp_path: Path) -> None:
-    from datasets import Dataset, DatasetDict
-
     splits = {
         "train": Dataset.from_list(rows(questions(5))),
         "validation": Dataset.from_list(rows(questions(3, seed=1))),
@@ -330,6 +330,50 @@ def test_a_missing_id_says_what_to_do_and_prepare_does_it(tmp_path: Path) -> Non
     assert [question.id for question in load_questions(str(tmp_path / "made.jsonl"), "train")] == [
         f"mine-train-{n}" for n in (1, 2, 3)
     ]
+
+
+@pytest.mark.parametrize("layout", ["shards", "saved"])
+def test_prepare_numbers_the_rows_of_a_folder(tmp_path: Path, layout: str) -> None:
+    made = [{k: v for k, v in row.items() if k != "id"} for row in rows(questions(4))]
+    if layout == "saved":
+        Dataset.from_list(made).save_to_disk(str(tmp_path / "from"))
+    else:
+        (tmp_path / "from").mkdir()
+        for number in range(2):
+            part = pa.Table.from_pylist(made[2 * number : 2 * number + 2])
+            pq.write_table(part, tmp_path / "from" / f"train-0000{number}-of-00002.parquet")
+    with pytest.raises(InputError, match=r"row 1.*id: missing"):
+        load_questions(str(tmp_path / "from"), "train")
+    prepare(Preparation("mine", str(tmp_path / "from"), tmp_path / "made.jsonl", split="train"))
+    found = load_questions(str(tmp_path / "made.jsonl"), "train")
+    assert [question.id for question in found] == [f"mine-train-{n}" for n in (1, 2, 3, 4)]
+    assert [question.question for question in found] == [row["question"] for row in made]
+
+
+def test_the_dev_split_of_a_hub_may_be_called_validation(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def served(name: str, config: str | None, split: str) -> list[dict[str, Any]]:
+        asked.append(split)
+        if split != "validation":
+            raise ValueError(f'Unknown split "{split}". Should be one of ["train", "validation"].')
+        return rows(questions(2))
+
+    monkeypatch.setattr("datasets.load_dataset", served)
+    assert load_questions("someone/questions", "dev") == questions(2)
+    assert asked == ["dev", "valid", "validation"]
+    with pytest.raises(InputError, match=r'hub dataset with split test \(Unknown split "test"'):
+        load_questions("someone/questions", "test")
+
+
+def test_a_question_file_may_have_fields_of_released_formats_beside_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "mine.jsonl"
+    made = [
+        {**row, "answer": "x", "context": [], "supporting_facts": [], "paragraphs": []} for row in rows(questions(2))
+    ]
+    path.write_text("\n".join(map(json.dumps, made)))
+    assert load_questions(str(path), "train") == questions(2)
+    assert check(path).format == "questions"
 
 
 def test_a_released_file_says_how_a_question_file_is_made_of_it(tmp_path: Path) -> None:

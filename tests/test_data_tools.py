@@ -286,6 +286,16 @@ def test_check_and_training_read_the_same(tmp_path: Path, name: str) -> None:
     assert (by_split.hash, by_split.counts["questions with labels"]) == (report.hash, 3)
 
 
+def test_check_of_a_folder_is_of_a_corpus_or_asks_for_a_split(tmp_path: Path) -> None:
+    (tmp_path / "c").mkdir()
+    write(tmp_path / "c" / "1.jsonl", {"id": "1", "text": "a"})
+    assert check(tmp_path / "c").format == "corpus"
+    write(tmp_path / "train.jsonl", good(0))
+    assert "Add --split train" in run("check", tmp_path, code=2)
+    assert "1 questions" in run("check", tmp_path, "--split", "train")
+    assert "0 files for split dev" in run("check", tmp_path, "--split", "dev", code=2)
+
+
 def test_check_reads_the_columns_that_a_recipe_names(tmp_path: Path) -> None:
     row = {"qid": 1, "query": "who?", "answers": ["a"], "documents": [{"id": "d", "text": "t"}]}
     path = write(tmp_path / "q.jsonl", row)

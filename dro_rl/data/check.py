@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
-from dro_rl.data.corpus import ID_FIELDS, TEXT_FIELDS, CorpusHash, read_corpus
+from dro_rl.data.corpus import ID_FIELDS, TEXT_FIELDS, CorpusHash, read_corpus, shards
 from dro_rl.data.manifest import Manifest, questions_hash, read_manifest
 from dro_rl.data.readers import FORMATS, read_answers, read_released, released_rows, sniff
 from dro_rl.data.readers.fields import Source
@@ -110,7 +110,15 @@ def check(
 def format_of(path: Path, columns: Mapping[str, str] = AS_NAMED) -> str:
     """The format of a file by its first readable row: a name in `FORMATS`, or `corpus`."""
     if path.is_dir():
-        return CORPUS
+        files = shards(path)
+        if files and format_of(files[0], columns) == CORPUS:
+            return CORPUS
+        raise InputError(
+            str(path),
+            Phrase("no folder of a corpus's shards"),
+            "of a folder of questions a split is checked, as training finds it",
+            "Add --split train, or --format corpus for a corpus.",
+        )
     skipped: list[InputError] = []
     found = (
         (place, row)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import chain
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from dro_rl.data.hub import saved_rows
 from dro_rl.data.manifest import SPLITS, read_manifest
 from dro_rl.errors import InputError, Phrase
 from dro_rl.records import AS_NAMED, is_field, question_rows, renamed
-from dro_rl.rows import SUFFIXES, Bad, Rows, Watch, is_readable, refuse, stem
+from dro_rl.rows import SUFFIXES, Bad, Rows, Wanted, Watch, is_readable, refuse, stem
 
 logger = logging.getLogger(__name__)
 
@@ -51,14 +51,40 @@ def split_rows(
         InputError: there is no such split, or a file is not the one that its manifest describes.
     """
     path = Path(name).expanduser()
-    if path.is_dir() and (saved := saved_folder(path, split)) is not None:
-        return renamed(saved_rows(saved, lambda column: is_field(column, columns)), columns)
-    if not path.exists():
-        raise InputError(key, name, "a question file or folder exists", "Check the path.")
-    files = [path] if path.is_file() else files_of_split(path, split, config)
-    for file in files:
+
+    def read(file: Path) -> Rows:
         read_manifest(file)  # a file that is not what its manifest describes is refused
-    return chain.from_iterable(question_rows(file, columns, bad=bad, watch=watch) for file in files)
+        return question_rows(file, columns, bad=bad, watch=watch)
+
+    if path.is_file():
+        return read(path)
+    if path.is_dir():
+        return folder_rows(path, split, config, columns, read, lambda column: is_field(column, columns))
+    raise InputError(key, name, "a question file or folder exists", "Check the path.")
+
+
+def folder_rows(
+    folder: Path,
+    split: str,
+    config: str | None,
+    columns: Mapping[str, str],
+    read: Callable[[Path], Rows],
+    wanted: Wanted,
+) -> Rows:
+    """The rows of a split in a folder; those of several shards with their numbers in the split.
+
+    Args:
+        folder, split, config, columns: see `split_rows`.
+        read: the rows of a file.
+        wanted: the columns to read of a saved dataset.
+    """
+    if (saved := saved_folder(folder, split)) is not None:
+        return renamed(saved_rows(saved, wanted), columns)
+    found = [read(file) for file in files_of_split(folder, split, config)]
+    if len(found) == 1:
+        return found[0]
+    rows = chain.from_iterable(found)
+    return ((f"{place}, of the split row {number}", row) for number, (place, row) in enumerate(rows, start=1))
 
 
 def same_split(split: str) -> list[str]:

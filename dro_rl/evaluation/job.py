@@ -209,15 +209,15 @@ def _questions(job: EvaluationJob) -> tuple[list[Question], str, Manifest | None
     part = job.split or "test"
     questions = load_questions(job.data, part, limit=job.limit, columns=job.columns, key="--data")
     path = Path(job.data).expanduser()
-    if path.is_dir() and saved_folder(path, part) is None:
-        path = files_of_split(path, part)[0]
-    manifest = read_manifest(path) if path.is_file() else None
+    whole = path.is_dir() and saved_folder(path, part) is None
+    file = files_of_split(path, part)[0] if whole else path
+    manifest = read_manifest(file) if file.is_file() else None
     if manifest is not None:
         dataset, split = manifest.dataset, manifest.split
     elif path.is_file():
         dataset, split = _told_by_name(path)
     else:
-        dataset, split = job.data, part
+        dataset, split = path.absolute().name if path.is_dir() else job.data, part
     name = "/".join(word for word in (dataset, job.split or split) if word)
     return questions, f"{name}, first {job.limit}" if job.limit else name, manifest
 

@@ -14,6 +14,7 @@ from typing import Any
 from dro_rl.data.hub import hub_rows, is_local
 from dro_rl.data.readers import multihop, natural_questions, peers, wizard
 from dro_rl.data.readers.fields import Fields, Source
+from dro_rl.data.sources import folder_rows
 from dro_rl.errors import InputError, Phrase
 from dro_rl.records import AS_NAMED, Question, UniqueIds, is_field, parse_question, question_rows, renamed
 from dro_rl.rows import TABLES, Bad, Rows, Watch, refuse, rows, suffix
@@ -115,6 +116,8 @@ def sniff(row: Any, place: str) -> str:
     if isinstance(row, list) and len(row) == 2 and all(isinstance(value, str) for value in row):
         return "dpr-csv"
     keys = set(row) if isinstance(row, Mapping) else set()
+    if {"question", "answers", "documents"} <= keys:
+        return "questions"  # with whatever other fields beside
     found = [
         name for name, known in FORMATS.items() if known.fields and known.fields <= keys and not known.without & keys
     ]
@@ -148,11 +151,11 @@ def released_rows(
     bad: Bad = refuse,
     watch: Watch | None = None,
 ) -> Rows:
-    """Rows of a file, or of a hub dataset, which is streamed.
+    """Rows of a file, of a split in a folder, or of a hub dataset, which is streamed.
 
     Args:
-        name: of the file or the dataset.
-        config, split: of a hub dataset.
+        name: of the file, the folder or the dataset.
+        config, split: of a folder or a hub dataset.
         columns: names of columns by the fields of question files that they are.
         bad, watch: those of `dro_rl.rows`.
     """
@@ -162,12 +165,16 @@ def released_rows(
 
     if not is_local(name):
         return renamed(hub_rows(str(name), config, [split], place="--input", wanted=wanted), columns)
+
+    def read(path: Path) -> Rows:
+        if suffix(path) in TABLES and path.is_file():
+            _, first = next(rows(path, bad=lambda error: None), ("", []))
+            if columns.get("question", "question") in [name.strip() for name in first]:
+                return question_rows(path, columns, bad=bad, watch=watch)
+        return renamed(rows(path, bad=bad, watch=watch, wanted=wanted), columns)
+
     path = Path(name).expanduser()
-    if suffix(path) in TABLES and path.is_file():
-        _, first = next(rows(path, bad=lambda error: None), ("", []))
-        if columns.get("question", "question") in [name.strip() for name in first]:
-            return question_rows(path, columns, bad=bad, watch=watch)
-    return renamed(rows(path, bad=bad, watch=watch, wanted=wanted), columns)
+    return folder_rows(path, split, config, columns, read, wanted) if path.is_dir() else read(path)
 
 
 def read_released(found: Rows, format: str | None, source: Source, *, bad: Bad = refuse) -> Iterator[Question]:
