@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from dro_rl import __version__
-from dro_rl.cli import ask, data, evaluate, recipe, retrieval, rollouts, serve, train
+from dro_rl.cli import ask, data, evaluate, model, recipe, retrieval, rollouts, serve, train
 from dro_rl.cli.errors import InputErrorGroup
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ app.command(
 app.add_typer(rollouts.app, name="rollouts")
 app.add_typer(recipe.app, name="recipe")
 app.add_typer(data.app, name="data")
+app.add_typer(model.app, name="model")
 app.add_typer(retrieval.index, name="index")
 app.add_typer(retrieval.app, name="retrieval")
 app.command("ask")(ask.ask)
@@ -55,6 +56,7 @@ def main(
     Examples:
       dro-rl train quickstart
       dro-rl data prepare hotpotqa --input hotpot_dev_distractor_v1.json --output dev.jsonl.gz
+      dro-rl model convert SmolLM2-135M-Instruct.Q4_1.gguf models/smollm2
       dro-rl index bm25 corpus.jsonl.gz indexes/mine
       dro-rl retrieve indexes/mine questions.jsonl --k 20 --output data/train.jsonl.gz
       dro-rl retrieval report data/train.jsonl.gz --plot recall.png
