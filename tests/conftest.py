@@ -12,6 +12,7 @@ os.environ.update(
     OMP_NUM_THREADS="1",
     TOKENIZERS_PARALLELISM="false",
     ACCELERATE_USE_CPU="true",
+    DRO_RL_SERVER_KEY="a key that only tests know",
 )
 
 from collections.abc import Callable

@@ -16,6 +16,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import pytest
 import torch
@@ -96,7 +97,7 @@ class World:
         )
         self.pushes = 0
         self.process = Process(self.recipe, folder / "server.log")
-        self.server = Server(f"http://127.0.0.1:{self.port}", UP, 60)
+        self.server = Server(f"http://127.0.0.1:{self.port}", UP, 60, os.environ["DRO_RL_SERVER_KEY"])
         try:
             self.server.wait()
         except InputError:
@@ -157,6 +158,14 @@ def test_it_listens_on_loopback_alone(vllm: World) -> None:
     listening = (Path("/proc/net/tcp").read_text() + Path("/proc/net/tcp6").read_text()).splitlines()
     places = [line.split()[1] for line in listening if line.split()[3] == "0A"]
     assert [place.split(":")[0] for place in places if place.endswith(f":{vllm.port:04X}")] == ["0100007F"]
+
+
+def test_who_has_not_the_key_or_is_a_page_in_a_browser_does_not_steer_it(vllm: World) -> None:
+    url, key = f"http://127.0.0.1:{vllm.port}", {"Authorization": f"Bearer {os.environ['DRO_RL_SERVER_KEY']}"}
+    for path in ("/collective_rpc", "/reset_prefix_cache", "/v1/completions"):
+        assert httpx.post(url + path, json={}).status_code == 401
+        assert httpx.post(url + path, json={}, headers={**key, "Origin": "https://example.org"}).status_code == 403
+    assert httpx.get(f"{url}/server_info", params={"config_format": "json"}, headers=key).status_code == 200
 
 
 def test_a_server_too_short_for_the_prompts_is_refused(vllm: World) -> None:
@@ -320,6 +329,8 @@ def test_rollouts_sampled_ahead_are_one_step_old_and_corrected(vllm: World) -> N
 
 def test_a_server_that_is_not_in_development_mode_is_refused_with_the_fix(vllm: World) -> None:
     """Told from the missing page."""
-    server = Server(f"http://127.0.0.1:{vllm.port}/v1", 5, 5)  # /v1/server_info is no page
+    server = Server(
+        f"http://127.0.0.1:{vllm.port}/v1", 5, 5, os.environ["DRO_RL_SERVER_KEY"]
+    )  # /v1/server_info is no page
     with pytest.raises(InputError, match="VLLM_SERVER_DEV_MODE=1"):
         server.settings()

@@ -15,7 +15,8 @@ def serve_rollouts(
         int, typer.Option("--replica", min=1, help="Which of the recipe's vllm_server_base_url to be.")
     ] = 1,
     host: Annotated[
-        str, typer.Option("--host", help="Interface to listen on. Whoever reaches the port can steer the server.")
+        str,
+        typer.Option("--host", help="Interface to listen on. Whoever has the key steers the server."),
     ] = "127.0.0.1",
     gpu_memory_utilization: Annotated[
         float, typer.Option("--gpu-memory-utilization", min=0.01, max=1.0, help="Share of a GPU's memory to take.")

@@ -6,11 +6,13 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import torch
 from transformers import AutoConfig
 
+from dro_rl.engines.guard import KEY_FILE, MIDDLEWARE, server_key
 from dro_rl.engines.vllm_common import CPU_CACHE_GIB, LOGITS_PROCESSOR, check_installed, engine_dtype, engine_length
 from dro_rl.errors import InputError
 from dro_rl.recipe import Recipe
@@ -39,13 +41,13 @@ def server_command(
     Args:
         recipe: names the selector, lengths, type and port.
         replica: which of the addresses, from 1.
-        host: the interface to listen on. Development mode, which new weights need, lets whoever reaches the port
-            steer the server: leave it at loopback, or name an address of a private network.
+        host: the interface to listen on. Development mode, which new weights need, lets whoever has the key steer the
+            server: leave it at loopback, or name an address of a private network.
         gpu_memory_utilization: share of a GPU's memory that the server takes.
         extra: more of vLLM's own flags, which go last and so win.
 
     Raises:
-        InputError: vLLM is not installed, or there is no such replica.
+        InputError: vLLM is not installed, there is no such replica, or no key that is its owner's alone.
     """
     run, training = recipe.run, recipe.training
     check_installed("serve-rollouts", recipe.run.of("selector").model)
@@ -69,11 +71,17 @@ def server_command(
         "--tensor-parallel-size": training.vllm_tensor_parallel_size,
         "--logprobs-mode": "processed_logprobs",
         "--generation-config": "vllm",
+        "--middleware": MIDDLEWARE,
     }
     if training.constrain_selection:
         options["--logits-processors"] = LOGITS_PROCESSOR
     flags = ["--trust-remote-code"] if run.trust_remote_code else []
-    environment = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    server_key(training.vllm_server_key_file)
+    environment = {
+        "VLLM_SERVER_DEV_MODE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        KEY_FILE: str(Path(training.vllm_server_key_file).expanduser().resolve()),
+    }
     if torch.cuda.is_available():
         options["--gpu-memory-utilization"] = gpu_memory_utilization
         if training.vllm_weight_sync != "folder" and len(urls) == 1:

@@ -21,6 +21,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from dro_rl.config import DROConfig
+from dro_rl.engines.guard import KEY, KEY_PLACE, server_key
 from dro_rl.engines.protocol import GenerationRequest
 from dro_rl.engines.vllm_common import LOGITS_PROCESSOR, constrained, request_options
 from dro_rl.errors import InputError, Phrase
@@ -47,15 +48,17 @@ class Server:
         url: where it is, without a closing slash.
         timeout: seconds to wait for one that is not up.
         request_timeout: seconds that it may take over one request.
+        key: what it asks for; see `guard`.
     """
 
-    def __init__(self, url: str, timeout: float, request_timeout: float) -> None:
-        self.url, self.timeout, self.request_timeout = url, timeout, request_timeout
+    def __init__(self, url: str, timeout: float, request_timeout: float, key: str = "") -> None:
+        self.url, self.timeout, self.request_timeout, self.key = url, timeout, request_timeout, key
         # A server of rollouts is on this machine or on its network: a proxy for the internet is not on the way.
         self._client = httpx.Client(
             base_url=url,
             timeout=httpx.Timeout(request_timeout, connect=min(10.0, timeout), pool=None),
             limits=httpx.Limits(max_connections=None),
+            headers={"Authorization": f"Bearer {key}"} if key else None,
             trust_env=False,
         )
 
@@ -100,6 +103,13 @@ class Server:
         # has another status.
         if answer.status_code in (502, 503, 504) or (answer.status_code == 500 and path == COMPLETIONS):
             raise httpx.RemoteProtocolError(f"status {answer.status_code}: {answer.text[:300]}")
+        if answer.status_code == 401:
+            raise InputError(
+                KEY_PLACE,
+                Phrase(f"{self.url} asks for another key"),
+                "trainer and server have one key",
+                f"Copy the key's file from where the server runs, or set {KEY} for both.",
+            )
         if answer.status_code != 200:
             raise InputError(
                 "vllm_server_base_url",
@@ -117,7 +127,9 @@ class Server:
         """
         try:
             return self.call("GET", "/server_info?config_format=json")["vllm_config"]
-        except InputError:
+        except InputError as error:
+            if error.place == KEY_PLACE:
+                raise
             raise InputError(
                 "vllm_server_base_url",
                 self.url,
@@ -219,9 +231,7 @@ class ServerEngine:
     """
 
     def __init__(self, config: DROConfig, ends: int | Sequence[int], publish: Publish) -> None:
-        self.servers = [
-            Server(url, config.vllm_server_timeout, config.vllm_request_timeout) for url in config.vllm_servers
-        ]
+        self.servers = servers_of(config)
         self._config, self._ends, self._publish = config, ends, publish
         self._instances: list[str] = []
         self._pushed: int | None = None
@@ -336,10 +346,16 @@ class _Returns:
         self.lost: InputError | None = None
 
 
+def servers_of(config: DROConfig) -> list[Server]:
+    """A recipe's servers, in its order."""
+    key = server_key(config.vllm_server_key_file)
+    return [Server(url, config.vllm_server_timeout, config.vllm_request_timeout, key) for url in config.vllm_servers]
+
+
 def check_servers(config: DROConfig) -> None:
     """Wait for all servers, and refuse settings that would make rollouts wrong or fail. Raises `InputError`."""
-    for url in config.vllm_servers:
-        Server(url, config.vllm_server_timeout, config.vllm_request_timeout).check(config)
+    for server in servers_of(config):
+        server.check(config)
 
 
 def load_everywhere(servers: Sequence[Server], folder: Path) -> None:

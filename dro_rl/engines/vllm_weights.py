@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -20,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from dro_rl.config import DROConfig
 from dro_rl.engines.vllm_colocate import is_sharded, take_weights_from
 from dro_rl.engines.vllm_common import check_installed
-from dro_rl.engines.vllm_server import Publish, Server, load_everywhere
+from dro_rl.engines.vllm_server import Publish, Server, load_everywhere, servers_of
 from dro_rl.errors import InputError, first_line
 from dro_rl.models.saving import is_adapted
 
@@ -62,8 +63,7 @@ def _sync(config: DROConfig, adapted: bool, accelerator: Accelerator) -> str:
         return "folder"
     answer: list[Any] = [False]
     if accelerator.is_main_process and importlib.util.find_spec("vllm") is not None:
-        server = Server(config.vllm_servers[0], config.vllm_server_timeout, config.vllm_request_timeout)
-        answer[0] = server.settings()["weight_transfer_config"] is not None
+        answer[0] = servers_of(config)[0].settings()["weight_transfer_config"] is not None
     return "nccl" if broadcast_object_list(answer)[0] else "folder"
 
 
@@ -100,7 +100,7 @@ def by_nccl(
     check_installed("vllm_weight_sync", "nccl")
     from trl.generation import vllm_generation
 
-    server = Server(config.vllm_servers[0], config.vllm_server_timeout, config.vllm_request_timeout)
+    server = servers_of(config)[0]
     instance = server.settings()["instance_id"] if accelerator.is_main_process else None
     with _away_said(server):
         generation = vllm_generation.VLLMGeneration(
@@ -108,7 +108,7 @@ def by_nccl(
             accelerator=accelerator,
             processing_class=tokenizer,
             mode="server",
-            server_base_url=server.url,
+            server_base_url=server.url.replace("://", f"://dro_rl:{quote(server.key, safe='')}@"),
             server_timeout=config.vllm_server_timeout,
             group_port=config.vllm_group_port,
         )
@@ -130,5 +130,5 @@ def _away_said(server: Server) -> Iterator[None]:
         yield
     except Exception as error:  # for an answer that is not 200 it has no type of its own
         if isinstance(error, OSError) or server.problem() is not None:
-            raise server.away(first_line(error)) from error
+            raise server.away(first_line(error).replace(quote(server.key, safe=""), "…")) from None
         raise

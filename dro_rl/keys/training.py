@@ -178,6 +178,11 @@ class TrainingKeys:
     vllm_server_timeout: float = option(
         240.0, "Seconds to wait for a server that is not up, or has gone away.", above(0), resumes=True
     )
+    vllm_server_key_file: str = option(
+        "~/.cache/dro_rl/server_key",
+        "The key that a server asks for, made where there is none; DRO_RL_SERVER_KEY goes before it.",
+        resumes=True,
+    )
     vllm_request_timeout: float = option(
         600.0, "Seconds that a server may take over the rollouts of one question.", above(0), resumes=True
     )
