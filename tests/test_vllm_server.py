@@ -328,9 +328,7 @@ def test_rollouts_sampled_ahead_are_one_step_old_and_corrected(vllm: World) -> N
 
 
 def test_a_server_that_is_not_in_development_mode_is_refused_with_the_fix(vllm: World) -> None:
-    """Told from the missing page."""
-    server = Server(
-        f"http://127.0.0.1:{vllm.port}/v1", 5, 5, os.environ["DRO_RL_SERVER_KEY"]
-    )  # /v1/server_info is no page
+    """Told from the missing page: /v1/server_info is none."""
+    server = Server(f"http://127.0.0.1:{vllm.port}/v1", 5, 5, os.environ["DRO_RL_SERVER_KEY"])
     with pytest.raises(InputError, match="VLLM_SERVER_DEV_MODE=1"):
         server.settings()

@@ -19,7 +19,7 @@ from dro_rl.errors import InputError, Phrase, first_line
 from dro_rl.job.assembly import lora_settings
 from dro_rl.keys.run import RunConfig
 from dro_rl.likelihood.attention import keeps_state
-from dro_rl.models.loading import add_adapter, check_model
+from dro_rl.models.loading import add_adapter, check_model, check_pickle
 from dro_rl.models.sharding import whole_parameters
 from dro_rl.prompts import load_template
 from dro_rl.recipe import Recipe
@@ -170,7 +170,9 @@ def check_weights(folder: Path, model: PreTrainedModel, place: str) -> None:
                     place, str(index), "this is the index of the folder's weights", "Copy the folder again."
                 ) from None
         elif any((folder / name).is_file() for name in (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
-            return  # pickled weights: nothing can be said without reading them
+            for file in sorted(folder.glob("pytorch_model*.bin")):
+                check_pickle(file, place)
+            return  # of pickled weights no more can be said without reading them
     shapes = model.state_dict()
     for name in names:
         if not (folder / name).is_file():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,11 +118,31 @@ def load_model(name: str, **kwargs: Any) -> PreTrainedModel:
     pass has a mask of its own or a cache. TRL's supervised training, which uses them, leaves them on in the config.
     """
     kwargs.setdefault("dtype", torch.float32)
-    model = AutoModelForCausalLM.from_pretrained(name, **kwargs)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, **kwargs)
+    except pickle.UnpicklingError:
+        raise _pickled(str(name), Phrase("its pickled weights")) from None
     for config in (model.config, model.config.get_text_config()):
         if getattr(config, "output_router_logits", False):
             config.output_router_logits = False
     return model
+
+
+def check_pickle(file: Path, place: str) -> None:
+    """Refuse a pickled weight file that holds more than tensors, or is not whole. Its tensors are not read."""
+    try:
+        torch.load(file, weights_only=True, map_location="cpu", mmap=zipfile.is_zipfile(file))
+    except Exception:  # whatever a pickle of anyone's raises on its way
+        raise _pickled(place, str(file)) from None
+
+
+def _pickled(place: str, found: str) -> InputError:
+    return InputError(
+        place,
+        found,
+        "a pickled weight file (.bin) holds tensors alone: reading more would run code of whoever wrote it",
+        "Get the model as safetensors, or copy the file again if it should hold tensors.",
+    )
 
 
 def load_tokenizer(name: str, **kwargs: Any) -> PreTrainedTokenizerBase:
