@@ -192,7 +192,7 @@ def test_a_wrong_key_is_refused_before_anything_starts(started: list[Any]) -> No
 
 def test_recipe_keys_finds_a_key_by_a_word() -> None:
     said = run("recipe", "keys", "num_iterations").stdout
-    assert re.search(r"^num_iterations  \(.+; .+\)\n    \S", said, re.MULTILINE)
+    assert re.search(r"^ +num_iterations: .+ \[.+\]\n +\S", said, re.MULTILINE)
     assert "learning_rate" not in said
 
 
