@@ -115,6 +115,7 @@ class DROTrainer(_BaseTrainer):
         self._group_roles: list[Role] = []  # whose each group of the optimizer is
         self._step_metrics: dict[str, list[float]] = defaultdict(list)
         self._losses: dict[str, float] = defaultdict(float)
+        self._skipped = 0  # tokens of the selector's rows in the step that would have taught it nothing
         self._mismatch = EngineMismatch()
         self._drops_out = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()) or any(
             getattr(getattr(model, role).config.get_text_config(), "attention_dropout", 0) for role in ROLES
@@ -238,6 +239,8 @@ class DROTrainer(_BaseTrainer):
         for name, value in self._losses.items():
             self._step_metrics[name].append(value / self.current_gradient_accumulation_steps)
         self._losses.clear()
+        self._step_metrics["selector/tokens_skipped"].append(float(self._skipped))
+        self._skipped = 0
         if not rollouts.weighed:
             self._rollouts = rollouts = self.iterations.weighed(rollouts, self._done)
         self._done.clear()
@@ -359,29 +362,38 @@ class DROTrainer(_BaseTrainer):
             batches = [[groups[i] for i in run] for run in passes(sizes, self.args.tokens_per_microbatch)]
             most = int(self.accelerator.gather(torch.tensor([len(batches)], device=self.args.device)).max())
             batches += [[] for _ in range(most - len(batches))]
-            eos = self.prompters["generator"].eos_token_id
-            return [MicroBatch(batch, self.method, roles, rollouts.on_policy, eos) for batch in batches]
+            first_step = self.state.global_step % self.schedule.steps_per_iteration == 0
+            return [
+                MicroBatch(
+                    batch,
+                    self.method,
+                    roles,
+                    on_policy=rollouts.on_policy,
+                    unmoved=first_step and not self._drops_out,
+                    eos_token_id=self.prompters["generator"].eos_token_id,
+                )
+                for batch in batches
+            ]
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Both losses, as means over questions: a micro-batch sums over its share of the step's questions."""
         micro_batch: MicroBatch = inputs
-        for role, rows in micro_batch.rows.items():
+        for role in micro_batch.roles:
             with self.clock.phase("verification"), self.accelerator.autocast():
-                self.fast_path.verify(role, rows)
-            tokens = micro_batch.tokens(role)
-            self.clock.count(role, tokens, tokens * self._flops[role].step)
+                self.fast_path.verify(role, micro_batch.all_rows(role))
         output = model(batch=micro_batch, scoring=self.method.scoring, switch=self.clock.switch)
+        for role, tokens in micro_batch.tokens.items():
+            self.clock.count(role, tokens, tokens * self._flops[role].step)
+        self._skipped += micro_batch.tokens_skipped
         scale = self.args.num_generations / self.args.per_device_train_batch_size
         losses = {role: scale * loss for role, loss in output.losses.items()}
         for role, loss in losses.items():
             self._losses[f"{role}/loss"] += (value := loss.item())
             self._refuse_nonfinite(value, "the loss", role)
-        first_step = self.state.global_step % self.schedule.steps_per_iteration == 0
         selected = output.logps.get("selector")
-        # The weights are still those that sampled.
-        if micro_batch.on_policy and micro_batch.groups and first_step and selected is not None and not self._drops_out:
+        if micro_batch.drawn_here and selected is not None:
             difference = selected.double().cpu() - micro_batch.proposal_logps()
             self._compare_with_engine(difference, micro_batch.completion_tokens, self._rollouts)
         loss = torch.stack(list(losses.values())).sum()

@@ -98,14 +98,16 @@ class Lab:
     def micro_batch(self, rollouts: Sequence[Rollout], **settings) -> MicroBatch:
         method = Method.of(self.config(len(rollouts), **settings))
         group = Group(rollouts, range(len(rollouts)), self.questions[0], self.prompters, method, ROLES)
-        return MicroBatch([group], method, ROLES, True, self.prompters["generator"].eos_token_id)
+        end = self.prompters["generator"].eos_token_id
+        return MicroBatch([group], method, ROLES, on_policy=True, unmoved=False, eos_token_id=end)
 
 
 def coefficients(micro_batch: MicroBatch) -> dict[str, list[float]]:
     """At the weights that the E-step weighed with."""
     known = {rollout.token_ids: rollout.selection_logp for rollout in micro_batch.rollouts}
-    selection = [known[tuple(ids)] for row in micro_batch.rows["selector"] for ids in row.completions]
-    return micro_batch.coefficients({"selector": torch.tensor(selection, dtype=torch.float64)})
+    answers = torch.zeros(len(micro_batch.rows("generator")), dtype=torch.float64)
+    selection = [known[tuple(ids)] for row in micro_batch.rows("selector") for ids in row.completions]
+    return micro_batch.coefficients({"generator": answers, "selector": torch.tensor(selection, dtype=torch.float64)})
 
 
 @pytest.fixture
@@ -124,8 +126,8 @@ def test_a1_all_m_samples_are_used(lab) -> None:
     assert [rollout.weight for rollout in rollouts] == pytest.approx(expected.tolist(), abs=1e-4)
     assert max(expected) < 0.999
     micro_batch = lab.micro_batch(rollouts)
-    assert len(micro_batch.rows["selector"][0].completions) == 4
-    assert len(micro_batch.rows["generator"]) == 4
+    assert len(micro_batch.rows("selector")[0].completions) == 4
+    assert len(micro_batch.rows("generator")) == 4
 
 
 def test_a3_the_likelihood_is_a_sum_over_tokens_with_the_end_of_sequence(lab) -> None:
@@ -164,9 +166,9 @@ def test_a5_duplicates_are_scored_once_with_their_coefficients_summed(lab) -> No
     micro_batch = lab.micro_batch(rollouts)
     found, weights = coefficients(micro_batch), [rollout.weight for rollout in rollouts]
     assert found["generator"] == pytest.approx([weights[0] + weights[1] + weights[3], weights[2]])
-    assert len(micro_batch.rows["generator"]) == 2
+    assert len(micro_batch.rows("generator")) == 2
     assert found["selector"] == pytest.approx([weights[0] + weights[3], weights[1], weights[2]])
-    assert len(micro_batch.rows["selector"][0].completions) == 3
+    assert len(micro_batch.rows("selector")[0].completions) == 3
 
 
 def test_light_rollouts_are_left_out_of_the_generators_loss_when_asked(lab) -> None:
@@ -177,8 +179,8 @@ def test_light_rollouts_are_left_out_of_the_generators_loss_when_asked(lab) -> N
     kept = [rollout for rollout in rollouts if rollout.weight > light]
     micro_batch = lab.micro_batch(rollouts, min_weight=second)
     assert coefficients(micro_batch)["generator"] == [rollout.weight for rollout in kept]
-    assert len(micro_batch.rows["generator"]) == 3
-    assert len(micro_batch.rows["selector"][0].completions) == 4
+    assert len(micro_batch.rows("generator")) == 3
+    assert len(micro_batch.rows("selector")[0].completions) == 4
     found = summarize(columns([rollouts], lab.questions), min_weight=second)
     assert found.dropped_mass == pytest.approx(light)
 

@@ -220,7 +220,11 @@ def test_one_forward_of_two_language_models_has_the_gradient_of_the_evidence(mak
     weights = importance_weights(answers.detach(), proposal_log_ratio=selection.detach())
     assert 1 / weights.square().sum() > 1.2
     rows = {"selector": [Row(prompt, written)], "generator": [Row(ids, [answer]) for ids in reading]}
-    batch = SimpleNamespace(rows=rows, coefficients=lambda logps: dict.fromkeys(logps, weights.tolist()))
+    batch = SimpleNamespace(
+        roles=list(rows),
+        rows=lambda role, logps: rows[role],
+        coefficients=lambda logps: dict.fromkeys(logps, weights.tolist()),
+    )
     sum(model(batch=batch).losses.values()).backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(

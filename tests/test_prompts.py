@@ -337,19 +337,19 @@ def test_sampling_scoring_training_evaluation_and_warm_up_ask_with_the_same_toke
     e_step = EStep(engine, lambda role: engine, None, prompters, method)
     rollouts = e_step.weigh(asked, e_step.sample(asked, 0))
     groups = [Group(rollouts[2 * i : 2 * i + 2], (0, 1), questions[i], prompters, method, ROLES) for i in range(4)]
-    trained = MicroBatch(groups, method, ROLES, True, base.eos_token_id)
+    trained = MicroBatch(groups, method, ROLES, on_policy=True, unmoved=False, eos_token_id=base.eos_token_id)
     pipeline = RAGPipeline(lambda role: writer, prompters, PipelineSettings(K, 900, 16, 16, {}))
     evaluate(pipeline, questions)
 
     assert engine.prompts == expected_selector
-    assert [tuple(row.prompt) for row in trained.rows["selector"]] == expected_selector
+    assert [tuple(row.prompt) for row in trained.rows("selector")] == expected_selector
     assert [prompt for prompt, _ in selector_examples(questions, prompters["selector"], run, config)] == (
         expected_selector
     )
     assert writer.prompts == expected_selector + expected_generator
     assert seen["e-step scoring"] == expected_generator
     assert seen["evaluation scoring"] == expected_generator
-    assert [tuple(row.prompt) for row in trained.rows["generator"]] == expected_generator
+    assert [tuple(row.prompt) for row in trained.rows("generator")] == expected_generator
     assert [prompt for prompt, _ in generator_examples(questions, prompters["generator"], run, config)] == (
         expected_generator
     )

@@ -153,3 +153,37 @@ def test_maxrl_leaves_a_group_of_failures_alone() -> None:
     weights = maxrl_weights(torch.zeros(1, 4).log())
     assert not selector_coefficients(weights, baseline="mean", follows_failures=False).any()
     assert selector_coefficients(weights, baseline="mean").tolist() == [[-0.25] * 4]
+
+
+# Questions that teach nothing -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"selector_baseline": "mean", "questions_per_iteration": 4},
+        {"selector_baseline": "mean", "questions_per_iteration": 4, "fused_e_step": "off"},
+        {"objective": "grpo", "selector_baseline": "none", "reward": "em"},
+        {"objective": "rloo", "selector_baseline": "none", "reward": "contains"},
+    ],
+    ids=["fused", "scored first", "grpo", "rloo"],
+)
+def test_leaving_out_what_teaches_nothing_changes_no_weight(job, monkeypatch: pytest.MonkeyPatch, keys: dict) -> None:
+    """With two rollouts of one document each, many questions tie."""
+    from training_world import largest_difference, weights
+
+    from dro_rl.em import m_step
+
+    skipped: list[int] = []
+    plain = m_step.MicroBatch.tokens_skipped.fget
+    monkeypatch.setattr(
+        m_step.MicroBatch, "tokens_skipped", property(lambda self: (skipped.append(plain(self)), plain(self))[1])
+    )
+    settings = {**keys, "num_generations": 2, "gradient_accumulation_steps": 2, "num_selected": 1}
+    lean = job("lean", **settings)
+    assert sum(skipped) > 0
+    monkeypatch.setattr(m_step, "NOTHING", 0.0)
+    skipped.clear()
+    whole = job("whole", **settings)
+    assert sum(skipped) == 0
+    assert largest_difference(weights(lean), weights(whole)) < 1e-6

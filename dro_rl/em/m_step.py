@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +19,10 @@ from dro_rl.objective import ADVANTAGES, selector_coefficients
 from dro_rl.prompts import Prompter
 from dro_rl.prompts.rows import answer_row, selector_row
 from dro_rl.records import Question, Rollout, Sample
-from dro_rl.roles import Role
+from dro_rl.roles import POLICIES, Role
+
+NOTHING = 1e-12
+"""A coefficient below this is the rounding of weights that are equal."""
 
 
 class Group:
@@ -78,110 +84,167 @@ class MicroBatch:
         method: what is asked, scored and weighed.
         roles: which models move.
         on_policy: whether the proposal is the policy that weighs.
+        unmoved: whether the selector is still the one that the E-step weighed with, and no dropout disturbs it.
         eos_token_id: what a row of weight zero is made of, where there is nothing to read.
     """
 
     def __init__(
-        self, groups: Sequence[Group], method: Method, roles: Sequence[Role], on_policy: bool, eos_token_id: int
+        self,
+        groups: Sequence[Group],
+        method: Method,
+        roles: Sequence[Role],
+        *,
+        on_policy: bool,
+        unmoved: bool,
+        eos_token_id: int,
     ) -> None:
         self.groups, self.method, self.on_policy = groups, method, on_policy
+        # What the generator says of the answers can tell which questions teach the selector nothing.
+        self.roles = sorted(roles, key=lambda role: role in POLICIES)
         self.rollouts = [group.whole[place] for group in groups for place in group.mine]
-        """Those of this process, in order; weighed once `coefficients` has been called."""
-        nothing = Row((eos_token_id,), [(eos_token_id,)])
-        # Without rows of our own, the other processes' gradients still wait for ours.
-        self.rows: dict[Role, list[Row]] = {
-            role: [row for group in groups for row in group.rows[role]] or [nothing] for role in roles
-        }
-        self._sample_of: list[int] = []  # of each rollout: its completion among the selector's
-        self._row_of: list[int | None] = []  # and its row among the generator's
-        samples = selections = 0
-        for group in groups:
-            sample = {known: at for at, known in enumerate(group.samples, samples)}
-            row = {known: at for at, known in enumerate(group.selections, selections)}
-            own = [group.whole[place] for place in group.mine]
-            self._sample_of += [sample[rollout.token_ids] for rollout in own]
-            self._row_of += [row.get(rollout.selection.numbers) for rollout in own]
-            samples, selections = samples + len(sample), selections + len(row)
-        self._counts: dict[Role, int] = {"selector": samples, "generator": selections}
+        """Those of this process, in order; weighed once the passes have said what they need."""
+        self._fresh = not all(isinstance(rollout, Rollout) for rollout in self.rollouts)
+        self._unmoved = unmoved or self._fresh
+        self._nothing = Row((eos_token_id,), [(eos_token_id,)])
+        self._idle = [False] * len(groups)
+        self.tokens: dict[Role, int] = {}
+        """Of each role's rows, once it has read them."""
+        self.completion_tokens = 0
+        """Of the selector's completions, once it has read them."""
+        self._places: dict[Role, list[int | None]] = {}  # of each rollout: its completion or row in a role's rows
+        self._counts: dict[Role, int] = {}
+
+    def rows(self, role: Role, logps: Mapping[Role, Tensor] = MappingProxyType({})) -> list[Row]:
+        """What a role reads in this pass.
+
+        Questions whose coefficients all vanish are left out of the selector's rows: nothing would come of them.
+
+        Args:
+            logps: of the roles before, as in `coefficients`: fresh rollouts of the policy itself are weighed by them.
+        """
+        if role in POLICIES:
+            if self._fresh and self.on_policy and "generator" in logps:
+                self._weigh(logps)
+            self._idle = self._taught_nothing()
+        kept = [role not in POLICIES or not idle for idle in self._idle]
+        self._find_places(role, kept)
+        rows = [row for group, stays in zip(self.groups, kept, strict=True) if stays for row in group.rows[role]]
+        self.tokens[role] = sum(map(len, rows))
+        if role in POLICIES:
+            self.completion_tokens = sum(len(completion) for row in rows for completion in row.completions)
+        return rows or [self._nothing]  # without rows of our own, the other processes' gradients still wait for ours
 
     @property
-    def fresh(self) -> bool:
-        """Whether the rollouts have not been weighed: one forward pass gives weights and loss."""
-        return not all(isinstance(rollout, Rollout) for rollout in self.rollouts)
-
-    def tokens(self, role: Role) -> int:
-        """Tokens of a role's rows."""
-        return sum(map(len, self.rows[role]))
+    def tokens_skipped(self) -> int:
+        """Tokens of the selector's rows that were left out."""
+        idle = zip(self.groups, self._idle, strict=True)
+        return sum(len(row) for group, left_out in idle if left_out for row in group.rows["selector"])
 
     @property
-    def completion_tokens(self) -> int:
-        """Tokens of the selector's completions."""
-        return sum(len(completion) for row in self.rows["selector"] for completion in row.completions)
+    def drawn_here(self) -> bool:
+        """Whether the selector's pass is over completions that these very weights drew: log p ought to be log q."""
+        return self.on_policy and self._unmoved and self.completion_tokens > 0
 
     def proposal_logps(self) -> Tensor:
-        """log q of the selector's completions, in row order."""
+        """log q of the selector's completions, in the order of its rows."""
         logps = torch.zeros(self._counts["selector"], dtype=torch.float64)
-        for i, rollout in zip(self._sample_of, self.rollouts, strict=True):
-            logps[i] = rollout.proposal_logp
+        for place, rollout in zip(self._places["selector"], self.rollouts, strict=True):
+            if place is not None:
+                logps[place] = rollout.proposal_logp
         return logps
 
     def coefficients(self, logps: Mapping[Role, Tensor]) -> dict[Role, list[float]]:
         """What multiplies each log-probability in the losses. Duplicates are one row, with their coefficients summed.
 
         Args:
-            logps: of the selector's completions and of the generator's rows, in row order, detached, nats. Fresh
-                rollouts are weighed by them, and kept.
+            logps: of the selector's completions and of the generator's rows, in the order of `rows`, detached, nats.
+                Rollouts that are still fresh are weighed by them.
 
         Returns:
-            By role, in row order.
+            By role, in the same order.
         """
-        if not self.groups:
-            return {role: [0.0] for role in self.rows}
-        moved: list[float] | None = None
-        if self.fresh:
+        if self._fresh:
             self._weigh(logps)
-        elif "selector" in logps:
-            known = logps["selector"].tolist()
-            moved = [known[i] for i in self._sample_of]
         found: dict[Role, list[float]] = {}
-        if "selector" in self.rows:
-            found["selector"] = self._summed("selector", self._sample_of, self._selector_coefficients(moved))
-        if "generator" in self.rows:
-            weights = [rollout.weight for rollout in self._weighed()]
-            found["generator"] = self._summed("generator", self._row_of, weights) or [0.0]
+        for role in logps:
+            if role in POLICIES:
+                values = self._selector_coefficients(None if self._unmoved else logps[role])
+            else:
+                values = [_rollout(rollout).weight for rollout in self.rollouts]
+            found[role] = self._summed(role, values) or [0.0]
         return found
 
-    def _weigh(self, logps: Mapping[Role, Tensor]) -> None:
-        policy, answers = logps["selector"].tolist(), logps["generator"].tolist()
-        proposal = [rollout.proposal_logp for rollout in self.rollouts]
-        self.rollouts = [
-            *weigh(
-                self.rollouts,
-                self._matrix(proposal if self.on_policy else [policy[i] for i in self._sample_of]),
-                self._matrix([math.nan if i is None else answers[i] for i in self._row_of]),
-                self.method.weighting,
-                self.method.reward,
-                on_policy=self.on_policy,
-            )
-        ]
+    def all_rows(self, role: Role) -> list[Row]:
+        """What a role would read if nothing were left out."""
+        return [row for group in self.groups for row in group.rows[role]] or [self._nothing]
 
-    def _selector_coefficients(self, moved: Sequence[float] | None) -> list[float]:
+    def _find_places(self, role: Role, kept: Sequence[bool]) -> None:
+        """Where each rollout stands among a role's completions (of a policy) or rows."""
+        self._places[role], self._counts[role] = [], 0
+        for group, stays in zip(self.groups, kept, strict=True):
+            keys: Sequence[Any] = (group.samples if role in POLICIES else group.selections) if stays else ()
+            at = {key: place for place, key in enumerate(keys, self._counts[role])}
+            own = [group.whole[place] for place in group.mine]
+            self._places[role] += [
+                at.get(sample.token_ids if role in POLICIES else sample.selection.numbers) for sample in own
+            ]
+            self._counts[role] += len(at)
+
+    def _weigh(self, logps: Mapping[Role, Tensor]) -> None:
+        """Weigh fresh rollouts, whose groups are whole here, by what the passes said."""
+        answers = self._of_rollouts("generator", logps["generator"])
+        policy = [rollout.proposal_logp for rollout in self.rollouts]
+        if not self.on_policy:
+            policy = self._of_rollouts("selector", logps["selector"])
+        weighed = weigh(
+            self.rollouts,
+            self._matrix(policy),
+            self._matrix(answers),
+            self.method.weighting,
+            self.method.reward,
+            on_policy=self.on_policy,
+        )
+        self.rollouts, self._fresh = [*weighed], False
+
+    def _of_rollouts(self, role: Role, logps: Tensor) -> list[float]:
+        """What a role's pass said of each rollout; NaN of those that it did not read."""
+        known = logps.tolist()
+        return [math.nan if place is None else known[place] for place in self._places[role]]
+
+    def _taught_nothing(self) -> list[bool]:
+        """Of each group, whether none of its samples would move the selector, whatever their log-probabilities.
+
+        Advantages of zero stay zero. A variate takes a weight away only where the policy is the one that sampled.
+        """
+        weighting = self.method.weighting
+        steady = weighting.objective in ADVANTAGES and not weighting.beta and not weighting.entropy_coef
+        if self._fresh or not (self._unmoved or steady):
+            return [False] * len(self.groups)
+        values, idle = iter(self._selector_coefficients(None)), []
+        for group in self.groups:
+            summed: dict[tuple[int, ...], float] = defaultdict(float)
+            for place in group.mine:
+                summed[group.whole[place].token_ids] += next(values)
+            idle.append(all(abs(value) < NOTHING for value in summed.values()))
+        return idle
+
+    def _selector_coefficients(self, logps: Tensor | None) -> list[float]:
         """Of each rollout of this process, by what the E-step said of its whole group and its log p of the moment.
 
         Args:
-            moved: log p of the moment; None where the weights are still those that the E-step weighed with.
+            logps: of the moment, in the order of the selector's rows; None where they are those of the E-step.
         """
-        if moved is None:  # fresh groups are whole here
-            whole, mine = self._weighed(), list(range(len(self.rollouts)))
-        else:
-            whole = [_rollout(sample) for group in self.groups for sample in group.whole]
-            m = self.method.num_generations
-            mine = [g * m + place for g, group in enumerate(self.groups) for place in group.mine]
+        m, weighting = self.method.num_generations, self.method.weighting
+        mine = [g * m + place for g, group in enumerate(self.groups) for place in group.mine]
+        everything: list[Sample] = [sample for group in self.groups for sample in group.whole]
+        for i, rollout in zip(mine, self.rollouts, strict=True):
+            everything[i] = rollout
+        whole = [_rollout(sample) for sample in everything]
         sampled = self._matrix([rollout.selection_logp for rollout in whole])
         now = sampled.clone()
-        if moved is not None:  # of other processes' rollouts nothing is asked but what the E-step said
-            now.view(-1)[mine] = torch.tensor(moved, dtype=torch.float64)
-        weighting = self.method.weighting
+        if logps is not None:  # of other processes' rollouts nothing is asked but what the E-step said
+            for i, logp in zip(mine, self._of_rollouts("selector", logps), strict=True):
+                now.view(-1)[i] = now.view(-1)[i] if math.isnan(logp) else logp
         coefficients = selector_coefficients(
             self._matrix([rollout.weight for rollout in whole]),
             baseline=weighting.baseline,
@@ -197,12 +260,9 @@ class MicroBatch:
         )
         return coefficients.view(-1)[mine].tolist()
 
-    def _weighed(self) -> list[Rollout]:
-        return [_rollout(rollout) for rollout in self.rollouts]
-
-    def _summed(self, role: Role, places: Sequence[int | None], values: Sequence[float]) -> list[float]:
+    def _summed(self, role: Role, values: Sequence[float]) -> list[float]:
         summed = [0.0] * self._counts[role]
-        for place, value in zip(places, values, strict=True):
+        for place, value in zip(self._places[role], values, strict=True):
             if place is not None:
                 summed[place] += value
         return summed

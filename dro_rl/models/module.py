@@ -26,7 +26,11 @@ class Batch(Protocol):
     completions of a generator's row are the accepted answers, which make one log-likelihood together.
     """
 
-    rows: dict[Role, list[Row]]
+    roles: Sequence[Role]
+
+    def rows(self, role: Role, logps: Mapping[Role, Tensor]) -> Sequence[Row]:
+        """What a role reads, given the log-probabilities of the roles before it, detached, nats."""
+        ...
 
     def coefficients(self, logps: Mapping[Role, Tensor]) -> Mapping[Role, Sequence[float]]:
         """By role, in the order of `logps`: the log-probabilities of this very pass, detached, nats."""
@@ -84,16 +88,19 @@ class SelectorGenerator(nn.Module):
         assert batch is not None
         scoring = scoring or Scoring()
         logps: dict[Role, Tensor] = {}
-        for role, rows in batch.rows.items():
+        detached: dict[Role, Tensor] = {}
+        for role in batch.roles:
+            rows = batch.rows(role, detached)
             switch(role)
             tree = scoring.prefix_tree and role not in POLICIES
             scored = row_logps(getattr(self, role), rows, shared_prefix=scoring.shared_prefix, prefix_tree=tree)
             logps[role] = torch.stack(_totals(role, scored, scoring))
+            detached[role] = logps[role].detach()
             # Backward begins with the model that came last, and comes to this tensor when it is through with it.
             _on_backward(logps[role], partial(switch, role))
-        coefficients = batch.coefficients({role: values.detach() for role, values in logps.items()})
+        coefficients = batch.coefficients(detached)
         losses = {role: weighted_nll(values, _like(values, coefficients[role])) for role, values in logps.items()}
-        return SelectorGeneratorOutput(losses, {role: values.detach() for role, values in logps.items()})
+        return SelectorGeneratorOutput(losses, detached)
 
     def gradient_checkpointing_enable(self, **options: Any) -> None:
         """Trade compute for activation memory in every role that trains. `options` are the models' own."""
