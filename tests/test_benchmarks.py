@@ -194,3 +194,48 @@ def test_make_bench_runs_every_benchmark(makefile: Callable[[], str]) -> None:
 @pytest.fixture
 def makefile() -> Callable[[], str]:
     return (Path(__file__).parent.parent / "Makefile").read_text
+
+
+# A lent card's minutes ---------------------------------------------------------------------------------------
+
+
+def test_packed_rows_are_the_plain_path_up_to_rounding_and_the_table_says_so(tmp_path: Path, in_this_process) -> None:
+    rows = run("exactness", tmp_path, *TINY, "--prompt", "40", "--completion", "4", "--m", "3", "--matrix", "64")[
+        "rows"
+    ]
+    by_name = {row["what"]: row for row in rows if "what" in row}
+    exact = by_name["packed against plain, float32"]
+    assert exact["logps"] < 1e-4
+    assert exact["gradient"] < 1e-4
+    assert by_name["plain bfloat16 against plain float32"]["logps"] > exact["logps"]
+    assert rows[-1]["tflops"] > 0
+
+
+def test_a_part_that_fails_or_is_too_slow_is_said_and_the_next_goes_on(tmp_path: Path, monkeypatch) -> None:
+    from benchmarks import gpu
+
+    listed = [
+        gpu.Part("missing", ("no_such_benchmark",), 60),
+        gpu.Part("slow", ("timeit", "-n", "1", "-r", "1", "-s", "import time", "time.sleep(60)"), 1),
+        gpu.Part("elsewhere", ("timeit",), 60, needs="no_such_module"),
+        gpu.Part("fine", ("timeit", "-n", "1", "-r", "1", "pass"), 60),
+        gpu.Part("late", ("timeit",), 0),
+    ]
+    monkeypatch.setattr(gpu, "parts", lambda device, output: listed)
+    gpu.main(minutes=5, device="cpu", output=tmp_path)
+    found = {each["part"]: each["state"] for each in json.loads((tmp_path / "gpu.json").read_text())["parts"]}
+    assert found["missing"].startswith("failed: ")
+    assert "no_such_benchmark" in found["missing"]
+    assert found["slow"] == "out of time"
+    assert found["elsewhere"] == "left out: no_such_module is not installed"
+    assert found["fine"] == "done"
+    assert found["late"] == "left out: no time"
+
+
+@pytest.mark.slow
+def test_the_list_for_a_gpu_runs_through_on_a_cpu(tmp_path: Path) -> None:
+    from benchmarks import gpu
+
+    gpu.main(minutes=15, device="cpu", output=tmp_path)
+    found = json.loads((tmp_path / "gpu.json").read_text())["parts"]
+    assert {each["part"]: each["state"] for each in found} == {each["part"]: "done" for each in found}
