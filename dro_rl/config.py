@@ -40,6 +40,12 @@ class DROConfig(TrainingKeys, _BaseConfig):  # type: ignore[misc]  # keys take o
         super().__post_init__()
         self.load_best_model_at_end = keep_best
 
+    @property
+    def device(self) -> torch.device:
+        """This process's device. accelerate numbers CPUs by process, and `torch.load` knows no cpu:0 to load to."""
+        device: torch.device = super().device
+        return torch.device("cpu") if device.type == "cpu" else device
+
     def check(self) -> None:
         """Raise `InputError` for the first value that breaks a rule, those of this machine among them."""
         super().check()

@@ -77,7 +77,7 @@ def _locked(lock: Path, place: str) -> IO[str] | None:
         raise InputError(
             place,
             str(lock.parent),
-            f"this is a folder on a disk with locks, to write to ({error.strerror})",
+            f"files can be written and locked there ({error.strerror})",
             "Use another.",
         ) from None
 
@@ -103,18 +103,13 @@ def claim(record: Path, facts: Mapping[str, Any], differs: Callable[[str, Any, A
             if before.get(key) != value:
                 raise differs(key, before.get(key), value)
         return True
-    refuse_foreign(record.parent)
+    refuse_foreign(record.parent, str(record.parent), "what was begun there")
     with written_whole(record) as beside:
         beside.write_text(json.dumps(wanted, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return False
 
 
-def refuse_foreign(folder: Path, place: str | None = None) -> None:
+def refuse_foreign(folder: Path, place: str, work: str) -> None:
     """Refuse a folder with files in it for work that has a folder of its own. Hidden files are no matter."""
     if folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
-        raise InputError(
-            place or str(folder),
-            str(folder) if place else Phrase("holds something else"),
-            "this is a folder of its own: empty, or with what was begun there",
-            "Use another.",
-        )
+        raise InputError(place, str(folder), f"this folder is empty or holds {work}", "Use another.")

@@ -19,13 +19,14 @@ import torch
 from accelerate.utils import DistributedType, gather_object
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl.trainer.base_trainer import _BaseTrainer
 
 from dro_rl import engines
 from dro_rl.config import DROConfig
 from dro_rl.em.best import ranked, stalled
+from dro_rl.em.boundaries import Boundaries
 from dro_rl.em.checkpoints import Checkpoints, step_of
 from dro_rl.em.e_step import EStep
 from dro_rl.em.fast_path import FastPath
@@ -35,7 +36,7 @@ from dro_rl.em.m_step import Group, MicroBatch
 from dro_rl.em.method import Method
 from dro_rl.em.mismatch import EngineMismatch
 from dro_rl.em.optimizer import align, clip, parameter_groups, role_factors
-from dro_rl.em.progress import LineProgress, SignalWatch
+from dro_rl.em.progress import LineProgress, SignalWatch, say_at_the_start
 from dro_rl.em.schedule import Schedule, Slots, SlotSampler
 from dro_rl.em.timing import Phase, PhaseClock, flops_per_token, peak_flops, rates
 from dro_rl.engines.protocol import TrainedSelector
@@ -44,7 +45,7 @@ from dro_rl.evaluation.evaluator import evaluate_stage, with_stage
 from dro_rl.evaluation.results import NATS
 from dro_rl.likelihood import passes
 from dro_rl.models.module import SelectorGenerator
-from dro_rl.models.saving import export_role, load_role, save_role
+from dro_rl.models.saving import export_role, load_role, of_role, save_role
 from dro_rl.models.sharding import inference
 from dro_rl.pipeline import PROMPT, PipelineSettings, RAGPipeline, save_settings
 from dro_rl.processes import told_by_main
@@ -123,25 +124,10 @@ class DROTrainer(_BaseTrainer):
         self._flops = {role: flops_per_token(getattr(model, role)) for role in ROLES}
         self.peak_flops = peak_flops(args.device)
         self.clock = PhaseClock(args.device)
-        several = sum(len(question.answers) > 1 for question in train_questions)
-        if several:
-            logger.info(
-                f"{several} of {len(train_questions)} questions have several accepted answers; "
-                f"the likelihood takes answer_aliases: {args.answer_aliases}"
-            )
-        if args.sampling.truncates:
-            logger.warning(
-                "top_p, top_k and min_p leave out selections that p could write. The weights are right among those "
-                "that can be drawn; how much of p these have is logged as sampling/ratio_mean"
-            )
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=list,
-            train_dataset=Slots(self.schedule),
-            callbacks=callbacks,
-        )
-        self.add_callback(_Iterations(self))
+        say_at_the_start(args, train_questions)
+        slots = Slots(self.schedule)
+        super().__init__(model=model, args=args, data_collator=list, train_dataset=slots, callbacks=callbacks)
+        self.add_callback(Boundaries(self, args.eval_iterations))
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         metric = None if args.metric_for_best_model in NATS else args.metric_for_best_model
@@ -198,7 +184,7 @@ class DROTrainer(_BaseTrainer):
     def _send_telemetry(self) -> None:
         """Nothing is reported to anyone."""
 
-    # The loop: E-step, M-step, and at the end of a step what it was. `_Iterations` evaluates and saves.
+    # The loop: E-step, M-step, and at the end of a step what it was. `Boundaries` evaluates and saves.
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """One of the Trainer's micro-batches: some slots of the step's rollouts."""
@@ -310,7 +296,7 @@ class DROTrainer(_BaseTrainer):
         state = self._gathered_state()
         if self.is_world_process_zero():
             tokenizer = self.prompters["selector"].tokenizer
-            export_role(self._module("selector"), tokenizer, folder, _of_role("selector", state))
+            export_role(self._module("selector"), tokenizer, folder, of_role("selector", state))
 
     # The M-step's passes
 
@@ -575,7 +561,7 @@ class DROTrainer(_BaseTrainer):
         if not self.args.should_save:
             return
         for role in ROLES:
-            own = _of_role(role, state)
+            own = of_role(role, state)
             model, prompter = getattr(self._unwrapped(), role), self.prompters[role]
             if _internal_call:
                 save_role(model, prompter.tokenizer, folder / role, own)
@@ -623,49 +609,3 @@ class DROTrainer(_BaseTrainer):
     def pipeline_settings(self) -> PipelineSettings:
         """What serving needs to know."""
         return PipelineSettings.of(self.args, self.prompters["selector"].chat_template_kwargs)
-
-
-def _of_role(role: Role, state: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
-    """One role's part of a gathered state, under the role's own names."""
-    return state and {name.removeprefix(f"{role}."): v for name, v in state.items() if name.startswith(f"{role}.")}
-
-
-class _Iterations(TrainerCallback):
-    """Evaluates before the first iteration and after each, saves, and stops when dev no longer improves.
-
-    Times the optimizer too: only callbacks stand on both sides of it.
-    """
-
-    def __init__(self, trainer: DROTrainer) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.trainer.check_weights()
-        if self.trainer.eval_questions is not None and not state.log_history:
-            self.trainer.evaluate_initially()
-
-    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        self.trainer.clock.switch("optimizer")
-
-    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        self.trainer.check_weights()
-        self.trainer.clock.switch("other")
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
-        done, within = divmod(state.global_step, self.trainer.schedule.steps_per_iteration)
-        last = state.global_step == state.max_steps
-        if last or (within == 0 and done % self.trainer.args.eval_iterations == 0):
-            control.should_evaluate = self.trainer.eval_questions is not None
-            control.should_save = True
-        return control
-
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
-        if state.global_step and self.trainer.stalled():
-            control.should_training_stop = True
-        return control

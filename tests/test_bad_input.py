@@ -514,7 +514,7 @@ def test_a_file_in_the_way_is_left_alone(refuse: Refuse, tmp_path: Path, below: 
     path = tmp_path / "file"
     path.write_text("mine")
     error = refuse(claims=True, output_dir=path / below)
-    assert says(error, "error: output_dir", str(path), "a run can write there", "Use another")
+    assert says(error, "error: output_dir", str(path), "files can be written and locked there", "Use another")
     assert path.read_text() == "mine"
 
 

@@ -67,7 +67,7 @@ def test_who_waits_says_it_once_and_goes_on(tmp_path: Path, caplog: pytest.LogCa
 
 def test_where_nothing_can_be_written_is_said_in_a_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"output_dir: .*: this is a folder on a disk with locks, to write to"):
+    with pytest.raises(InputError, match=r"output_dir: .*: files can be written and locked there"):
         owned(tmp_path / "file" / ".lock", "output_dir").__enter__()
 
 
@@ -86,7 +86,7 @@ def test_the_same_work_goes_on_and_other_work_is_refused(tmp_path: Path) -> None
 
 def test_a_folder_of_something_else_is_not_taken(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(InputError, match="holds something else"):
+    with pytest.raises(InputError, match="is empty or holds what was begun there"):
         claim(tmp_path / "work.json", {}, other)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,11 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
+from dro_rl.config import DROConfig
 from dro_rl.em.schedule import Schedule
 from dro_rl.evaluation.evaluator import read_stages
 from dro_rl.progress import Progress, how_far, on_terminal
+from dro_rl.records import Question
 from dro_rl.rollouts import read, signals
 from dro_rl.rollouts.diagnostics import Summary
 from dro_rl.rollouts.signals import Estimate, Iteration, Signal
@@ -265,3 +267,18 @@ class LineProgress(ProgressCallback):
 
     def _named(self) -> str:
         return "".join(f"  !{signal.rule.name}" for signal in self.watch.standing)
+
+
+def say_at_the_start(args: DROConfig, questions: Sequence[Question]) -> None:
+    """What of the settings is easily overlooked."""
+    several = sum(len(question.answers) > 1 for question in questions)
+    if several:
+        logger.info(
+            f"{several} of {len(questions)} questions have several accepted answers; "
+            f"the likelihood takes answer_aliases: {args.answer_aliases}"
+        )
+    if args.sampling.truncates:
+        logger.warning(
+            "top_p, top_k and min_p leave out selections that p could write. The weights are right among those "
+            "that can be drawn; how much of p these have is logged as sampling/ratio_mean"
+        )

@@ -67,7 +67,7 @@ def _begin_or_go_on(recipe: Recipe, folder: Path, inputs: Inputs) -> str | None:
         if (folder / RUN).is_file():
             sessions = _same_inputs(recipe, folder / RUN, inputs)
     else:
-        refuse_foreign(folder, "output_dir")
+        refuse_foreign(folder, "output_dir", "this run")
     checkpoint = find_checkpoint(folder, wanted) if wanted else None
     recipe.save(folder / "recipe.yaml")
     with written_whole(folder / RUN) as beside:

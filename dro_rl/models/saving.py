@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dro_rl.errors import InputError, Phrase
 from dro_rl.files import folder_written_whole
 from dro_rl.models.sharding import whole_parameters
+from dro_rl.roles import Role
 
 
 def is_adapted(model: nn.Module) -> bool:
@@ -32,6 +33,11 @@ def save_role(
     else:
         model.save_pretrained(folder, state_dict=state_dict, save_original_format=False)
     tokenizer.save_pretrained(folder)
+
+
+def of_role(role: Role, state: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
+    """One role's part of a gathered state, under the role's own names."""
+    return state and {name.removeprefix(f"{role}."): v for name, v in state.items() if name.startswith(f"{role}.")}
 
 
 def load_role(model: PreTrainedModel, folder: Path) -> None:
