@@ -241,6 +241,12 @@ def test_check_says_when_there_is_nothing(tmp_path: Path) -> None:
         check(tmp_path / "q.json", "squad")
 
 
+def test_check_names_the_field_that_questions_lack(tmp_path: Path) -> None:
+    path = write(tmp_path / "q.jsonl", {"id": "1", "question": "who?", "gold": "Ann"})
+    assert "line 1: answers: missing" in run("check", path, code=2)
+    assert "1 answers" in run("check", path, "--column", "answers=gold")
+
+
 UNREADABLE = {
     "pretty-printed": (json.dumps(good(0), indent=2), "line 1", "whole on one line"),
     "single-quoted": (str(good(0)) + "\n" + str(good(1)), "line 1", "double quotes"),

@@ -330,21 +330,6 @@ def test_a_copied_run_goes_on_with_its_evaluation(pair, trained, tmp_path, monke
     assert one | {"run": ""} == other | {"run": ""}
 
 
-def test_large_files_are_told_apart_by_blocks_all_over_them(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(job, "BLOCK", 16)
-    monkeypatch.setattr(job, "BLOCKS", 4)
-    path = tmp_path / "model.safetensors"
-    path.write_bytes(bytes(1000))
-    plain = job._content(path)
-    for place in (0, 330, 990, 999):
-        changed = bytearray(1000)
-        changed[place] = 1
-        path.write_bytes(changed)
-        assert job._content(path) != plain
-    path.write_bytes(bytes(1001))
-    assert job._content(path) != plain
-
-
 DAMAGES: dict[str, Callable[[Path], Any]] = {
     "cut": lambda path: path.write_bytes(path.read_bytes()[:-40]),
     "no results": lambda path: pq.write_table(pa.table({"id": ["a"]}), path),

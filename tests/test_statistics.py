@@ -128,3 +128,13 @@ def test_pairs_are_made_where_both_sides_are_defined() -> None:
     assert found is not None
     assert (found.n, found.difference, found.low) == (1, 3.0, None)
     assert compare([math.nan], [1.0]) is None
+
+
+def test_an_infinity_is_a_mean_without_an_interval_and_no_difference() -> None:
+    """A log-probability of zero, in half precision."""
+    found = estimate([-math.inf, -1.0])
+    assert (found.mean, found.low, found.high, found.n) == (-math.inf, None, None, 2)
+    paired = compare([-math.inf, -3.0, -2.0], [-1.0, -1.0, -math.inf])
+    assert paired is not None
+    assert (paired.n, paired.difference) == (1, 2.0)
+    assert compare([-math.inf], [-math.inf]) is None

@@ -136,7 +136,12 @@ def format_of(path: Path, columns: Mapping[str, str] = AS_NAMED) -> str:
         return "dpr-csv" if len(row) == 2 and row[1].startswith("[") else CORPUS
     if "question" not in row and {*ID_FIELDS} & {*row} and {*TEXT_FIELDS} & {*row}:
         return CORPUS
-    return sniff(row, place)
+    try:
+        return sniff(row, place)
+    except InputError:
+        if "question" in row and "answers" not in row:
+            return "questions"  # whose rows say what they lack
+        raise
 
 
 def _counted(questions: Iterator[Question], counts: Counter[str]) -> Iterator[Question]:

@@ -27,17 +27,16 @@ from dro_rl.evaluation.evaluator import evaluate
 from dro_rl.evaluation.report import Report, make_report, write_report
 from dro_rl.evaluation.results import Conditions, QuestionResult, candidates_hash, read_results, write_results
 from dro_rl.evaluation.shape import shape_of
+from dro_rl.files import file_sha256
 from dro_rl.locks import LOCK, claim, owned
 from dro_rl.pipeline import PROMPT, SETTINGS, PipelineSettings, RAGPipeline, read_settings
 from dro_rl.records import Question
 from dro_rl.roles import ROLES
 from dro_rl.rows import stem
+from dro_rl.rows.small import read_object
 
 QUESTIONS_PER_PART = 64
 """Questions whose rows are computed and written together: what a kill can cost."""
-
-
-BLOCK, BLOCKS = 2**16, 256
 
 
 @dataclass(frozen=True)
@@ -244,28 +243,13 @@ def _folder_name(split: str, job: EvaluationJob) -> str:
 
 
 def _pair(job: EvaluationJob, templates: dict[Any, str] | None) -> dict[str, Any]:
-    """The models by what their files hold, wherever they stand."""
+    """The models by what their files hold, wherever they stand: every byte is read, as when they are loaded."""
     digest = hashlib.sha256()
     for role in ROLES:
         for path in sorted((job.run / role).glob("*")):
             if path.is_file() and path.suffix in (".safetensors", ".bin", ".json", ".jinja"):
-                digest.update(f"{role}/{path.name} {_content(path)}\n".encode())
+                digest.update(f"{role}/{path.name} {file_sha256(path)}\n".encode())
     return {"models": digest.hexdigest(), "templates": templates or PROMPT, "dtype": job.dtype}
-
-
-def _content(path: Path) -> str:
-    """A hash of a file's size and of its bytes: of a large one, of `BLOCKS` blocks all over it.
-
-    A step of training changes weights everywhere, and reading them all would take as long as loading them.
-    """
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with path.open("rb") as file:
-        for number in range(BLOCKS):
-            if size > BLOCKS * BLOCK:
-                file.seek(number * (size - BLOCK) // (BLOCKS - 1))
-            digest.update(file.read(BLOCK))
-    return digest.hexdigest()
 
 
 def _claim(folder: Path, job: EvaluationJob, settings: dict[str, Any]) -> None:
@@ -276,12 +260,15 @@ def _claim(folder: Path, job: EvaluationJob, settings: dict[str, Any]) -> None:
             (folder / name).unlink(missing_ok=True)
         shutil.rmtree(folder / "parts", ignore_errors=True)
 
+    facts = {key: value for key, value in settings.items() if key != "dro_rl"}
+
     def differs(key: str, was: Any, wanted: Any) -> InputError:
+        known = read_object(record, "what rows were computed under", "Add --overwrite to begin anew.")
         return InputError(
             str(folder),
-            Phrase(f"results under another {key}"),
+            Phrase(f"results under another {', '.join(key for key in facts if known.get(key) != facts[key])}"),
             "rows of one evaluation come from one pair, the same questions and the same settings",
             "Give another --output, or --overwrite to begin anew.",
         )
 
-    claim(record, {key: value for key, value in settings.items() if key != "dro_rl"}, differs)
+    claim(record, facts, differs)

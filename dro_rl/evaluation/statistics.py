@@ -20,7 +20,7 @@ class Estimate:
 
     Args:
         mean: None where no question defines the metric.
-        low, high: bounds of the interval; None for fewer than two questions.
+        low, high: bounds of the interval; None for fewer than two questions, or an infinite one.
         n: questions that define the metric.
     """
 
@@ -60,6 +60,7 @@ def estimate(values: Sequence[float], *, seed: int = 0, resamples: int = RESAMPL
     """The mean of a metric over questions, with the percentile bootstrap interval at `CONFIDENCE`.
 
     Questions are what is drawn, with replacement. NaN marks a question that does not define the metric: it is left out.
+    A mean that is infinite has no interval.
     """
     known = _known(values)
     if not len(known):
@@ -76,9 +77,9 @@ def compare(a: Sequence[float], b: Sequence[float], *, seed: int = 0, resamples:
     most `resamples` of them, else that many drawn ones.
 
     Returns:
-        None where no question defines the metric in both.
+        None where no question defines the metric in both: an infinity does not, since two have no difference.
     """
-    pairs = np.array([(x, y) for x, y in zip(a, b, strict=True) if not (math.isnan(x) or math.isnan(y))], dtype=float)
+    pairs = np.array([(x, y) for x, y in zip(a, b, strict=True) if math.isfinite(x) and math.isfinite(y)], dtype=float)
     if not len(pairs):
         return None
     first, second = pairs.T
@@ -109,7 +110,7 @@ def _known(values: Sequence[float]) -> np.ndarray:
 def _interval(values: np.ndarray, seed: int, resamples: int) -> tuple[float | None, float | None]:
     from scipy.stats import bootstrap
 
-    if len(values) < 2:
+    if len(values) < 2 or not np.isfinite(values).all():
         return None, None
     interval = bootstrap(
         (values,),
