@@ -359,6 +359,146 @@ def test_a_clear_winner_is_none() -> None:
     assert "Only it reads [2] T2." in why
 
 
+# top, diff, export, sql, watch ----------------------------------------------------------------------------
+
+
+def found(*arguments: object) -> list[str]:
+    return [item["question_id"] for item in document("rollouts", "top", *arguments)["questions"]]
+
+
+@pytest.mark.parametrize(
+    ("options", "ids"),
+    [
+        ((), "cab"),
+        (("--sort", "weight"), "abc"),
+        (("--sort", "ess"), "cab"),
+        (("--only", "missed"), ""),
+        (("--only", "tie"), "b"),
+        (("--only", "collapsed"), "b"),
+        (("--only", "invalid"), "ca"),
+        (("--problem", "format"), "ca"),
+        (("--problem", "repeated"), ""),
+        (("--text", "WHICH"), "cb"),
+        (("--text", "cannot [b]"), "ca"),
+        (("--text", "which", "--only", "tie"), "b"),
+        (("--limit", 1), "c"),
+    ],
+)
+def test_top_lists_the_questions_that_are_asked_for(run: Path, options: tuple[object, ...], ids: str) -> None:
+    assert found(run, "--iteration", 1, *options) == list(ids)
+
+
+def test_missed_are_labelled_questions_whose_gold_nobody_selects(tmp_path: Path) -> None:
+    """Not those without labels."""
+    write(
+        tmp_path, 1, 0, 0, 0,
+        [rollouts(0, [[2], [4]], [-1.0, -2.0], [0.7, 0.3]), rollouts(1, [[2], [4]], [-1.0, -2.0], [0.7, 0.3]),
+         rollouts(3, [[2], [4]], [-1.0, -2.0], [0.7, 0.3])],
+    )  # fmt: skip
+    assert found(tmp_path, "--only", "missed") == ["a"]
+
+
+def test_top_says_what_a_question_is_in_a_line(run: Path) -> None:
+    (first,) = document("rollouts", "top", run, "--iteration", 1, "--sort", "weight", "--limit", 1)["questions"]
+    assert (first["selection"], first["weight"]) == ("[1] > [3]", 0.5)
+    assert (first["distinct"], first["rollouts"]) == (2, 4)
+    assert first["recall"] == pytest.approx(0.5)
+    text = invoke("rollouts", "top", run, "--iteration", 1, columns=120).stdout
+    assert "[1] > [3]" in text
+    assert "3 of 3 questions, iteration 1" in text
+
+
+def test_show_takes_the_same_filters(run: Path) -> None:
+    groups = document("rollouts", "show", run, "--iteration", 1, "--only", "tie")["questions"]
+    assert [group["question_id"] for group in groups] == ["b"]
+    assert "no such question in iteration 1" in invoke("rollouts", "show", run, "--iteration", 1, "--text", "zz").stdout
+
+
+@pytest.fixture
+def changed(tmp_path: Path) -> Path:
+    """Question a is explained better the second time, b worse, c once only."""
+    run = tmp_path / "changed"
+    half = [0.5, 0.5]
+    write(run, 1, 0, 0, 0, [rollouts(n, [[1], [2]], [-2.0, -2.0], half) for n in (0, 1, 2)])
+    write(run, 2, 0, 1, 0, [rollouts(0, [[3], [3]], [-1.0, -1.0], half), rollouts(1, [[1], [1]], [-4.0, -4.0], half)])
+    return run
+
+
+def test_diff_compares_questions_that_were_sampled_twice(changed: Path) -> None:
+    said = document("rollouts", "diff", changed)
+    assert (said["compared"], said["improved"], said["worse"]) == (2, 1, 1)
+    assert [item["after"]["question_id"] for item in said["questions"]] == ["b", "a"]
+    assert [item["evidence_change"] for item in said["questions"]] == pytest.approx([-2.0, 1.0])
+    assert said["questions"][1]["before"]["selection"] == "[1]"
+    assert said["questions"][1]["after"]["selection"] == "[3]"
+    best = document("rollouts", "diff", changed, "--sort", "improved", "--limit", 1)["questions"]
+    assert [item["after"]["question_id"] for item in best] == ["a"]
+    assert "-2.00 → -4.00" in invoke("rollouts", "diff", changed, columns=120).stdout
+
+
+def test_diff_compares_two_runs(changed: Path, run: Path) -> None:
+    """By the last time of each question."""
+    said = document("rollouts", "diff", changed, run, "--to", 1)
+    assert {item["after"]["question_id"] for item in said["questions"]} == {"a", "b", "c"}
+    assert said["questions"][-1]["evidence_change"] == pytest.approx(4 + math.log(0.5))
+
+
+@pytest.mark.parametrize("name", ["out.jsonl", "out.jsonl.gz", "out.parquet"])
+def test_export_writes_whole_rows(run: Path, tmp_path: Path, name: str) -> None:
+    output = tmp_path / name
+    assert document("rollouts", "export", run, "--output", output)["rollouts"] == 14
+    assert document("rollouts", "export", run, "--output", output, "--only", "tie")["rollouts"] == 4
+    if name == "out.parquet":
+        table = log.read([output])
+        assert table.num_rows == 4
+        assert set(table["question_id"].to_pylist()) == {"b"}
+    if name == "out.jsonl":
+        invoke("rollouts", "export", run, "--output", output, "--only", "invalid", "--iteration", 1)
+        rows = [json.loads(line, parse_constant=pytest.fail) for line in output.read_text().splitlines()]
+        assert [row["answer_logp"] for row in rows].count(None) == 5
+        assert set(rows[0]) == set(log.SCHEMA.names)
+
+
+def test_export_says_which_files_it_writes(run: Path, tmp_path: Path) -> None:
+    assert "a .jsonl, .jsonl.gz or .parquet file" in refusal("rollouts", "export", run, "--output", tmp_path / "o.csv")
+
+
+def test_sql_asks_the_log(run: Path) -> None:
+    pytest.importorskip("duckdb")
+    statement = "select iteration, count(*) as n, sum(weight) as w from rollouts group by 1 order by 1"
+    said = document("rollouts", "sql", run, statement)
+    assert said["columns"] == ["iteration", "n", "w"]
+    assert [(row["iteration"], row["n"]) for row in said["rows"]] == [(1, 12), (2, 2)]
+    assert "iteration" in invoke("rollouts", "sql", run, statement).stdout
+    assert len(document("rollouts", "sql", run, "select * from rollouts", "--limit", 3)["rows"]) == 3
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "select nonsense from rollouts",
+        "not sql",
+        "select * from read_csv('/etc/passwd')",
+        "copy rollouts to '{folder}/out.csv'",
+        "attach '{folder}/db.duckdb'",
+        "set enable_external_access = true",
+        "install httpfs",
+    ],
+)
+def test_sql_reaches_the_log_and_nothing_else(run: Path, tmp_path: Path, statement: str) -> None:
+    pytest.importorskip("duckdb")
+    assert "SQL over rollouts" in refusal("rollouts", "sql", run, statement.format(folder=tmp_path))
+    assert not (tmp_path / "out.csv").exists()
+
+
+def test_watch_prints_iterations_as_they_are_sampled(run: Path) -> None:
+    """The last one when it has not grown for a while."""
+    lines = invoke("rollouts", "watch", run, "--every", 0.1, "--until", 2, columns=100).stdout.splitlines()
+    assert [line.split()[0] for line in lines if line.split()[0] in "12"] == ["1", "2"]
+    assert sum("clean" in line and "iter" in line for line in lines) == 1
+    assert sum(line.startswith("! clean") for line in lines) == 1
+
+
 # stats ----------------------------------------------------------------------------------------------------
 
 
@@ -399,7 +539,7 @@ def test_stats_judges_the_present_not_the_past(tmp_path: Path) -> None:
 # errors ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["ls", "show", "stats"])
+@pytest.mark.parametrize("command", ["ls", "show", "stats", "top", "diff", "watch"])
 def test_a_run_that_is_not_there(tmp_path: Path, command: str) -> None:
     """Exit code 2 and one line, no traceback."""
     message = refusal("rollouts", command, tmp_path / "nowhere")
@@ -434,7 +574,7 @@ def test_an_unknown_iteration(run: Path) -> None:
     assert "iteration: 7: this run has logged iterations 1-2" in message
 
 
-@pytest.mark.parametrize("command", ["ls", "show", "stats"])
+@pytest.mark.parametrize("command", ["ls", "show", "stats", "top", "diff"])
 @pytest.mark.parametrize("damage", ["half", "empty", "text"])
 def test_a_broken_part(run: Path, command: str, damage: str) -> None:
     """Names the file, so that it can be deleted."""

@@ -6,14 +6,16 @@ version, and a reader refuses another one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dro_rl.errors import InputError, Phrase, first_line
-from dro_rl.files import written_whole
+from dro_rl.files import write_json_lines, written_whole
 from dro_rl.records import Question, Rollout, Selection
 
 VERSION = "4"
@@ -164,6 +166,33 @@ def read(paths: Sequence[Path], columns: Sequence[str] | None = None) -> pa.Tabl
     if not tables:
         return SCHEMA.empty_table()
     return pa.concat_tables(tables)
+
+
+def export_rows(tables: Iterable[pa.Table], path: Path) -> int:
+    """Write rows of the log, one table at a time, whole: as JSON lines, or as the Parquet that they were.
+
+    Returns:
+        How many.
+
+    Raises:
+        InputError: the file's name says neither.
+    """
+    if path.name.endswith((".jsonl", ".jsonl.gz")):
+        rows = (row for table in tables for row in table.to_pylist(maps_as_pydicts="strict"))
+        return write_json_lines(path, ({name: _json(value) for name, value in row.items()} for row in rows))
+    if path.suffix != ".parquet":
+        raise InputError("--output", str(path), "this is a .jsonl, .jsonl.gz or .parquet file", "Give it such a name.")
+    count = 0
+    with written_whole(path) as beside, pq.ParquetWriter(beside, SCHEMA, compression="zstd") as writer:
+        for table in tables:
+            writer.write_table(table)
+            count += table.num_rows
+    return count
+
+
+def _json(value: Any) -> Any:
+    """JSON has no NaN."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def to_rollouts(table: pa.Table) -> list[Rollout]:

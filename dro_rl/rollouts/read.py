@@ -1,4 +1,4 @@
-"""Reading a run's rollout log: which iterations there are, their figures, and questions with their rollouts.
+"""Reading a run's rollout log: which iterations there are, and their figures.
 
 One iteration is in memory at a time, and of it the columns that are asked for.
 """
@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -18,8 +17,7 @@ import yaml
 
 from dro_rl.errors import InputError, Phrase
 from dro_rl.rollouts import log
-from dro_rl.rollouts.diagnostics import Columns, diagnose, summarize
-from dro_rl.rollouts.explain import Group, GroupRollout, SelectedDocument, explain
+from dro_rl.rollouts.diagnostics import Columns, summarize
 from dro_rl.rollouts.signals import Iteration
 
 COLUMNS = (
@@ -44,8 +42,6 @@ COLUMNS = (
     "temperature",
 )
 """What the figures of an iteration are made of."""
-
-SortKey = Literal["weight", "evidence", "ess"]
 
 
 def iterations(run: str | Path) -> list[int]:
@@ -105,6 +101,28 @@ def history(run: str | Path, last: int | None = None) -> list[Iteration]:
     return [summarize_iteration(table, limit) for table in tables if table.num_rows]
 
 
+def follow(run: str | Path, pause: Callable[[], None]) -> Iterator[Iteration]:
+    """Iterations as they are sampled, those that are there first.
+
+    An iteration has been sampled when a later one has begun, or when a pause has added nothing to it.
+
+    Args:
+        pause: waits before the next look.
+    """
+    limit = _max_log_ratio(Path(run) / "recipe.yaml")
+    done, before = 0, -1
+    while True:
+        logged = [number for number in iterations(run) if number > done]
+        for number in logged:
+            parts = log.part_paths(run, number)
+            if number == logged[-1] and len(parts) != before:
+                before = len(parts)
+                break
+            yield summarize_iteration(log.read(parts, COLUMNS), limit)
+            done, before = number, -1
+        pause()
+
+
 def _max_log_ratio(recipe: Path) -> float:
     """Where a run truncates its ratios, nats; NaN where its recipe does not say."""
     try:
@@ -157,104 +175,6 @@ def columns_of(table: pa.Table) -> Columns:
         numbers=_flat(table, "selection").to_numpy(),
         supporting=_flat(table, "supporting").to_numpy(zero_copy_only=False).astype(bool),
         problems={item["values"]: item["counts"] for item in counted},
-    )
-
-
-# Questions --------------------------------------------------------------------------------------------------
-
-
-def find_groups(
-    run: str | Path,
-    question_id: str | None = None,
-    *,
-    iteration: int | None = None,
-    sort: SortKey = "weight",
-    limit: int | None = None,
-) -> list[Group]:
-    """Questions of a run with their rollouts.
-
-    Args:
-        run: the run's `output_dir`.
-        question_id: one question, or None for those that come first by `sort`.
-        iteration: 1-based; None for the last one, or the last one that sampled `question_id`.
-        sort: what comes first: `weight`, the largest single weight; `evidence`, the lowest evidence bound,
-            which is the hardest question; `ess`, the smallest ESS/m.
-        limit: how many groups at most.
-
-    Raises:
-        InputError: no such run, iteration or question, or a broken part.
-    """
-    searched = [iteration] if iteration is not None else iterations(run)
-    if question_id is None:
-        table = read_iteration(run, searched[-1])
-    else:
-        for candidate in reversed(searched):
-            ids = read_iteration(run, candidate, ["question_id"])["question_id"]
-            if pc.any(pc.equal(ids, question_id)).as_py():
-                table = read_iteration(run, candidate)
-                table = table.filter(pc.equal(table["question_id"], question_id))
-                break
-        else:
-            raise InputError(
-                f"{run}: question id",
-                question_id,
-                f"this id was sampled in none of {ranges(searched)}",
-                f"Leave the id out to see some; one that was sampled is {ids[0].as_py()!r}.",
-            )
-    table = in_order(table)
-    rollouts = columns_of(table)
-    groups = diagnose(rollouts)
-    key = {
-        "weight": -groups.max_weight,
-        "evidence": groups.evidence_bound,
-        "ess": rollouts.ess / rollouts.size,
-    }[sort]
-    start = rollouts.start
-    return [
-        _group(table.slice(start[place], rollouts.size[place]).to_pylist(), float(groups.evidence_bound[place]))
-        for place in np.argsort(key, kind="stable")[:limit].tolist()
-    ]
-
-
-def _group(rows: list[dict], bound: float) -> Group:
-    rollouts = [
-        GroupRollout(
-            sample=row["sample"],
-            weight=row["weight"],
-            documents=tuple(
-                SelectedDocument(number, identifier, title, supporting)
-                for number, identifier, title, supporting in zip(
-                    row["selection"],
-                    row["document_ids"],
-                    row["document_titles"],
-                    row["supporting"],
-                    strict=True,
-                )
-            ),
-            valid=row["valid"],
-            problems=tuple(row["problems"]),
-            text=row["text"],
-            answer_logp=row["answer_logp"],
-            selection_logp=row["selection_logp"],
-            proposal_logp=row["proposal_logp"],
-        )
-        for row in rows
-    ]
-    rollouts.sort(key=lambda rollout: (-rollout.weight, not rollout.valid, rollout.sample))
-    head = rows[0]
-    return Group(
-        question_id=head["question_id"],
-        question=head["question"],
-        answers=tuple(head["answers"]),
-        iteration=head["iteration"],
-        step=head["step"],
-        position=head["position"],
-        num_supporting=head["num_supporting"],
-        ess=head["ess"],
-        weight_temperature=head["weight_temperature"],
-        evidence_bound=bound,
-        rollouts=tuple(rollouts),
-        why=explain(rollouts, head["weight_temperature"]),
     )
 
 
