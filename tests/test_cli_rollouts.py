@@ -8,7 +8,7 @@ import subprocess
 import sys
 import types
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -298,7 +298,7 @@ def grouped(*items: tuple[Sequence[int], float, float]) -> list[GroupRollout]:
         ([((1, 2), -1.0, 0.5), ((1, 2), -1.0, 0.5)], "Every valid rollout selects [1] > [2]"),
         (
             [((1, 2), -1.0, 0.5), ((2, 1), -1.0, 0.5)],
-            "same log-likelihood, -1.00 nats: the weights prefer none",
+            "same answer log-likelihood, -1.00 nats: the weights prefer none",
         ),
         ([((1, 2), -1.0, 0.4), ((1, 2), -1.0, 0.4), ((3, 2), -2.0, 0.2)], "0.80 over 2 rollouts"),
         ([((1, 2), -1.0, 0.7), ((2, 1), -2.0, 0.3)], "the documents of [2] > [1] in another order"),
@@ -350,6 +350,17 @@ def test_a_tie_is_called_one_and_credits_what_all_that_tie_share(
 def test_a_tie_of_selections_without_a_common_document_credits_none() -> None:
     why = explain(grouped(((1, 2), -1.0, 0.5), ((3, 4), -1.0, 0.5)))
     assert "They have no document in common." in why
+
+
+def test_another_reward_is_what_is_compared() -> None:
+    """Defect: a selection that wins by its exact match, credited with a likelihood that is no higher."""
+    wrong, right = (
+        replace(rollout, reward=reward)
+        for rollout, reward in zip(grouped(((1, 2), -1.0, 0.7), ((1, 3), -0.9, 0.3)), (1.0, 0.0), strict=True)
+    )
+    assert "its reward exceeds that of the next distinct selection, [1] > [3], by 1.00." in explain([wrong, right])
+    tied = [replace(rollout, reward=1.0, weight=0.5) for rollout in (wrong, right)]
+    assert "A tie: all 2 distinct selections have the same reward, 1.00" in explain(tied)
 
 
 def test_a_clear_winner_is_none() -> None:

@@ -127,7 +127,8 @@ def test_on_policy_the_bound_is_that_of_the_objective() -> None:
             size=np.full(50, 6), num_documents=np.full(50, 4), num_supporting=np.zeros(50, int), ess=np.ones(50),
             weight_temperature=np.ones(50), prompt_cut=np.zeros(50, bool), valid=valid.numpy().ravel(),
             clean=valid.numpy().ravel(), answer_logp=np.where(valid.numpy().ravel(), answers.numpy().ravel(), np.nan),
-            selection_logp=zeros, proposal_logp=zeros, reference_logp=zeros, weight=zeros + 1 / 6, temperature=zeros,
+            selection_logp=zeros, proposal_logp=zeros, reference_logp=zeros, reward=zeros, weight=zeros + 1 / 6,
+            temperature=zeros,
             length=valid.numpy().ravel().astype(int), numbers=np.ones(len(rows), int),
             supporting=np.zeros(len(rows), bool), problems={},
         )
@@ -185,7 +186,7 @@ def test_order_makes_another_selection() -> None:
 @pytest.mark.parametrize(("spread", "tie"), [(0.0, 1), (0.04, 1), (0.06, 0)])
 def test_a_near_tie_is_a_tie(spread: float, tie: float) -> None:
     """Within 0.05 nats no weight is more than 5 % above another."""
-    group = [replace(r, answer_logp=-1.0 - spread * r.sample) for r in rollouts([0, 1])]
+    group = [replace(r, reward=-1.0 - spread * r.sample) for r in rollouts([0, 1])]
     assert summary(group).all_tie == tie
 
 

@@ -18,9 +18,12 @@ from dro_rl.em import progress
 from dro_rl.em.progress import LineProgress, SignalWatch
 from dro_rl.em.schedule import Schedule
 from dro_rl.errors import InputError
+from dro_rl.evaluation.evaluator import write_stages
 from dro_rl.job.console import print_signals
 from dro_rl.progress import INTERVAL, Progress, duration, how_far
 from dro_rl.recipe import RunConfig
+from dro_rl.records import Document, Question, Rollout, Selection
+from dro_rl.rollouts import log
 from dro_rl.rollouts.diagnostics import Summary
 from dro_rl.rollouts.signals import QUESTIONS, RULES, Estimate, Iteration, of_iteration
 
@@ -222,6 +225,31 @@ def test_a_value_about_its_limit_does_not_come_and_go(said: Any, tmp_path: Path)
         watch.end_iteration(number, replace(GOOD, all_tie=0.51 if number % 3 == 0 else 0.48))
     assert len(said()) == 1
     assert [signal.rule.name for signal in watch.standing] == ["all_tie"]
+
+
+def test_a_run_that_goes_on_remembers_its_iterations(said: Any, tmp_path: Path) -> None:
+    """From its log and its evaluations, up to where it stands; what was said before is not said again."""
+    documents = tuple(Document(f"d{n}", "", "text") for n in (1, 2))
+    question = Question("q", "?", ("a",), documents)
+    for number in (1, 2, 3):
+        group = [
+            Rollout(
+                question=0, sample=sample, token_ids=(1,), proposal_logps=(-1.0,), text="x",
+                selection=Selection((1,), True, ("format",)), selection_logp=-1.0, answer_logp=-2.0 - sample,
+                reward=-2.0 - sample,
+                weight=0.5, proposal_weight=0.5, ess=2.0, weight_temperature=1.0,
+            )
+            for sample in (0, 1)
+        ]  # fmt: skip
+        log.write(log.to_table(group, [question], number, number, 0, 2), log.part_path(tmp_path, number, 0))
+    write_stages(tmp_path, [{"stage": "base", "em": 1.0, "n": 9}, {"stage": "iteration-2", "em": 50.0, "n": 100}])
+    watch = SignalWatch(schedule(), tmp_path, "em")
+    state: Any = SimpleNamespace(global_step=2)
+    watch.on_train_begin(None, state, None)  # type: ignore[arg-type]
+    assert [iteration.number for iteration in watch.history] == [1, 2]
+    assert [iteration.dev for iteration in watch.history] == [None, Estimate(50.0, 5.0)]
+    assert said() == []
+    assert "clean" in {signal.rule.name for signal in watch.standing}
 
 
 def test_one_process_speaks(said: Any, tmp_path: Path) -> None:

@@ -66,6 +66,7 @@ def main(
       dro-rl rollouts ls out/musique
       dro-rl rollouts stats out/musique
       dro-rl rollouts show out/musique --sort evidence --limit 3
+      dro-rl rollouts top out/musique --only missed
       dro-rl rollouts show out/musique 2hop__482757_12019
       dro-rl evaluate out/musique --data data/musique/test.jsonl
       dro-rl compare out/sft out/musique

@@ -22,7 +22,7 @@ from dro_rl.records import Question, Rollout, Selection
 
 RECALL_AT = (1, 3, 5)
 TIE = 0.05
-"""Nats. Selections whose answer log-likelihoods lie closer have weights within 5 % of each other: they tie."""
+"""Nats, or units of another reward. Selections that lie closer have weights within 5 % of each other: they tie."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,8 @@ class Columns:
         valid, clean: (rollouts,) a document is named; the selection is exactly as asked.
         answer_logp, selection_logp, proposal_logp, reference_logp: (rollouts,) log p(y|x,d_z), log p(z|x), log q(z|x),
             and log p(z|x) under the initial selector, nats; NaN where there is none.
-        weight, temperature: (rollouts,) importance weight; what it was sampled at.
+        reward, weight, temperature: (rollouts,) what the objective weighs, the log-likelihood unless told; the weight;
+            what it was sampled at.
         length: (rollouts,) documents selected.
         numbers, supporting: (documents selected,) the selections one after another: 1-based numbers, best first, and
             whether each is labelled as supporting.
@@ -55,6 +56,7 @@ class Columns:
     selection_logp: np.ndarray
     proposal_logp: np.ndarray
     reference_logp: np.ndarray
+    reward: np.ndarray
     weight: np.ndarray
     temperature: np.ndarray
     length: np.ndarray
@@ -113,6 +115,7 @@ def columns(groups: Sequence[Sequence[Rollout]], questions: Sequence[Question]) 
         selection_logp=of_rollout(lambda r: r.selection_logp),
         proposal_logp=of_rollout(lambda r: r.proposal_logp),
         reference_logp=of_rollout(lambda r: r.reference_logp),
+        reward=of_rollout(lambda r: r.reward),
         weight=of_rollout(lambda r: r.weight),
         temperature=of_rollout(lambda r: r.temperature),
         length=of_rollout(lambda r: len(r.selection.numbers), int),
@@ -132,8 +135,7 @@ class GroupFigures:
     Args:
         valid: rollouts that name a document.
         distinct: different selections that these make; order counts.
-        tie: there is a valid rollout, and the answer log-likelihoods of all lie within `TIE`: comparing them says
-            nothing.
+        tie: there is a valid rollout, and the rewards of all valid ones lie within `TIE`: comparing them says nothing.
         max_weight: largest weight, 0..1.
         weight_entropy: −Σ w log w, nats.
         evidence_bound: log((1/m) Σ p/q p(y|x,d_z)), nats; −inf where no rollout is valid.
@@ -170,8 +172,8 @@ def diagnose(rollouts: Columns) -> GroupFigures:
     policy = np.exp(log_ratio - np.maximum.reduceat(log_ratio, start)[group])
     policy /= total(policy)[group]
     answers = np.where(valid, rollouts.answer_logp, -np.inf)
-    highest = np.maximum.reduceat(answers, start)
-    lowest = np.minimum.reduceat(np.where(valid, rollouts.answer_logp, np.inf), start)
+    highest = np.maximum.reduceat(np.where(valid, rollouts.reward, -np.inf), start)
+    lowest = np.minimum.reduceat(np.where(valid, rollouts.reward, np.inf), start)
     entropies = -rollouts.weight * np.log(np.where(rollouts.weight > 0, rollouts.weight, 1.0))
     hits = {k: np.bincount(rollouts.row[rollouts.supporting & (rollouts.place < k)], minlength=len(group))
             for k in RECALL_AT}  # fmt: skip

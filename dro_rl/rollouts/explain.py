@@ -36,6 +36,19 @@ class GroupRollout:
     answer_logp: float
     selection_logp: float
     proposal_logp: float
+    reward: float = math.nan
+    advantage: float = math.nan
+
+    @property
+    def worth(self) -> float:
+        """What its weight comes from: the reward, or the answer's log-likelihood under an objective of advantages."""
+        return self.reward if self.rewarded else self.answer_logp
+
+    @property
+    def rewarded(self) -> bool:
+        """Whether its weight comes from another reward than the likelihood."""
+        known = not math.isnan(self.reward) and math.isnan(self.advantage)
+        return known and self.reward != self.answer_logp
 
     @property
     def numbers(self) -> tuple[int, ...]:
@@ -103,19 +116,20 @@ def _ties(first: GroupRollout, other: GroupRollout) -> bool:
 
 def _tie(best: Sequence[GroupRollout], rest: Sequence[GroupRollout]) -> list[str]:
     """Several selections share the largest weight; with others behind them, or not."""
-    low, high = min(s.answer_logp for s in best), max(s.answer_logp for s in best)
-    at = f"{high:.2f} nats" if f"{low:.2f}" == f"{high:.2f}" else f"{low:.2f} to {high:.2f} nats"
+    low, high = min(s.worth for s in best), max(s.worth for s in best)
+    name, unit = ("reward", "") if best[0].rewarded else ("answer log-likelihood", " nats")
+    at = f"{high:.2f}{unit}" if f"{low:.2f}" == f"{high:.2f}" else f"{low:.2f} to {high:.2f}{unit}"
     if low == high:
-        alike = f"give the answer the same log-likelihood, {at}"
+        alike = f"have the same {name}, {at}"
     elif high - low <= TIE:
-        alike = f"give the answer nearly the same log-likelihood, {at}"
+        alike = f"have nearly the same {name}, {at}"
     else:
-        alike = f"have the same weight, though they give the answer {at}"
+        alike = f"have the same weight, though their {name} is {at}"
     if not rest:
         return [f"A tie: all {len(best)} distinct selections {alike}: the weights prefer none."]
     named = ", ".join(map(_written, best[:3])) + (", …" if len(best) > 3 else "")
-    ahead = low - rest[0].answer_logp
-    behind = f"; the next, {_written(rest[0])}, explains the answer {ahead:.2f} nats less well" if ahead > TIE else ""
+    ahead = low - rest[0].worth
+    behind = f"; that of the next, {_written(rest[0])}, is {ahead:.2f}{unit} lower" if ahead > TIE else ""
     return [f"A tie of the first {len(best)} selections, {named}: they {alike}{behind}."]
 
 
@@ -123,21 +137,21 @@ def _win(first: GroupRollout, second: GroupRollout, same: Sequence[GroupRollout]
     """One selection has the largest weight: by its likelihood, or by the correction for the proposal."""
     share = sum(rollout.weight for rollout in same)
     times = "" if len(same) == 1 else f" over {len(same)} rollouts"
-    ahead, ratio = first.answer_logp - second.answer_logp, first.log_ratio - second.log_ratio
+    ahead, ratio = first.worth - second.worth, first.log_ratio - second.log_ratio
+    name, unit = ("reward", "") if first.rewarded or second.rewarded else ("answer log-likelihood", " nats")
     said = [f"{_written(first)} has weight {share:.2f}{times}:"]
     if ahead < -TIE:
         said.append(
-            f"its answer log-likelihood is {-ahead:.2f} nats below that of {_written(second)}, "
+            f"its {name} is {-ahead:.2f}{unit} below that of {_written(second)}, "
             f"but its log p − log q is {ratio:.2f} nats above."
         )
         return said
     if ahead > TIE:
         said.append(
-            f"its answer log-likelihood exceeds that of the next distinct selection, {_written(second)}, "
-            f"by {ahead:.2f} nats."
+            f"its {name} exceeds that of the next distinct selection, {_written(second)}, by {ahead:.2f}{unit}."
         )
     else:
-        said.append(f"its answer log-likelihood equals that of the next distinct selection, {_written(second)}.")
+        said.append(f"its {name} equals that of the next distinct selection, {_written(second)}.")
     if abs(ratio) > TIE:
         said.append(f"log p − log q differs by {ratio:+.2f} nats.")
     return said

@@ -303,6 +303,8 @@ def _group(rows: list[dict], bound: float) -> Group:
             answer_logp=row["answer_logp"],
             selection_logp=row["selection_logp"],
             proposal_logp=row["proposal_logp"],
+            reward=row["reward"],
+            advantage=row["advantage"],
         )
         for row in rows
     ]
