@@ -25,7 +25,7 @@ from dro_rl.job.assembly import evaluate_base, load_models, load_reference, warm
 from dro_rl.job.console import kept, print_phases, print_signals, print_stages
 from dro_rl.job.identity import inputs_of
 from dro_rl.job.output import claimed_output_dir
-from dro_rl.job.stopping import LAUNCHED, Stopped, say_stopped, stop_on_signals
+from dro_rl.job.stopping import LAUNCHED, Stopped, say_stopped, stop_on_signals, stop_with_launcher
 from dro_rl.keys.reference import keys_text
 from dro_rl.recipe import Recipe, load_recipe, parse_command_line
 from dro_rl.terminal import PlainFormatter, console
@@ -123,6 +123,7 @@ def _refuse(error: InputError) -> int:
 
 if __name__ == "__main__":
     stop_on_signals()
+    stop_with_launcher()
     status = run_job(sys.argv[1:])
     if torch.distributed.is_initialized() and status < 128:  # whoever was stopped does not wait for the others
         torch.distributed.destroy_process_group()

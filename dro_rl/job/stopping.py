@@ -5,10 +5,19 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
+import time
+from pathlib import Path
 from typing import Any
+
+import psutil
 
 LAUNCHED = "DRO_RL_LAUNCHED"
 """Set by a launcher that says itself that the job was stopped, once for all its processes."""
+
+
+LAUNCHERS = {"accelerate", "accelerate.commands.launch", "torchrun", "torch.distributed.run", "dro-rl"}
+"""What a command line that starts jobs has among its words."""
 
 
 class Stopped(BaseException):
@@ -34,6 +43,24 @@ def stop_on_signals() -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
+
+
+def stop_with_launcher() -> None:
+    """Stop, as by SIGTERM, when the launcher that started this process is gone: not every one passes a signal on."""
+    parent = os.getppid()
+    try:
+        words = psutil.Process(parent).cmdline()
+    except psutil.Error:
+        return
+    if LAUNCHERS.isdisjoint(Path(word).name for word in words):
+        return
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def say_stopped(number: int) -> None:
