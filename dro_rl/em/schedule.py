@@ -77,7 +77,7 @@ class Schedule:
         return np.random.default_rng([self.seed, *key]).permutation(count)
 
 
-class Slots(Dataset):
+class Slots(Dataset[int]):
     """What the data loader carries: numbers. Slot `position * m + sample` is a rollout of the current iteration."""
 
     def __init__(self, schedule: Schedule) -> None:

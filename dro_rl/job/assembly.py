@@ -15,13 +15,14 @@ from torch import nn
 from dro_rl.errors import InputError
 from dro_rl.evaluation.evaluator import evaluate_stage, read_stages
 from dro_rl.job.warmup import WarmUp, warm_up
+from dro_rl.keys.run import RunConfig
 from dro_rl.likelihood.attention import ARCHITECTURES, takes_packed_rows
 from dro_rl.models.loading import LoraSettings, add_adapter, declared_ends, load_model, load_tokenizer
 from dro_rl.models.module import SelectorGenerator
 from dro_rl.models.sharding import whole_parameters
 from dro_rl.pipeline import PipelineSettings, RAGPipeline
 from dro_rl.prompts import Prompter
-from dro_rl.recipe import Recipe, RunConfig
+from dro_rl.recipe import Recipe
 from dro_rl.records import Question
 from dro_rl.roles import ROLES, Role
 

@@ -26,8 +26,9 @@ from dro_rl.job.assembly import build_prompters
 from dro_rl.job.model_checks import check_models
 from dro_rl.job.prompt_checks import check_prompts
 from dro_rl.job.warmup import selection_order
+from dro_rl.keys.run import RunConfig
 from dro_rl.prompts import Prompter
-from dro_rl.recipe import Recipe, RunConfig
+from dro_rl.recipe import Recipe
 from dro_rl.records import Question
 from dro_rl.rewards import check_functions
 from dro_rl.roles import ROLES, Role

@@ -32,12 +32,12 @@ from dro_rl.config import DROConfig
 from dro_rl.em.progress import SupervisedProgress
 from dro_rl.errors import InputError, Phrase
 from dro_rl.files import damage, file_sha256, written_whole
+from dro_rl.keys.run import RunConfig
 from dro_rl.locks import owned
 from dro_rl.models.loading import LoraSettings, add_adapter, load_model
 from dro_rl.models.saving import export_role
 from dro_rl.processes import told_by_main
 from dro_rl.prompts import Prompter
-from dro_rl.recipe import RunConfig
 from dro_rl.records import Question, check_id
 from dro_rl.roles import Role
 from dro_rl.rows.strict_json import json_lines
