@@ -90,25 +90,78 @@ def test_the_objective_needs_torch_alone() -> None:
         assert f"'{name}'" not in done.stdout
 
 
-def test_data_flows_one_way() -> None:
-    """Nothing in these modules knows of trainers, engines or the command line."""
-    later = {
-        "trainer",
-        "train",
-        "cli",
-        "rollouts",
-        "recipe",
-        "config",
-        "pipeline",
-        "evaluation",
-        "warmup",
-        "models",
-    }
-    for name in ("objective", "likelihood/__init__", "selection/__init__", "records"):
-        tree = ast.parse((PACKAGE / f"{name}.py").read_text(encoding="utf-8"))
-        modules = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-        ours = {module.split(".")[1] for module in modules if module.startswith("dro_rl.")}
-        assert not ours & later, name
+LAYERS = (
+    ("shown", "files", "roles", "proposal", "objective", "hub", "progress"),
+    ("errors", "terminal"),
+    ("rows", "flat_yaml", "shipped", "processes", "likelihood"),
+    ("records", "locks", "models"),
+    ("selection", "metrics"),
+    ("prompts", "rewards", "rollouts", "toy"),
+    ("data", "keys"),
+    ("config", "retrieval"),
+    ("recipe",),
+    ("engines",),
+    ("pipeline",),
+    ("evaluation",),
+    ("em",),
+    ("trainer", "job"),
+    ("train", "cli"),
+)
+"""The rooms, the lowest first. A room imports rooms of lower layers, nowhere else; docs/architecture.md draws it."""
+PURE = ("objective", "likelihood", "selection", "metrics", "proposal", "prompts", "rewards", "rollouts",
+        "em/weighing", "em/e_step", "em/m_step")  # fmt: skip
+"""They take values, and know no settings."""
+
+
+def imports_of(path: Path, *, checked_alone: bool) -> set[str]:
+    """Modules of ours that a file imports, anywhere in it; those for the type checker alone, if asked."""
+    found: set[str] = set()
+
+    def walk(node: ast.AST) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING" and not checked_alone:
+                continue
+            if isinstance(child, ast.ImportFrom) and child.module == "dro_rl":
+                found.update(f"dro_rl.{alias.name}" for alias in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                assert child.level == 0, f"{path}: imports are absolute"
+                found.add(child.module or "")
+            elif isinstance(child, ast.Import):
+                found.update(alias.name for alias in child.names)
+            walk(child)
+
+    walk(ast.parse(path.read_text(encoding="utf-8")))
+    return {name for name in found if name.startswith("dro_rl.")}
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.parent != PACKAGE or path.stem != "__init__"],
+                         ids=lambda path: str(path.relative_to(PACKAGE)))  # fmt: skip
+def test_imports_go_down(path: Path) -> None:
+    """The one table of layers: a new room has a place in it, and no module imports a room beside or above its own."""
+    layer = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
+    own = room_of(path)
+    assert own in layer, "give the new room a layer"
+    for name in imports_of(path, checked_alone=False):
+        other = name.split(".")[1]
+        if other in layer and other != own:  # else a name of the package itself
+            assert layer[other] < layer[own], f"{own} imports {other}"
+
+
+def test_every_layer_has_rooms_that_there_are() -> None:
+    rooms = {room_of(path) for path in FILES} - {"__init__"}
+    assert {room for layer in LAYERS for room in layer} == rooms
+    assert sum(map(len, LAYERS)) == len(rooms)
+
+
+@pytest.mark.parametrize("room", PURE)
+def test_pure_rooms_know_no_settings(room: str) -> None:
+    place = PACKAGE / room
+    for path in sorted(place.rglob("*.py")) if place.is_dir() else [place.with_suffix(".py")]:
+        assert not {name.split(".")[1] for name in imports_of(path, checked_alone=True)} & {"config", "recipe", "keys"}
 
 
 def test_the_trainer_stays_readable() -> None:

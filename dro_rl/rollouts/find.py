@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -149,7 +149,7 @@ def find_groups(found: Found, limit: int | None = None) -> list[Group]:
     """Questions with their rollouts, and why the first one won."""
     start = found.rollouts.start
     position = found.table["position"].to_numpy()[start]
-    rows: dict[int, list[dict]] = {int(position[place]): [] for place in found.places[:limit]}
+    rows: dict[int, list[dict[str, Any]]] = {int(position[place]): [] for place in found.places[:limit]}
     for row in _whole_rows(found, list(rows)).to_pylist():
         rows[row["position"]].append(row)
     return [
@@ -282,7 +282,7 @@ def _heaviest(rollouts: Columns) -> np.ndarray:
     return rows[np.unique(rollouts.group[rows], return_index=True)[1]]
 
 
-def _group(rows: list[dict], bound: float) -> Group:
+def _group(rows: list[dict[str, Any]], bound: float) -> Group:
     rollouts = [
         GroupRollout(
             sample=row["sample"],
