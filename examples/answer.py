@@ -9,11 +9,12 @@ from dro_rl.records import Document
 
 rag = RAGPipeline.from_pretrained(sys.argv[1])
 documents = [
-    Document(id="1", title="", text="home_of mira oslo"),
-    Document(id="2", title="", text="school_of mira turin"),
-    Document(id="3", title="", text="home_of boris lima"),
-    Document(id="4", title="", text="friend_of ada mira"),
+    Document(id="1", title="rumour", text="school_of mira oslo"),
+    Document(id="2", title="register", text="school_of mira turin"),
+    Document(id="3", title="novel", text="school_of mira lima"),
+    Document(id="4", title="census", text="home_of mira riga"),
+    Document(id="5", title="advert", text="school_of mira bern"),
 ]
 answer = rag.answer("school_of mira ?", documents)
 print(f"answer     {answer.text}  (log p {answer.logp:.2f})")
-print(f"selection  {' > '.join(documents[number - 1].text for number in answer.selection.numbers)}")
+print(f"selection  {' > '.join(f'{documents[n - 1].title} {documents[n - 1].text}' for n in answer.selection.numbers)}")

@@ -12,8 +12,18 @@ from dro_rl.errors import InputError
 from dro_rl.prompts import Prompter
 from dro_rl.records import Question
 from dro_rl.selection import format_selection
-from dro_rl.toy.pretrain import build_tokenizer, lookup_batch, reading_loss
-from dro_rl.toy.world import PEOPLE, RELATIONS, TOY_BASE, Fact, fact_split, make_world, objects_of
+from dro_rl.toy.pretrain import build_tokenizer, page, reading_loss, reading_text
+from dro_rl.toy.world import (
+    DOUBTFUL,
+    PEOPLE,
+    RELATIONS,
+    TOY_BASE,
+    TRUSTED,
+    Fact,
+    fact_split,
+    make_world,
+    objects_of,
+)
 
 SPLITS = ("train", "dev", "test")
 
@@ -44,16 +54,18 @@ def test_the_same_arguments_give_the_same_questions():
 
 def test_the_questions_are_those_of_any_machine():
     question = make_world("dev", 2)[1]
-    assert question.question == "birthplace_of boss_of otto ?"
-    assert question.answers == ("tunis",)
-    assert question.supporting_numbers == (4, 7)
+    assert question.question == "home_of teacher_of kira ?"
+    assert question.answers == ("izmir",)
+    assert question.supporting_numbers == (3, 7)
+    assert question.documents[0].title == "rumour"
+    assert question.documents[0].text == "teacher_of kira amir"
 
 
 def test_a_larger_world_continues_a_smaller_one():
     assert make_world("train", 40)[:10] == make_world("train", 10)
 
 
-@pytest.mark.parametrize(("size", "num_documents"), [(0, 10), (7, 4), (30, 20)])
+@pytest.mark.parametrize(("size", "num_documents"), [(0, 12), (7, 10), (30, 20)])
 def test_any_size_is_made(size, num_documents):
     world = make_world("test", size, num_documents=num_documents)
     assert len(world) == size
@@ -71,20 +83,53 @@ def test_every_subject_and_relation_have_facts_in_every_split():
             counts = dict.fromkeys(SPLITS, 0)
             for name in objects_of(relation):
                 counts[fact_split(Fact(relation, subject, name))] += 1
-            assert counts == {"train": 48, "dev": 6, "test": 6}
+            assert counts == {"train": 18, "dev": 6, "test": 6}
 
 
-def test_following_the_supporting_documents_gives_the_answer(questions):
+def test_what_the_trusted_sources_say_leads_to_the_answer_and_what_the_others_say_does_not(questions):
     for question in questions:
         *asked, name, mark = question.question.split()
         assert mark == "?"
-        told = {(fact.relation, fact.subject): fact for fact in facts(question)}
-        used = []
-        for relation in reversed(asked):
-            used.append(told[relation, name])
-            name = used[-1].object
-        assert question.answers == (name,)
-        assert sorted(question.supporting) == sorted("-".join(fact) for fact in used)
+        for sources in (TRUSTED, DOUBTFUL):
+            ends = {name}
+            used: list[str] = []
+            for relation in reversed(asked):
+                step = [
+                    document
+                    for document in question.documents
+                    if document.title in sources
+                    and (document.text.split()[0], document.text.split()[1] in ends) == (relation, True)
+                ]
+                ends = {document.text.split()[2] for document in step}
+                used += [document.id for document in step]
+            if sources == TRUSTED:
+                assert ends == set(question.answers)
+                assert sorted(used) == sorted(question.supporting)
+            else:
+                assert ends
+                assert not ends & set(question.answers)
+
+
+def test_neither_relevance_nor_place_tells_which_source_is_right(questions):
+    """Of the documents that speak of what is asked, the right one stands anywhere."""
+    places = []
+    for question in questions:
+        relation, subject = question.question.split()[-3:-1]
+        claims = [d.id for d in question.documents if d.text.split()[:2] == [relation, subject]]
+        assert len(claims) == (5 if question.type == "1-hop" else 3)
+        assert question.documents[: len(claims)] == tuple(d for d in question.documents if d.id in claims)
+        if question.type == "1-hop":
+            places.append(claims.index(question.supporting[0]))
+    shares = torch.bincount(torch.tensor(places), minlength=5) / len(places)
+    assert shares.min() > 0.14
+    assert shares.max() < 0.26
+
+
+def test_candidates_come_in_the_order_of_the_words_that_they_share_with_the_question(questions):
+    for question in questions:
+        words = set(question.question.split())
+        shared = [len(words & set(document.text.split())) for document in question.documents]
+        assert shared == sorted(shared, reverse=True)
 
 
 def test_the_answer_stands_in_one_document_alone(questions):
@@ -99,18 +144,11 @@ def test_distractors_share_the_subject_or_the_relation(questions):
     shared = []
     for question in questions:
         *asked, subject, _ = question.question.split()
-        others = [fact for fact in facts(question) if "-".join(fact) not in question.supporting]
-        assert sum(fact.subject == subject for fact in others) == 1
-        assert len({(fact.relation, fact.subject) for fact in facts(question)}) == len(question.documents)
-        shared.append(sum(fact.relation in asked for fact in others))
-    assert 3 < sum(shared) / len(shared) < 7
-
-
-def test_the_place_of_the_supporting_documents_says_nothing(questions):
-    places = torch.tensor([n - 1 for question in questions for n in question.supporting_numbers])
-    shares = torch.bincount(places, minlength=10) / len(places)
-    assert shares.min() > 0.06
-    assert shares.max() < 0.14
+        told = facts(question)
+        assert sum(fact.subject == subject and fact.relation not in asked for fact in told) == 1
+        if question.type == "1-hop":
+            shared.append(sum(fact.relation == asked[0] and fact.subject != subject for fact in told))
+    assert 2 < sum(shared) / len(shared) < 5
 
 
 def test_types_follow_the_share_of_two_hop_questions(questions):
@@ -119,7 +157,7 @@ def test_types_follow_the_share_of_two_hop_questions(questions):
     assert {question.dataset for question in questions} == {"toy"}
 
 
-@pytest.mark.parametrize("bad", [{"split": "valid"}, {"num_documents": 3}, {"num_documents": 21}, {"same_subject": 9}])
+@pytest.mark.parametrize("bad", [{"split": "valid"}, {"num_documents": 9}, {"num_documents": 21}, {"same_subject": 9}])
 def test_an_argument_out_of_range_is_refused_by_name(bad):
     with pytest.raises(InputError, match=next(iter(bad))):
         make_world(**{"split": "dev", "size": 1, **bad})
@@ -151,9 +189,25 @@ def test_the_shipped_base_is_small_and_reads(base):
     model, tokenizer = base
     assert model.dtype == torch.float32
     assert sum(weight.numel() for weight in model.parameters()) < 1_000_000
-    kinds = ["object", "number", "object later", "number later"]
+    rng = Random(0)
+    pages = [page(rng, 12, 5, chains=True) for _ in range(64)]
+    selecting = [reading_text(rng, claims, 8, ("select",), None) for claims in pages]
+    answering = [reading_text(rng, claims, 4, ("answer", "answer chain"), 3) for claims in pages]
     with torch.no_grad():
-        batch = lookup_batch(Random(0), 64, 10, kinds, linked=True, fillers=True, lists=False)
-        _, right = reading_loss(model, tokenizer, batch)
-    accuracy = dict(zip(kinds, right, strict=True))
-    assert min(accuracy.values()) > 0.8, accuracy  # chance is one in ten
+        right = reading_loss(model, tokenizer, selecting)[1] | reading_loss(model, tokenizer, answering)[1]
+    assert min(right.values()) > 0.8, right
+
+
+def test_the_shipped_base_does_not_know_which_sources_tell_the_truth(base):
+    model, tokenizer = base
+    prompter = Prompter(tokenizer, "toy_selector")
+    truth, relevant = [], []
+    for question in make_world("dev", 100, two_hop_share=0.0):
+        prompt = torch.tensor([prompter.selector_prompt(question, 3).ids])
+        with torch.no_grad():
+            shares = model(prompt).logits[0, -1].softmax(-1)
+        told = [share.item() for share in shares[tokenizer.convert_tokens_to_ids([f"[{n}]" for n in range(1, 6)])]]
+        truth.append(told[question.supporting_numbers[0] - 1])
+        relevant.append(sum(told))
+    assert sum(relevant) / 100 > 0.8
+    assert 0.15 < sum(truth) / sum(relevant) < 0.25  # one of five

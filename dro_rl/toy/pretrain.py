@@ -1,12 +1,12 @@
 """Pre-trains the toy world's base model: `python -m dro_rl.toy.pretrain --output DIR`.
 
-The base learns to *read*: to copy (stages 0-5), to look up an object by its subject (6, 7), and the number of a fact
-too (8-11), among ten facts at the last; then among ten that are linked, over two facts as well (12), with any word
-before the mark of a question (13), and what a list looks like, its numbers random (14). It never sees a question of
-the toy world, nor a prompt of the selector or the generator, nor which documents help. The shipped `TOY_BASE` is what
-this command gave with the default seed: 2,114 steps, five and a half minutes in one thread of a two-core virtual
-machine that did the same with another seed beside it, which read nearly as well. Another machine's arithmetic gives
-other weights. No training run needs this file.
+The base learns to *read*: to copy, then to answer from a page of documents and to name those that bear on a question,
+in the words of the toy prompts, over one relation or two. Where sources contradict each other, what any of them says is
+right, all alike: the base ends torn between them, and nothing here knows which of them tell the truth. No training run
+needs this file.
+
+The shipped `TOY_BASE` went through these stages while they were being found: in parts, about 3,100 steps, with twice as
+many names until it could read twelve documents. This command gives another of its kind.
 """
 
 from __future__ import annotations
@@ -25,27 +25,29 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from dro_rl.selection import format_selection
-from dro_rl.toy.world import MAX_DOCUMENTS, PEOPLE, PLACES, RELATIONS, TO_PERSON, Fact, draw_fact
+from dro_rl.toy.world import (
+    CLAIMS,
+    MAX_DOCUMENTS,
+    PEOPLE,
+    PLACES,
+    RELATIONS,
+    SOURCES,
+    TO_PERSON,
+    TO_PLACE,
+    Claim,
+    draw_claims,
+)
 
 SPECIAL = ("<pad>", "<eos>", "<unk>")
-# The words of the prompts have embeddings from the start, but no meaning: they never occur in pre-training.
-PROMPT_WORDS = ("question", "answer", "select", "?")
+PROMPT_WORDS = ("answer", "select", "in", "?", "=", ":", ">")
 NUMBERS = tuple(f"[{n}]" for n in range(1, MAX_DOCUMENTS + 1))
-READING_WORDS = ("=", "in", ":", "list", ">")
-COPIED = (*chain.from_iterable(zip(PEOPLE, PLACES, strict=True)), *RELATIONS, *NUMBERS)
-LOOKUPS = ("object", "object later", "number", "number later")
-KINDS = (*LOOKUPS, "chain", "chain later")
-WEIGHTS = {"object": 1, "object later": 1, "number": 5, "number later": 3, "chain": 3, "chain later": 3}
-LENGTH = {"object": 3, "number": 4, "object later": 4, "number later": 5, "chain": 4, "chain later": 5}
-# One of them stands between a look-up and its mark, so that what is read does not hang on the place of the mark.
-FILLERS = (*NUMBERS, *RELATIONS, *PEOPLE, *PLACES)
+COPIED = (*chain.from_iterable(zip(PEOPLE, PLACES, strict=True)), *RELATIONS, *SOURCES, *NUMBERS)
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """One token a word, `[3]` included, so that decoding a selection gives exactly `[3] > [1] > [2]`."""
     counts = [str(n) for n in range(1, MAX_DOCUMENTS + 1)]
-    words = [*SPECIAL, *PROMPT_WORDS, *READING_WORDS, *counts, *NUMBERS, *RELATIONS, *PEOPLE, *PLACES]
+    words = [*SPECIAL, *PROMPT_WORDS, *counts, *NUMBERS, *SOURCES, *RELATIONS, *PEOPLE, *PLACES]
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(
@@ -58,7 +60,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast, layers: int = 3, width: int = 128) -> LlamaForCausalLM:
+def build_model(tokenizer: PreTrainedTokenizerFast, layers: int = 4, width: int = 128) -> LlamaForCausalLM:
     """A tiny Llama with random weights. Heads are 32 wide: vLLM refuses 16 on CPU."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -81,158 +83,239 @@ def build_model(tokenizer: PreTrainedTokenizerFast, layers: int = 3, width: int 
     return model
 
 
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """Texts of one shape: which of their words are to be predicted, and what kind of reading each of them is."""
+class Text:
+    """Words, of which some are to be predicted: at each such place all the words that are right there, and a kind."""
 
-    texts: list[str]
-    answers: list[int]
-    kinds: list[str]
+    def __init__(self, words: Sequence[str] = ()) -> None:
+        self.words = list(words)
+        self.right: list[tuple[int, Sequence[str], str]] = []
+
+    def ask(self, word: str, right: Sequence[str], kind: str) -> None:
+        """Go on with `word`, to be predicted as one of `right`."""
+        self.right.append((len(self.words), right, kind))
+        self.words.append(word)
 
 
-def copy_batch(rng: Random, rows: int, length: int, words: Sequence[str], span: int = 5, spans: int = 4) -> Reading:
+def copy_text(rng: Random, length: int, words: Sequence[str], backwards: bool, span: int = 5, spans: int = 4) -> Text:
     """Words without meaning, then spans of them from anywhere: onwards after `=`, backwards after `in`."""
-    texts = []
-    for row in range(rows):
-        text = rng.sample(words, length)
-        parts = [*text]
-        for _ in range(spans):
-            begin = rng.randint(0, length - span)
-            copied = text[begin : begin + span]
-            parts += ["in", *reversed(copied)] if row % 2 else ["=", *copied]
-        texts.append(" ".join(parts))
-    # The first word of a span cannot be known.
-    answers = [length + n * (span + 1) + place for n in range(spans) for place in range(2, span + 1)]
-    return Reading(texts, answers, ["copy"] * len(answers))
+    drawn = rng.sample(words, length)
+    text = Text(drawn)
+    for _ in range(spans):
+        begin = rng.randint(0, length - span)
+        copied = drawn[begin : begin + span]
+        first, *rest = reversed(copied) if backwards else copied
+        text.words += ["in" if backwards else "=", first]  # the first word of a span cannot be known
+        for word in rest:
+            text.ask(word, [word], "copy")
+    return text
 
 
-def lookup_batch(
-    rng: Random, rows: int, num_facts: int, kinds: list[str], linked: bool, fillers: bool, lists: bool
-) -> Reading:
-    """Numbered facts, look-ups in them, drawn with replacement, and if wanted a list of some of their numbers.
-
-    The numbers in the list are random: it shows what a list looks like, and has nothing to do with what is looked up.
+def page(rng: Random, size: int, claims: int, chains: bool, twins: float = 0.3) -> list[Claim]:
+    """So many documents, drawn as questions would need them, of one or two relations.
 
     Args:
         rng: draws everything.
-        rows: how many texts.
-        num_facts: facts in each text.
-        kinds: of the look-ups, in order: `object` (home_of mira oslo), `number` of a fact (in home_of mira [3]),
-            and `chain` over two facts (home_of friend_of mira oslo); `later`, a mark stands before the answer, and
-            with fillers any word before the mark (home_of mira paris = oslo, in home_of mira paris : [3]).
-        linked: some facts share a subject, and some tell of another's object. Otherwise all subjects differ and
-            the relation is the same, so that look-ups go by the subject.
-        fillers: any word stands before the mark of a `later` look-up, else nothing.
-        lists: a list stands at the end.
+        size: how many documents.
+        claims: the most sources that speak of one relation of somebody.
+        chains: whether some tell of those whom others name.
+        twins: chance that another relation of the same person is told too, again and again.
     """
-    answers, end = [], 4 * num_facts
-    for kind in kinds:
-        end += LENGTH[kind] + (fillers and kind.endswith("later"))
-        answers.append(end - 1)
-    if not lists:
-        return Reading([_lookups(rng, num_facts, kinds, linked, fillers) for _ in range(rows)], answers, kinds)
-    numbers = rng.randint(2, min(num_facts, 5))
-    answers += range(end + 2, end + 2 + 2 * numbers)
-    lookups = [_lookups(rng, num_facts, kinds, linked, fillers) for _ in range(rows)]
-    texts = [f"{text} {_list(rng, numbers, num_facts)}" for text in lookups]
-    return Reading(texts, answers, [*kinds, *["list"] * (2 * numbers)])
+    told: list[Claim] = []
 
+    def tell(subject: str, relation: str, count: int) -> list[Claim]:
+        if any(claim.fact[:2] == (relation, subject) for claim in told):
+            return []
+        sources = rng.sample(SOURCES, min(count, size - len(told)))
+        new = draw_claims(rng, "train", subject, relation, sources, ())
+        told.extend(new)
+        return new
 
-def _list(rng: Random, numbers: int, num_facts: int) -> str:
-    return f"list {numbers} {format_selection(rng.sample(range(1, num_facts + 1), numbers))} <eos>"
-
-
-def _lookups(rng: Random, num_facts: int, kinds: list[str], linked: bool, fillers: bool) -> str:
-    people = rng.sample(PEOPLE, len(PEOPLE))
-    pairs: list[tuple[Fact, Fact]] = []
-    facts: list[Fact] = []
-    taken: set[str] = set()
-    relations = RELATIONS if linked else (rng.choice(RELATIONS),)
-
-    def tell(subject: str, among: tuple[str, ...]) -> Fact:
-        told = {fact.relation for fact in facts if fact.subject == subject}
-        relation = rng.choice([relation for relation in among if relation not in told])
-        facts.append(draw_fact(rng, "train", subject, relation, taken))
-        return facts[-1]
-
-    while len(facts) < num_facts:
-        left = num_facts - len(facts)
-        shape = "single"
-        if linked:
-            shape = "chain" if not pairs else rng.choice(("chain", "twins", "single", "single"))
-        subject = people.pop()
-        taken.add(subject)
-        if shape == "chain" and left > 1:
-            first = tell(subject, TO_PERSON)
-            if first.object in people:
-                people.remove(first.object)
-            taken.add(first.object)
-            pairs.append((first, tell(first.object, relations)))
-        elif shape == "twins" and left > 1:
-            tell(subject, relations)
-            tell(subject, relations)
+    while len(told) < size:
+        subject = rng.choice(PEOPLE)
+        if chains and rng.random() < 0.7:
+            second = rng.choice(TO_PLACE)
+            for claim in tell(subject, rng.choice(TO_PERSON), rng.randint(1, 3)):
+                tell(claim.fact.object, second, rng.randint(1, 2))
         else:
-            tell(subject, relations)
-    rng.shuffle(facts)
-    parts = [f"[{n}] {fact.text}" for n, fact in enumerate(facts, start=1)]
-    for kind in kinds:
-        n = rng.randrange(num_facts)
-        fact = facts[n]
-        asked, later = f"{fact.relation} {fact.subject}", kind.endswith("later")
-        before = f" {rng.choice(FILLERS)}" if fillers and later else ""
-        if kind.startswith("object"):
-            parts.append(f"{asked}{f'{before} =' if later else ''} {fact.object}")
-        elif kind.startswith("number"):
-            parts.append(f"in {asked}{f'{before} :' if later else ''} [{n + 1}]")
+            tell(subject, rng.choice(RELATIONS), rng.randint(1, claims))
+        while rng.random() < twins:
+            tell(subject, rng.choice(RELATIONS), rng.randint(1, claims))
+    rng.shuffle(told)
+    return told
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """A page, and what it says."""
+
+    claims: Sequence[Claim]
+
+    def of(self, subject: str, relation: str, source: str | None = None) -> list[int]:
+        """Places of the documents that speak of a relation of `subject`, of one source if wanted."""
+        return [
+            n
+            for n, claim in enumerate(self.claims)
+            if (claim.fact.subject, claim.fact.relation) == (subject, relation) and source in (None, claim.source)
+        ]
+
+    def object(self, place: int) -> str:
+        return self.claims[place].fact.object
+
+    def chains(self, subject: str, first: str, second: str) -> dict[int, list[int]]:
+        """Of each document that opens a way over two relations, those that end it."""
+        ways = {n: self.of(self.object(n), second) for n in self.of(subject, first)}
+        return {n: ends for n, ends in ways.items() if ends}
+
+
+def reading_text(rng: Random, claims: Sequence[Claim], asked: int, kinds: Sequence[str], shown: int | None) -> Text:
+    """A page, numbered, and questions about it with their answers or selections.
+
+    Args:
+        rng: draws everything.
+        claims: the page.
+        asked: how many questions.
+        kinds: which ones: `answer`, `select`, of one `source`, over a `chain`.
+        shown: how many of the documents, if not all: what the generator reads.
+    """
+    whole = Shown(claims)
+    openings = [
+        (claim.fact.subject, claim.fact.relation, second)
+        for claim in claims
+        for second in TO_PLACE
+        if whole.of(claim.fact.object, second)
+    ]
+    if shown is not None:
+        keep = _kept(rng, whole, openings if "answer chain" in kinds else [], shown)
+        whole = Shown([claims[n] for n in keep])
+    text = Text()
+    for n, claim in enumerate(whole.claims, start=1):
+        text.words += [f"[{n}]", claim.source, *claim.fact]
+    for _ in range(asked):
+        kind = rng.choice(kinds)
+        if kind.endswith("chain"):
+            ways = [(opening, found) for opening in openings if (found := whole.chains(*opening))]
+            if not ways:
+                kind = kind.replace(" chain", "")
+            else:
+                (subject, first, second), found = rng.choice(ways)
+                _chain(rng, text, whole, kind, f"{second} {first} {subject} ?".split(), found)
+                continue
+        claim = rng.choice(whole.claims)
+        source = claim.source if kind.endswith("source") else None
+        places = whole.of(claim.fact.subject, claim.fact.relation, source)
+        words = [*([source] if source else []), claim.fact.relation, claim.fact.subject, "?"]
+        if kind.startswith("answer"):
+            _answer(rng, text, words, [whole.object(n) for n in places], kind)
+        elif kind == "number":
+            text.words += ["in", *words[:-1]]
+            text.ask(f"[{rng.choice(places) + 1}]", [f"[{n + 1}]" for n in places], kind)
         else:
-            first, second = rng.choice(pairs)
-            asked = f"{second.relation} {first.relation} {first.subject}"
-            parts.append(f"{asked}{f'{before} =' if later else ''} {second.object}")
-    return " ".join(parts)
+            _select(rng, text, words, [places] * min(len(places), 3), kind)
+    return text
+
+
+def _kept(rng: Random, whole: Shown, openings: Sequence[tuple[str, str, str]], shown: int) -> list[int]:
+    """Which documents the generator reads: often a whole way over two relations, and anything beside it."""
+    keep: list[int] = []
+    if openings and rng.random() < 0.7:
+        first, ends = rng.choice(list(whole.chains(*rng.choice(openings)).items()))
+        keep = [first, rng.choice(ends)][:shown]
+    rest = [n for n in range(len(whole.claims)) if n not in keep]
+    near = [n for n in rest if keep and whole.claims[n].fact.relation in {whole.claims[m].fact.relation for m in keep}]
+    others = near if len(near) >= shown and rng.random() < 0.5 else rest
+    keep += rng.sample(others, shown - len(keep))
+    rng.shuffle(keep)
+    return keep
+
+
+def _chain(rng: Random, text: Text, whole: Shown, kind: str, words: Sequence[str], found: dict[int, list[int]]) -> None:
+    if kind.startswith("answer"):
+        _answer(rng, text, words, [whole.object(n) for ends in found.values() for n in ends], kind)
+        return
+    first = rng.choice(list(found))
+    everything = [*found, *chain.from_iterable(found.values())]
+    _select(rng, text, words, [list(found), found[first], everything][: rng.choice((2, 3))], kind, first)
+
+
+def _answer(rng: Random, text: Text, words: Sequence[str], objects: Sequence[str], kind: str) -> None:
+    text.words += ["answer", *words, "="]
+    text.ask(rng.choice(objects), objects, kind)
+    text.ask("<eos>", ["<eos>"], "form")
+
+
+def _select(
+    rng: Random, text: Text, words: Sequence[str], steps: Sequence[Sequence[int]], kind: str, first: int | None = None
+) -> None:
+    """Numbers of documents: at each step any of those given that is not yet named."""
+    text.words += ["select", str(len(steps)), "in", *words, ":"]
+    named: list[int] = []
+    for step, places in enumerate(steps):
+        left = [n for n in places if n not in named]
+        if not left:
+            break
+        if step:
+            text.ask(">", [">"], "form")
+        chosen = first if first is not None and not step else rng.choice(left)
+        text.ask(f"[{chosen + 1}]", [f"[{n + 1}]" for n in left], kind)
+        named.append(chosen)
+    else:
+        text.ask("<eos>", ["<eos>"], "form")
+
+
+READ = ("answer", "select")
+OF_SOURCE = (*READ, "answer source", "select source")
+KINDS = (*OF_SOURCE, "answer chain", "select chain")
+LAST = (*KINDS, "select source", "select chain")
+"""What was learned least is read more often."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """What is read: spans copied from `size` words, or look-ups of these kinds among `size` facts."""
+    """What is read: spans copied from `size` words, or pages of `size` documents."""
 
     size: int
     kinds: tuple[str, ...] = ("copy",)
     words: int = len(COPIED)
-    linked: bool = False
-    fillers: bool = False
-    lists: bool = False
+    claims: int = 1
+    twins: float = 0.3
+    asked: int = 8
     fresh: bool = False
     mastered: float = 0.9
     most: int = 1000
     must: bool = True
+    roles: bool = False
 
-    def batch(self, rng: Random, rows: int) -> Reading:
+    def batch(self, rng: Random, rows: int, step: int) -> list[Text]:
         if self.kinds == ("copy",):
-            return copy_batch(rng, rows, self.size, COPIED[: self.words])
-        weights = [WEIGHTS[kind] for kind in self.kinds]
-        kinds = [*self.kinds, *rng.choices(self.kinds, weights=weights, k=13 - len(self.kinds))]
-        rng.shuffle(kinds)
-        return lookup_batch(rng, rows, self.size, kinds, self.linked, self.fillers, self.lists)
+            return [copy_text(rng, self.size, COPIED[: self.words], row % 2 == 1) for row in range(rows)]
+        chains = "select chain" in self.kinds
+        kinds, asked, shown = list(self.kinds), self.asked, None
+        if self.roles:  # as in training: the selector reads the whole page, the generator three documents of it
+            reads = step % 3 == 0
+            kinds = [kind for kind in kinds if kind.startswith("answer") == reads]
+            asked, shown = (4, 3) if reads else (6, None)
+        pages = [page(rng, self.size, self.claims, chains, self.twins) for _ in range(rows)]
+        return [reading_text(rng, claims, asked, kinds, shown) for claims in pages]
 
 
 STAGES = (
     Stage(8, words=12, fresh=True),
     *(Stage(8, words=words) for words in (24, 60)),
-    *(Stage(length) for length in (8, 16, 28)),
-    Stage(2, LOOKUPS[:2], fresh=True),
-    Stage(4, LOOKUPS[:2]),
-    Stage(2, LOOKUPS, fresh=True),
-    *(Stage(num_facts, LOOKUPS) for num_facts in (4, 7, 10)),
-    Stage(10, KINDS, linked=True, mastered=0.6),
-    Stage(10, KINDS, linked=True, fillers=True, mastered=0.8, most=400, must=False),
-    Stage(10, KINDS, linked=True, fillers=True, lists=True, mastered=1.0, most=200, must=False),
+    *(Stage(length, mastered=0.85) for length in (8, 16, 28)),
+    *(Stage(size, ("answer",), asked=12, fresh=size == 2) for size in (2, 4)),
+    *(Stage(size, (*READ, "number"), asked=12, fresh=size == 2) for size in (2, 4, 7, 12)),
+    Stage(4, READ, claims=2, fresh=True),
+    Stage(8, READ, claims=3, mastered=0.85),
+    Stage(12, READ, claims=CLAIMS, roles=True, most=300, must=False),
+    Stage(12, KINDS, claims=CLAIMS, roles=True, mastered=1.0, most=300, must=False),
+    Stage(12, LAST, claims=CLAIMS, roles=True, mastered=1.0, most=500, must=False),
 )
 """The next one begins when a share `mastered` of every kind is right, and with an optimizer of its own if `fresh`. In
 the last one the learning rate falls to zero."""
 
 
-def pretrain(seed: int = 0, rows: int = 32) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    """Train by curriculum: to copy, then to look up among few facts, then among ten that are linked.
+def pretrain(seed: int = 0) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+    """Train by curriculum: to copy, then to read a page of few documents, then of twelve that contradict and chain.
 
     What makes it quick is copying from few words at first, and spans that begin anywhere: a whole copy can be had
     by counting back, without looking at the words. From all the words, or from facts, at once, such a model stays at
@@ -259,15 +342,14 @@ def pretrain(seed: int = 0, rows: int = 32) -> tuple[LlamaForCausalLM, PreTraine
             rate = min(1.0, (step - entered) / 50) * (1 - (taken - 1) / stage.most if last else 1.0)
             for group in optimizer.param_groups:
                 group["lr"] = (3e-3 if stage.kinds == ("copy",) else 2e-3) * rate
-            batch = stage.batch(rng, rows)
-            loss, hits = reading_loss(model, tokenizer, batch)
+            loss, hits = reading_loss(model, tokenizer, stage.batch(rng, 32 if stage.kinds == ("copy",) else 16, step))
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-            for kind in stage.kinds:
-                share = [hit for hit, of in zip(hits, batch.kinds, strict=True) if of == kind]
-                right[kind] = 0.8 * right[kind] + 0.2 * sum(share) / len(share)
+            for kind, share in hits.items():
+                if kind in right:
+                    right[kind] = 0.8 * right[kind] + 0.2 * share
             mastered = min(right.values()) > stage.mastered
             if step % 50 == 0 or mastered or taken == stage.most:
                 accuracy = ", ".join(f"{kind} {value:.2f}" for kind, value in right.items())
@@ -281,16 +363,28 @@ def pretrain(seed: int = 0, rows: int = 32) -> tuple[LlamaForCausalLM, PreTraine
 
 
 def reading_loss(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, batch: Reading
-) -> tuple[torch.Tensor, list[float]]:
-    """Cross-entropy of the words to be predicted, and for each of them the share of texts with it right."""
-    ids: torch.Tensor = tokenizer(batch.texts, return_tensors="pt", add_special_tokens=False)["input_ids"]
-    places = torch.tensor(batch.answers)
-    hidden = model.model(input_ids=ids).last_hidden_state[:, places - 1]
-    logits = model.lm_head(hidden).float()
-    targets = ids[:, places]
-    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
-    return loss, (logits.argmax(-1) == targets).float().mean(0).tolist()
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: Sequence[Text]
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """Cross-entropy to the right words, all alike, where several are; and of each kind the share predicted rightly."""
+    vocabulary = tokenizer.get_vocab()
+    longest = max(len(text.words) for text in texts)
+    rows = [[*text.words, *["<pad>"] * (longest - len(text.words))] for text in texts]
+    ids = torch.tensor([[vocabulary[word] for word in row] for row in rows])
+    places = [(row, place, right, kind) for row, text in enumerate(texts) for place, right, kind in text.right]
+    goal = torch.zeros(len(places), len(vocabulary))
+    for n, (_, _, right, _) in enumerate(places):
+        goal[n, [vocabulary[word] for word in right]] = 1
+    hidden = model.model(input_ids=ids).last_hidden_state
+    before = hidden[[row for row, *_ in places], [place - 1 for _, place, *_ in places]]
+    logits = model.lm_head(before).float()
+    goal_share = goal / goal.sum(-1, keepdim=True)
+    loss = torch.nn.functional.cross_entropy(logits, goal_share)
+    hit = goal.gather(1, logits.argmax(-1, keepdim=True)).squeeze(1)
+    hits: dict[str, float] = {}
+    for kind in {kind for *_, kind in places}:
+        of_kind = torch.tensor([known == kind for *_, known in places])
+        hits[kind] = hit[of_kind].mean().item()
+    return loss, hits
 
 
 def main() -> None:

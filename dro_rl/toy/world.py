@@ -1,14 +1,16 @@
 """The toy world: a closed world of people and places, made by code. The whole method runs on it in minutes.
 
-A document is one fact (`home_of mira oslo`: the home of Mira is Oslo). A question names one fact without its
-object (`home_of mira ?`), or goes from one person to the next (`home_of friend_of mira ?`). Facts are drawn afresh
-for every question, so an answer can be had from the documents alone. Knows of records; of no model.
+A document is what one source says of one relation: `register home_of mira oslo`. A question asks for an object
+(`home_of mira ?`), or goes over one person to the next (`home_of friend_of mira ?`). Several sources speak of the
+same thing and contradict each other; two of the six tell the truth. No retriever and no relevance tells which: answers
+alone do. Facts are drawn afresh for every question, so an answer can be had from the documents alone. Knows of records;
+of no model.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from random import Random
 from typing import Literal, NamedTuple
@@ -23,28 +25,31 @@ TOY_BASE: Path = Path(__file__).parent / "base"
 
 PEOPLE: tuple[str, ...] = tuple(
     """
-    ada amir anna arno bela bina boris carla cleo dana dario edda elio emil esra fay finn gita goran
-    hana hugo ida ines ivan jana joel juno kai kira lars lena lior luca maja marc mira nadia nils noor
-    olga omar otto pia quinn rania remo rosa sami sven tara theo timo ugo uma vera wanda xena yara yuri
-    zeno
+    ada amir boris carla dana dario emil fay goran hugo ines ivan jana kira lars lena luca mira nadia nils
+    olga otto quinn rosa sven tara ugo vera yuri zeno
     """.split()  # noqa: SIM905
 )
 PLACES: tuple[str, ...] = tuple(
     """
-    accra aden athens bari basel bern bonn brno cairo cork dakar delhi doha dublin essen fez ghent graz
-    hanoi havana hull izmir jena kyoto lagos leeds lima linz lodz lyon malmo miami minsk nice oslo padua
-    paris perth porto quito riga rome salem seoul siena sofia tartu tokyo trier tunis turin turku ulm
-    utah vaduz vilna wuhan york zadar zagreb
+    accra athens basel bonn cairo delhi dublin essen graz havana izmir kyoto lagos lima malmo minsk nice
+    oslo paris porto quito riga seoul tartu tunis turin ulm vilna york zadar
     """.split()  # noqa: SIM905
 )
 TO_PERSON: tuple[str, ...] = ("friend_of", "teacher_of", "boss_of", "sister_of")
 TO_PLACE: tuple[str, ...] = ("home_of", "birthplace_of", "office_of", "school_of")
 RELATIONS: tuple[str, ...] = TO_PERSON + TO_PLACE
-MIN_DOCUMENTS, MAX_DOCUMENTS = 4, 20
+TRUSTED: tuple[str, ...] = ("census", "register")
+DOUBTFUL: tuple[str, ...] = ("advert", "diary", "novel", "rumour")
+SOURCES: tuple[str, ...] = TRUSTED + DOUBTFUL
+CLAIMS: int = 5
+"""Sources that speak of what a one-hop question asks; one of them is trusted."""
+CHAINED_CLAIMS: tuple[int, int] = (3, 2)
+"""Sources that speak of the first hop of a two-hop question, and then of each person whom they name."""
+MIN_DOCUMENTS, MAX_DOCUMENTS = 10, 20
 
 
 class Fact(NamedTuple):
-    """One fact, and as text one document."""
+    """A relation, whose, and to whom or what."""
 
     relation: str
     subject: str
@@ -56,13 +61,13 @@ class Fact(NamedTuple):
 
 
 def fact_split(fact: Fact) -> Split:
-    """The one split in which a fact may stand: eight facts in ten are train's, one dev's, one test's.
+    """The one split in which a fact may stand: three facts in five are train's, one dev's, one test's.
 
     Any subject and relation have objects in every split, six people or places in dev and in test.
     """
     place = objects_of(fact.relation).index(fact.object)
-    bucket = (zlib.crc32(f"{fact.relation} {fact.subject}".encode()) + place) % 10
-    return "test" if bucket == 9 else "dev" if bucket == 8 else "train"
+    bucket = (zlib.crc32(f"{fact.relation} {fact.subject}".encode()) + place) % 5
+    return "test" if bucket == 4 else "dev" if bucket == 3 else "train"
 
 
 def objects_of(relation: str) -> tuple[str, ...]:
@@ -78,28 +83,51 @@ def draw_fact(rng: Random, split: Split, subject: str, relation: str, taken: Col
             return fact
 
 
+class Claim(NamedTuple):
+    """What one source says, and as text one document."""
+
+    source: str
+    fact: Fact
+
+    @property
+    def document(self) -> Document:
+        return Document(id="-".join((self.source, *self.fact)), title=self.source, text=self.fact.text)
+
+
+def draw_claims(
+    rng: Random, split: Split, subject: str, relation: str, sources: Sequence[str], taken: Collection[str]
+) -> list[Claim]:
+    """What each of the sources says of one relation of `subject`: no two the same, and none of the names `taken`."""
+    claims: list[Claim] = []
+    for source in sources:
+        said = {claim.fact.object for claim in claims}
+        claims.append(Claim(source, draw_fact(rng, split, subject, relation, {*taken, *said})))
+    return claims
+
+
 def make_world(
     split: Split,
     size: int,
     seed: int = 0,
-    num_documents: int = 10,
-    two_hop_share: float = 0.2,
+    num_documents: int = 12,
+    two_hop_share: float = 0.5,
     same_subject: int = 1,
     same_relation: float = 0.5,
 ) -> list[Question]:
     """Make questions with candidates, answers and exact labels.
 
     Question i depends on the other arguments and on i alone, on any machine: a larger `size` continues the
-    list that a smaller one begins. No fact stands in two splits. The order of the candidates says nothing.
+    list that a smaller one begins. No fact stands in two splits. Candidates stand in the order in which a retriever
+    by words finds them: those that share most words with the question first, and nothing else is in it.
 
     Args:
         split: which facts to draw from.
         size: how many questions.
         seed: another seed, other questions.
-        num_documents: N, from 4 to 20.
+        num_documents: N, from 10 to 20.
         two_hop_share: chance that a question needs two documents, 0..1.
-        same_subject: distractors that tell another fact of the person in the question.
-        same_relation: share of the other distractors that tell the relation asked for of somebody else, 0..1.
+        same_subject: distractors that tell another relation of the person in the question.
+        same_relation: share of the other distractors that tell a relation asked for of somebody else, 0..1.
 
     Raises:
         InputError: an argument out of its range.
@@ -109,8 +137,8 @@ def make_world(
     if not MIN_DOCUMENTS <= num_documents <= MAX_DOCUMENTS:
         rule = f"the toy world has {MIN_DOCUMENTS} to {MAX_DOCUMENTS} candidates"
         raise InputError("num_documents", num_documents, rule, "Choose a number within.")
-    if not 0 <= same_subject <= min(num_documents, len(RELATIONS)) - 2:
-        rule = "there is room for the facts needed, and a relation for each"
+    if not 0 <= same_subject <= min(num_documents - MIN_DOCUMENTS + 1, len(RELATIONS) - 2):
+        rule = "there is room for the claims needed, and a relation for each"
         raise InputError("same_subject", same_subject, rule, "Ask for fewer.")
     return [
         _make_question(split, seed, index, num_documents, two_hop_share, same_subject, same_relation)
@@ -133,28 +161,41 @@ def _make_question(
     people = rng.sample(PEOPLE, len(PEOPLE))
     subject = people.pop()
     if two_hop:
-        first = draw_fact(rng, split, subject, rng.choice(TO_PERSON), ())
-        second = draw_fact(rng, split, first.object, rng.choice(TO_PLACE), ())
-        needed = [first, second]
+        first_claims, second_claims = CHAINED_CLAIMS
+        asked = [rng.choice(TO_PERSON), rng.choice(TO_PLACE)]
+        first = draw_claims(rng, split, subject, asked[0], _sources(rng, first_claims), ())
+        second: list[Claim] = []
+        for claim in first:
+            taken = [known.fact.object for known in second]
+            second += draw_claims(rng, split, claim.fact.object, asked[1], _sources(rng, second_claims), taken)
+        candidates, needed = [*first, *second], [first[0], second[0]]
     else:
-        needed = [draw_fact(rng, split, subject, rng.choice(RELATIONS), ())]
-    asked = [fact.relation for fact in needed]
-    taken = {subject, *(fact.object for fact in needed)}  # the way to the answer is told once
-    others = [name for name in people if name not in taken]
-    candidates = list(needed)
+        asked = [rng.choice(RELATIONS)]
+        candidates = draw_claims(rng, split, subject, asked[0], _sources(rng, CLAIMS), ())
+        needed = candidates[:1]
+    answer = needed[-1].fact.object
+    named = {subject, *(claim.fact.object for claim in candidates)}
+    others = [name for name in people if name not in named]
     for relation in rng.sample([relation for relation in RELATIONS if relation not in asked], same_subject):
-        candidates.append(draw_fact(rng, split, subject, relation, taken))
+        candidates.append(Claim(rng.choice(SOURCES), draw_fact(rng, split, subject, relation, {subject, answer})))
     while len(candidates) < num_documents:
         relation = rng.choice(asked if rng.random() < same_relation else RELATIONS)
-        candidates.append(draw_fact(rng, split, others.pop(), relation, taken))
+        fact = draw_fact(rng, split, others.pop(), relation, {subject, answer})
+        candidates.append(Claim(rng.choice(SOURCES), fact))
+    words = {*asked, subject}
     rng.shuffle(candidates)
-    documents = tuple(Document(id="-".join(fact), title="", text=fact.text) for fact in candidates)
+    candidates.sort(key=lambda claim: -len(words.intersection(claim.fact)))
     return Question(
         id=f"toy-{split}-{seed}-{index}",
         question=" ".join([*reversed(asked), subject, "?"]),
-        answers=(needed[-1].object,),
-        documents=documents,
-        supporting=tuple("-".join(fact) for fact in needed),
+        answers=(answer,),
+        documents=tuple(claim.document for claim in candidates),
+        supporting=tuple(claim.document.id for claim in needed),
         dataset="toy",
         type="2-hop" if two_hop else "1-hop",
     )
+
+
+def _sources(rng: Random, count: int) -> list[str]:
+    """So many sources that contradict each other: the first is trusted, the others are not."""
+    return [rng.choice(TRUSTED), *rng.sample(DOUBTFUL, count - 1)]
