@@ -128,8 +128,9 @@ def find(
     Raises:
         InputError: no such run, iteration or question, or a broken part.
     """
-    number = _iteration(run, question_id, iteration)
-    table = in_order(read_iteration(run, number, [*COLUMNS, "question_id", "question", "text"]))
+    number, wanted = _iteration(run, question_id, iteration), wanted or Wanted()
+    text = [] if wanted.text is None else ["text"]
+    table = in_order(read_iteration(run, number, [*COLUMNS, "question_id", "question", *text]))
     if question_id is not None:
         table = table.filter(pc.equal(table["question_id"], question_id))
     rollouts = columns_of(table)
@@ -140,7 +141,7 @@ def find(
         "ess": rollouts.ess / rollouts.size,
         "uncertain": -figures.selector_entropy,
     }[sort]
-    meets = _meets(table, rollouts, figures, wanted or Wanted())
+    meets = _meets(table, rollouts, figures, wanted)
     places = [int(place) for place in np.argsort(key, kind="stable") if meets[place]]
     return Found(run, number, table, rollouts, figures, places)
 
@@ -191,13 +192,15 @@ def changes(
         other: another one, whose last times are compared with the last times of `run`; None compares within `run`.
         first, last: the iterations to compare; None takes the first and the last time of each question.
     """
-    if other is None:
-        before, after = _times(run, first, keep_first=True), _times(run, last, keep_first=False)
-        both = [(before[i], after[i]) for i in before if i in after and before[i].iteration < after[i].iteration]
+    if other is not None:
+        before, after = _times(run, first)[1], _times(other, last)[1]
+    elif first is None and last is None:
+        before, after = _times(run, None)
     else:
-        before, after = _times(run, first, keep_first=False), _times(other, last, keep_first=False)
-        both = [(before[i], after[i]) for i in before if i in after]
-    return sorted((Change(*pair) for pair in both), key=lambda change: change.evidence)
+        before, after = _times(run, first)[0], _times(run, last)[1]
+    both = [Change(before[i], after[i]) for i in before if i in after]
+    twice = [change for change in both if other is not None or change.before.iteration < change.after.iteration]
+    return sorted(twice, key=lambda change: change.evidence)
 
 
 def rows_of(run: str | Path, iteration: int | None, wanted: Wanted) -> Iterator[pa.Table]:
@@ -208,18 +211,21 @@ def rows_of(run: str | Path, iteration: int | None, wanted: Wanted) -> Iterator[
         yield in_order(_whole_rows(found, position[found.places].tolist()))
 
 
-def _times(run: str | Path, iteration: int | None, *, keep_first: bool) -> dict[str, Brief]:
-    """Each question at one time: in an iteration, or the first or the last of all."""
-    kept: dict[str, Brief] = {}
+def _times(run: str | Path, iteration: int | None) -> tuple[dict[str, Brief], dict[str, Brief]]:
+    """Each question the first and the last time that it was sampled: in an iteration, or in all."""
+    first: dict[str, Brief] = {}
+    last: dict[str, Brief] = {}
     for number in iterations(run) if iteration is None else [iteration]:
         for brief in briefly(find(run, iteration=number)):
-            if not keep_first or brief.question_id not in kept:
-                kept[brief.question_id] = brief
-    return kept
+            first.setdefault(brief.question_id, brief)
+            last[brief.question_id] = brief
+    return first, last
 
 
 def _whole_rows(found: Found, positions: Sequence[int]) -> pa.Table:
     """All columns of some questions, by their positions in the iteration: one part is in memory at a time."""
+    if not positions:
+        return log.SCHEMA.empty_table()
     wanted = pa.array(positions, pa.int32())
     parts = (log.read([path]) for path in log.part_paths(found.run, found.iteration))
     return pa.concat_tables([part.filter(pc.is_in(part["position"], wanted)) for part in parts])

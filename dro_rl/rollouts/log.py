@@ -146,8 +146,8 @@ def read(paths: Sequence[Path], columns: Sequence[str] | None = None) -> pa.Tabl
     tables = []
     for path in paths:
         try:
-            schema = pq.read_schema(path)
-            found = (schema.metadata or {}).get(b"dro_rl.rollouts.version", b"none").decode()
+            file = pq.ParquetFile(path)
+            found = (file.schema_arrow.metadata or {}).get(b"dro_rl.rollouts.version", b"none").decode()
             if found != VERSION:
                 raise InputError(
                     str(path),
@@ -155,7 +155,7 @@ def read(paths: Sequence[Path], columns: Sequence[str] | None = None) -> pa.Tabl
                     f"this release reads version {VERSION}",
                     "Use the release that wrote it.",
                 )
-            tables.append(pq.read_table(path, columns=None if columns is None else list(columns)))
+            tables.append(file.read(columns=None if columns is None else list(columns), use_threads=False))
         except (pa.ArrowInvalid, OSError) as error:
             raise InputError(
                 str(path),
