@@ -112,4 +112,7 @@ def claim(record: Path, facts: Mapping[str, Any], differs: Callable[[str, Any, A
 def refuse_foreign(folder: Path, place: str, work: str) -> None:
     """Refuse a folder with files in it for work that has a folder of its own. Hidden files are no matter."""
     if folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
-        raise InputError(place, str(folder), f"this folder is empty or holds {work}", "Use another.")
+        found = Phrase("holds something else") if place == str(folder) else str(folder)
+        raise InputError(
+            place, found, f"this is a folder of its own, which is empty or holds {work}", "Use another folder."
+        )

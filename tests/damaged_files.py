@@ -1,6 +1,6 @@
 """Data files with something wrong in them, drawn by a seed: question files, corpora, indexes, manifests.
 
-    python -m tests.damaged_files 2000          in forked processes, under limits of time and memory
+    python -m tests.damaged_files 2000 [KIND …]     in forked processes, under limits of time and memory
 
 Each is read by the commands that read such files. What must not happen: a traceback, an exit status other than 0 and 2,
 an error that does not say which file. `test_damaged_files.py` runs the first few of each kind.
@@ -121,9 +121,7 @@ def cases(world: World, folder: Path, kind: str, seeds: Sequence[int]) -> Iterat
     for seed in seeds:
         there = folder / f"{kind}-{seed}"
         there.mkdir()
-        yield {"questions": _questions, "corpus": _corpus, "manifest": _manifest, "index": _index}[kind](
-            world, there, random.Random(f"{kind} {seed}")
-        )
+        yield KINDS[kind](world, there, random.Random(f"{kind} {seed}"))
 
 
 def of_questions(world: World, path: Path, folder: Path) -> tuple[tuple[str, ...], ...]:
@@ -337,7 +335,10 @@ def _index(world: World, folder: Path, draw: random.Random) -> Damaged:
 # The long run -------------------------------------------------------------------------------------------------
 
 
-def main(count: int) -> int:
+KINDS = {"questions": _questions, "corpus": _corpus, "manifest": _manifest, "index": _index}
+
+
+def main(count: int, kinds: Sequence[str]) -> int:
     """Run so many cases of each kind, each in a process of its own: one that dies is a finding like any other."""
     import os
     import resource
@@ -348,7 +349,7 @@ def main(count: int) -> int:
         home = Path(name)
         (home / "world").mkdir()
         world = World.make(home / "world")
-        for kind in ("questions", "corpus", "manifest", "index"):
+        for kind in kinds or KINDS:
             started = time.monotonic()
             for seed in range(count):
                 child = os.fork()
@@ -370,4 +371,4 @@ def main(count: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1])))
+    sys.exit(main(int(sys.argv[1]), sys.argv[2:]))

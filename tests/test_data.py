@@ -233,6 +233,16 @@ def test_the_shards_of_a_hub_layout_are_one_split(tmp_path: Path, inner: str) ->
     assert load_questions(str(tmp_path), "dev") == questions(3, seed=1)
 
 
+@pytest.mark.parametrize(("folder", "config"), [("train", None), ("nq/train", "nq"), ("data/train", None)])
+def test_files_that_are_numbered_in_the_folder_of_a_split_are_one(
+    tmp_path: Path, folder: str, config: str | None
+) -> None:
+    (tmp_path / folder).mkdir(parents=True)
+    write(tmp_path / folder / "0000.parquet", questions(5)[:3])
+    write(tmp_path / folder / "0001.parquet", questions(5)[3:])
+    assert load_questions(str(tmp_path), "train", config=config) == questions(5)
+
+
 def test_shards_of_a_configuration(tmp_path: Path) -> None:
     shards(tmp_path / "nq", "train", questions(4))
     assert len(load_questions(str(tmp_path), "train", config="nq")) == 4

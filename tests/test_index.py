@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 from dro_rl.cli import app
 from dro_rl.data.corpus import corpus_hash
 from dro_rl.errors import InputError
+from dro_rl.files import sampled_sha256
 from dro_rl.records import Document
 from dro_rl.retrieval import passages
 from dro_rl.retrieval.bm25 import BM25
@@ -245,3 +246,30 @@ def test_an_index_of_older_rules_is_refused_for_what_it_is(corpus, tmp_path):
             InputError, match=r"index\.json: format: 1: .*bm25 indexes of format 2; .*other rules\. Build"
         ):
             again()
+
+
+@pytest.mark.parametrize("place", [0, 1, -1])
+def test_an_index_whose_own_files_were_damaged_is_refused(corpus, tmp_path, place):
+    """Defect: a changed byte killed the process within Arrow, or ended in an IndexError of numpy."""
+    build_index(BM25(), str(corpus), tmp_path / "index")
+    for path in sorted((tmp_path / "index").glob("*/*")):
+        whole = path.read_bytes()
+        damaged = bytearray(whole)
+        damaged[place] ^= 255
+        for content in (bytes(damaged), whole[:-1], None):
+            path.unlink() if content is None else path.write_bytes(content)
+            with pytest.raises(InputError, match=rf"{path}: .*an index is whole"):
+                Index(tmp_path / "index")
+        path.write_bytes(whole)
+    assert Index(tmp_path / "index").search(["lamp"], 1)[0]
+
+
+def test_a_large_file_is_known_by_blocks_all_over_it(tmp_path):
+    path = tmp_path / "large"
+    path.write_bytes(bytes(1000))
+    plain = sampled_sha256(path, blocks=4, block=16)
+    for place in (0, 330, 999):
+        path.write_bytes(bytes(1 if at == place else 0 for at in range(1000)))
+        assert sampled_sha256(path, blocks=4, block=16) != plain
+    path.write_bytes(bytes(1001))
+    assert sampled_sha256(path, blocks=4, block=16) != plain

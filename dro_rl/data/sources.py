@@ -1,7 +1,8 @@
 """Where the rows of a split are: a file, or a folder in one of the layouts that people keep.
 
 A folder is one of: a file a split (`train.jsonl`), of several datasets by their configurations (`train/nq.jsonl`,
-`nq/train.jsonl`); a hub's layout (`data/train-00000-of-00002.parquet`); what `save_to_disk` of datasets leaves.
+`nq/train.jsonl`); a hub's layout (`data/train-00000-of-00002.parquet`, `train/0000.parquet`); what `save_to_disk` of
+datasets leaves.
 """
 
 from __future__ import annotations
@@ -23,6 +24,10 @@ logger = logging.getLogger(__name__)
 SAVED = "dataset_info.json"
 SAVED_SPLITS = "dataset_dict.json"
 """What `save_to_disk` writes into the folder of a dataset, and into that of its splits."""
+
+
+NUMBERED = re.compile(r"(part-)?[0-9]{4,}")
+"""Files that are named by their numbers in the folder of a split, as hubs convert datasets and Spark writes them."""
 
 
 def split_rows(
@@ -113,7 +118,7 @@ def files_of_split(folder: Path, split: str, config: str | None = None) -> list[
     for word in same_split(split):
         stems = [word, f"data/{word}"] if config is None else [f"{word}/{config}", f"{config}/{word}"]
         found = [file for place in stems for file in _named(folder / place)]
-        whole = [file for file in found if not _shard(file)]
+        whole = [file for file in found if not (_shard(file) or NUMBERED.match(file.name))]
         if (len(whole) == 1 and len(found) == 1) or (found and not whole):
             _check_shards(found)
             _say(word, split)
@@ -147,11 +152,14 @@ def dev_beside(train_file: str, train_split: str, dev_split: str) -> str | None:
 
 
 def _named(place: Path) -> list[Path]:
-    """The readable files of a stem: `train.jsonl`, `train-00000-of-00002.parquet`."""
-    if not place.parent.is_dir():
-        return []
-    files = (file for file in place.parent.iterdir() if file.is_file() and is_readable(file))
-    return sorted(file for file in files if (_shard(file) or (stem(file),))[0] == place.name)
+    """The readable files of a stem: `train.jsonl`, `train-00000-of-00002.parquet`, `train/0000.parquet`."""
+    beside = [file for file in _files(place.parent) if (_shard(file) or (stem(file),))[0] == place.name]
+    within = [file for file in _files(place) if NUMBERED.match(file.name)]
+    return sorted(beside) + sorted(within)
+
+
+def _files(folder: Path) -> list[Path]:
+    return [file for file in folder.iterdir() if file.is_file() and is_readable(file)] if folder.is_dir() else []
 
 
 def _shard(file: Path) -> tuple[str, int] | None:

@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypedDict, cast
@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from dro_rl import __version__
 from dro_rl.data.corpus import corpus_files, read_corpus, shards
 from dro_rl.errors import InputError, Phrase
-from dro_rl.files import file_sha256, written_whole
+from dro_rl.files import file_sha256, sampled_sha256, written_whole
 from dro_rl.locks import LOCK, claim, owned
 from dro_rl.records import Document
 from dro_rl.retrieval.bm25 import BM25
@@ -55,6 +55,7 @@ class IndexManifest:
         files: the corpus's files as they were: path, bytes, time of change, sha256. Empty for a hub dataset.
         skipped: rows left out, by reason.
         format: version of these fields, and of the retriever's rules.
+        parts: the index's own files, each with a hash of blocks all over it.
         dro_rl: the version that wrote it.
     """
 
@@ -67,6 +68,7 @@ class IndexManifest:
     files: list[FileFact]
     skipped: dict[str, int]
     format: int
+    parts: dict[str, str] = field(default_factory=dict)
     dro_rl: str = __version__
 
 
@@ -94,6 +96,7 @@ class Index:
     def __init__(self, folder: str | Path, rank: int = 0) -> None:
         self.folder = Path(folder)
         self.manifest = read_index_manifest(self.folder)
+        check_parts(self.manifest, self.folder)
         self.passages = PassageStore(self.folder / "passages")
         if len(self.passages) != self.manifest.passages:
             raise InputError(
@@ -194,6 +197,7 @@ def _build(
         corpus_hash=corpus_hash,
         passages=len(passages),
         skipped=dict(skips.counts),
+        parts=_parts(folder),
     )
     with written_whole(folder / "index.json") as beside:
         beside.write_text(json.dumps(asdict(manifest), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -227,6 +231,19 @@ def read_index_manifest(folder: Path) -> IndexManifest:
             "Build the index again, once the folder is deleted.",
         )
     return record(IndexManifest, values, str(path), "an index manifest", "Build the index again.")
+
+
+def check_parts(manifest: IndexManifest, folder: Path) -> None:
+    """Refuse an index whose own files were damaged: the libraries that map them would die, or find something else."""
+    for name, known in manifest.parts.items():
+        path = folder / name
+        if not path.is_file() or sampled_sha256(path) != known:
+            raise InputError(
+                str(path),
+                Phrase("other bytes than were written" if path.is_file() else "missing"),
+                "an index is whole",
+                "Copy it again, or delete the folder and build it again.",
+            )
 
 
 def check_k(k: int, manifest: IndexManifest, folder: Path) -> None:
@@ -302,6 +319,12 @@ def _same_index(folder: Path, asked: Mapping[str, Any]) -> IndexManifest:
             )
     check_weights(manifest, asked["versions"], folder)
     return manifest
+
+
+def _parts(folder: Path) -> dict[str, str]:
+    """The files of the passages and of the retriever, which stand in folders within."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.parent != folder)
+    return {path.relative_to(folder).as_posix(): sampled_sha256(path) for path in paths}
 
 
 def _hashes(files: Any) -> list[Any]:
