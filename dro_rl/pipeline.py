@@ -17,7 +17,9 @@ from dro_rl.errors import InputError, Phrase
 from dro_rl.files import written_whole
 from dro_rl.likelihood import Model
 from dro_rl.models.loading import check_model, declared_ends, load_model, load_tokenizer
+from dro_rl.models.positions import positions_of
 from dro_rl.prompts import Prompter
+from dro_rl.prompts.lengths import check_answers
 from dro_rl.proposal import SamplingParams
 from dro_rl.records import Document, Question, Selection
 from dro_rl.roles import ROLES, Role
@@ -112,7 +114,7 @@ class RAGPipeline:
         roles: Sequence[Role] = ROLES,
         batch_size: int = 8,
     ) -> RAGPipeline:
-        """Load what a run left behind.
+        """Load what a run left behind. Where nothing else says how long a prompt may be, the model's positions do.
 
         Args:
             directory: a run's `output_dir`, with `selector/`, `generator/` and `pipeline.json`.
@@ -136,14 +138,32 @@ class RAGPipeline:
             models[role] = (
                 load_model(str(folder), dtype=dtype or "auto", device_map=None).eval().to(torch.device(device))
             )
+            written = settings.max_completion_length if role == "selector" else settings.max_answer_length
+            positions, _ = positions_of(models[role].config)
             prompters[role] = Prompter(
                 load_tokenizer(str(folder)),
                 templates[role] if templates else str(folder / PROMPT),
-                settings.max_prompt_length,
+                settings.max_prompt_length or (positions and positions - written),
                 settings.chat_template_kwargs,
                 declared_ends(str(folder)),
             )
         return cls(lambda role: nullcontext(models[role]), prompters, settings, batch_size)
+
+    def leave_room(self, questions: Sequence[Question], aliases: str) -> None:
+        """Cut the generator's prompts so that gold answers, which are scored whole, fit behind them too.
+
+        Raises:
+            InputError: `max_prompt_length` says how long prompts are, and leaves too little.
+        """
+        prompter, settings = self.prompters["generator"], self.settings
+        with self.open_role("generator") as model:
+            positions, what = positions_of(model.config)
+        if positions is None:
+            return
+        prompter.max_prompt_length = settings.max_prompt_length
+        longest = check_answers(questions, prompter, aliases, positions, what)
+        if settings.max_prompt_length is None:
+            prompter.max_prompt_length = positions - max(longest, settings.max_answer_length)
 
     def answer(self, question: str, documents: Sequence[Document]) -> Answer:
         """Answer one question from its documents, of which at least one."""

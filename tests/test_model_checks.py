@@ -17,10 +17,13 @@ import yaml
 from training_world import questions, save_model, tokenizer, world
 
 from dro_rl.errors import InputError
+from dro_rl.evaluation.evaluator import evaluate
 from dro_rl.job import preflight
 from dro_rl.job.assembly import build_prompters, load_models
-from dro_rl.job.model_checks import check_models, positions_of
+from dro_rl.job.model_checks import check_models
 from dro_rl.job.prompt_checks import check_prompts
+from dro_rl.models.positions import positions_of
+from dro_rl.pipeline import PipelineSettings, RAGPipeline, save_settings
 from dro_rl.recipe import Recipe, load_recipe
 from dro_rl.records import Question
 
@@ -242,6 +245,25 @@ def test_a_prompt_that_nothing_cuts_fits_the_positions(make: Make, tmp_path: Pat
     error = refusal(lambda: asked(recipe, [*others, long]))
     assert says(error, "max_prompt_length: None", f"question {first.id} has", f"the {role} has 64 positions", "Use ")
     asked(recipe, questions(6))
+
+
+@pytest.mark.parametrize("longest", [None, 40])
+def test_a_served_pair_keeps_to_the_positions(tmp_path: Path, longest: int | None) -> None:
+    """`ask` and `evaluate` too: prompts are cut, and gold answers are scored whole behind them."""
+    for role in ("selector", "generator"):
+        folder = folder_of("gpt2", tmp_path / role, max_position_embeddings=64)
+        (folder / "prompt.jinja").write_text("{% for d in documents %}{{ d.text }}\n{% endfor %}{{ question }}\n")
+    save_settings(tmp_path, PipelineSettings(2, longest, 6, 4, {}))
+    pipeline = RAGPipeline.from_pretrained(tmp_path, device="cpu", dtype=torch.float32)
+    long = [
+        replace(q, documents=tuple(replace(d, text=d.text + " rome" * 40) for d in q.documents))
+        for q in with_answer(19)
+    ]
+    pipeline.leave_room(long, "first")
+    assert len(evaluate(pipeline, long)) == 6
+    if longest is not None:
+        with pytest.raises(InputError, match="max_prompt_length: 40: with the 26 tokens of the answer of question q0"):
+            pipeline.leave_room(with_answer(25), "first")
 
 
 # What is said, and what dies later --------------------------------------------------------------------------

@@ -114,7 +114,7 @@ def run_evaluation(job: EvaluationJob) -> tuple[Report, Path]:
     folder = job.output or job.run / "evaluation" / _folder_name(split, job)
 
     def load() -> RAGPipeline:
-        return RAGPipeline.from_pretrained(
+        pipeline = RAGPipeline.from_pretrained(
             job.run,
             device=job.device,
             dtype=getattr(torch, job.dtype) if job.dtype else None,
@@ -123,6 +123,8 @@ def run_evaluation(job: EvaluationJob) -> tuple[Report, Path]:
             roles=ROLES if job.control == "none" else ("generator",),
             batch_size=job.batch_size,
         )
+        pipeline.leave_room(asked, conditions.answer_aliases)
+        return pipeline
 
     with owned(folder / LOCK, str(folder)):
         _claim(folder, job, {**asdict(conditions), "settings": asdict(settings), **_pair(job, templates)})

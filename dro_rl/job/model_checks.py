@@ -7,7 +7,6 @@ import json
 import logging
 import os
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,6 +19,7 @@ from dro_rl.job.assembly import lora_settings
 from dro_rl.keys.run import RunConfig
 from dro_rl.likelihood.attention import keeps_state
 from dro_rl.models.loading import add_adapter, check_model, check_pickle
+from dro_rl.models.positions import positions_of
 from dro_rl.models.sharding import whole_parameters
 from dro_rl.prompts import load_template
 from dro_rl.recipe import Recipe
@@ -29,8 +29,6 @@ logger = logging.getLogger(__name__)
 
 TRAINABLE = frozenset({"F64", "F32", "F16", "BF16"})
 """Types of weights in a safetensors file."""
-SWITCHING = frozenset({"longrope", "dynamic"})
-"""Rotary embeddings of which one pass has one kind, by the longest of its rows."""
 
 
 def check_models(recipe: Recipe) -> dict[Role, PreTrainedModel]:
@@ -78,21 +76,6 @@ def check_precision(recipe: Recipe, role: Role, config: PretrainedConfig) -> Non
         f"all weights of the {role} train, and in {kind} nearly every update is rounded away",
         f"Use dtype: float32 with bf16: true, or adapters ({role}_lora_r: 16).",
     )
-
-
-def positions_of(config: PretrainedConfig) -> tuple[int | None, str]:
-    """How many tokens prompt and completion may have together, None for any number; and what they are."""
-    text = config.get_text_config()
-    known = getattr(text, "max_position_embeddings", None)
-    ropes: Any = getattr(text, "rope_parameters", None) or {}
-    for rope in (ropes, *(each for each in ropes.values() if isinstance(each, dict))):
-        if rope.get("rope_type") in SWITCHING:
-            original = rope.get("original_max_position_embeddings")
-            return original or known, (
-                f"positions before its rotary embeddings change ({rope['rope_type']}): beyond them the longest row of "
-                "a pass decides what the others are worth"
-            )
-    return known, "positions"
 
 
 def check_positions(recipe: Recipe, role: Role, config: PretrainedConfig) -> None:

@@ -7,16 +7,14 @@ from collections.abc import Mapping, Sequence
 from transformers import AutoConfig
 
 from dro_rl.errors import InputError
-from dro_rl.job.model_checks import positions_of
+from dro_rl.models.positions import positions_of
 from dro_rl.prompts import Prompter
+from dro_rl.prompts.lengths import check_answers
 from dro_rl.prompts.templates import PLACE as TEMPLATE
 from dro_rl.recipe import Recipe
 from dro_rl.records import Document, Question
 from dro_rl.roles import Role
 from dro_rl.selection import format_selection
-
-MEASURED = 100
-"""Answers that are tokenized whatever their size, the longest first."""
 
 
 def check_prompts(recipe: Recipe, questions: Sequence[Question], prompters: Mapping[Role, Prompter]) -> None:
@@ -52,16 +50,7 @@ def check_lengths(
     longest, selects = training.max_prompt_length, role == "selector"
     written = training.max_completion_length if selects else training.max_answer_length
     if not selects:
-        tokens, answered = _longest_answer(questions, prompter, training.answer_aliases, positions - (longest or 0))
-        if tokens + (longest or 0) > positions:
-            raise InputError(
-                "max_prompt_length",
-                longest,
-                f"with the {tokens} tokens of the answer of question {answered} this is at most the generator's "
-                f"{positions} {what}",
-                f"{f'Use {positions - tokens}, or drop' if tokens < positions else 'Drop'} the question.",
-            )
-        written = max(written, tokens)
+        written = max(written, check_answers(questions, prompter, training.answer_aliases, positions, what))
     if longest is not None:
         return
     room, k = positions - written, training.num_selected
@@ -82,22 +71,6 @@ def check_lengths(
                 f"{role} has {positions} {what}",
                 f"Use {room}: documents are cut evenly to fit." if room > 0 else "Use another model.",
             )
-
-
-def _longest_answer(questions: Sequence[Question], prompter: Prompter, aliases: str, room: int) -> tuple[int, str]:
-    """Tokens of the longest gold answer that is scored, its end included, and its question."""
-    answers = [
-        (len(answer.encode()), answer, question.id)
-        for question in questions
-        for answer in (question.answers[:1] if aliases == "first" else question.answers)
-    ]
-    answers.sort(key=lambda each: -each[0])
-    measured = [
-        (len(prompter.completion(answer)), identifier)
-        for place, (size, answer, identifier) in enumerate(answers)
-        if place < MEASURED or size + 2 > room
-    ]
-    return max(measured, key=lambda each: each[0], default=(0, ""))
 
 
 def _bytes(document: Document) -> int:
