@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from dro_rl.pipeline import RAGPipeline
-from dro_rl.records import Document
+from dro_rl import Document, RAGPipeline
 
 rag = RAGPipeline.from_pretrained(sys.argv[1])
 documents = [

@@ -7,11 +7,8 @@ from __future__ import annotations
 
 import sys
 
-from dro_rl.models.loading import load_model, load_tokenizer
-from dro_rl.models.module import SelectorGenerator
-from dro_rl.prompts import Prompter
+from dro_rl import DROConfig, DROTrainer, Prompter, SelectorGenerator, load_model, load_tokenizer
 from dro_rl.toy.world import TOY_BASE, make_world
-from dro_rl.trainer import DROConfig, DROTrainer
 
 base = str(TOY_BASE)
 config = DROConfig(

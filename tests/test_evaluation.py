@@ -233,7 +233,7 @@ def test_rows_of_a_pair_that_was_trained_again_are_not_mixed_in(pair, tmp_path) 
 def test_a_folder_that_holds_something_else_is_left_alone(evaluate, tmp_path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("years of work")
-    assert "holds something else" in evaluate("--overwrite", code=2).output
+    assert "holds what was begun there" in evaluate("--overwrite", code=2).output
     assert (tmp_path / "out" / "thesis.tex").read_text() == "years of work"
 
 

@@ -67,6 +67,25 @@ def test_what_needs_no_torch_does_not_import_it(source: str) -> None:
     assert done.stdout == "False\n", done.stderr
 
 
+READS = {
+    "recipe ls": "dro_rl.cli.recipe dro_rl.shipped",
+    "recipe keys": "dro_rl.keys.reference",
+    "a recipe's keys": "dro_rl.recipe",
+    "data check, data show": "dro_rl.data.check dro_rl.data.readers",
+    "rollouts ls, show, stats, top": "dro_rl.rollouts.read dro_rl.rollouts.find dro_rl.rollouts.signals",
+    "compare": "dro_rl.evaluation.comparison dro_rl.evaluation.report",
+    "retrieval report": "dro_rl.retrieval.report",
+}
+
+
+@pytest.mark.parametrize("command", READS)
+def test_a_command_that_only_reads_files_does_not_wait_for_torch(command: str) -> None:
+    modules = READS[command].replace(" ", ", ")
+    done = subprocess.run([sys.executable, "-c", f"import {modules}, sys; print('torch' in sys.modules)"],
+                          capture_output=True, text=True, timeout=60)  # fmt: skip
+    assert done.stdout == "False\n", done.stderr
+
+
 # Shipped recipes --------------------------------------------------------------------------------------------
 
 

@@ -8,8 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from dro_rl.errors import InputError, Phrase
-from dro_rl.evaluation.evaluator import metric_values
-from dro_rl.evaluation.results import METRICS, Conditions, QuestionResult, read_results
+from dro_rl.evaluation.results import METRICS, Conditions, QuestionResult, metric_values, read_results
 from dro_rl.evaluation.statistics import CONFIDENCE, RESAMPLES, Difference, compare
 from dro_rl.files import written_whole
 

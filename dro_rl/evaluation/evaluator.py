@@ -16,7 +16,16 @@ from accelerate.utils import gather_object
 
 from dro_rl.data.manifest import questions_hash
 from dro_rl.errors import InputError, Phrase
-from dro_rl.evaluation.results import KS, METRICS, NATS, Conditions, QuestionResult, candidates_hash, write_results
+from dro_rl.evaluation.results import (
+    KS,
+    METRICS,
+    Conditions,
+    QuestionResult,
+    candidates_hash,
+    metric_values,
+    results_by_type,
+    write_results,
+)
 from dro_rl.files import written_whole
 from dro_rl.likelihood import answer_logp, score_rows
 from dro_rl.metrics import answer_recall_at_k, exact_match, f1, precision_at_k, recall_at_k, rouge_l
@@ -136,18 +145,6 @@ def summarise(results: Sequence[QuestionResult], conditions: Conditions) -> dict
     }
     by_type = {kind: _means(of_type) for kind, of_type in results_by_type(results).items()}
     return {**summary, "by_type": by_type} if by_type else summary
-
-
-def results_by_type(results: Sequence[QuestionResult]) -> dict[str, list[QuestionResult]]:
-    """The results of each number of hops or question type; nothing where none is known."""
-    types = sorted({result.type for result in results if result.type})
-    return {kind: [result for result in results if result.type == kind] for kind in types}
-
-
-def metric_values(results: Sequence[QuestionResult], metric: str) -> list[float]:
-    """A metric of each question, in the unit of its mean: percent, or nats. NaN where it is undefined."""
-    scale = 1.0 if metric in NATS else 100.0
-    return [scale * result.scores[metric] for result in results]
 
 
 def _means(results: Sequence[QuestionResult]) -> dict[str, Any]:

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dro_rl.data.manifest import Manifest
-from dro_rl.evaluation.evaluator import metric_values, results_by_type
-from dro_rl.evaluation.results import METRICS, NATS, Conditions, QuestionResult
+from dro_rl.evaluation.results import METRICS, NATS, Conditions, QuestionResult, metric_values, results_by_type
 from dro_rl.evaluation.statistics import CONFIDENCE, RESAMPLES, Estimate, estimate
 from dro_rl.files import written_whole
 from dro_rl.shown import markdown

@@ -168,6 +168,18 @@ def read_results(path: Path) -> tuple[list[QuestionResult], Conditions]:
     )
 
 
+def results_by_type(results: Sequence[QuestionResult]) -> dict[str, list[QuestionResult]]:
+    """The results of each number of hops or question type; nothing where none is known."""
+    types = sorted({result.type for result in results if result.type})
+    return {kind: [result for result in results if result.type == kind] for kind in types}
+
+
+def metric_values(results: Sequence[QuestionResult], metric: str) -> list[float]:
+    """A metric of each question, in the unit of its mean: percent, or nats. NaN where it is undefined."""
+    scale = 1.0 if metric in NATS else 100.0
+    return [scale * result.scores[metric] for result in results]
+
+
 def _result(row: Mapping[str, object]) -> QuestionResult:
     values = dict(row)
     scores = {name: values.pop(name) for name in METRICS}
