@@ -166,6 +166,11 @@ class DROConfig(TrainingKeys, _BaseConfig):  # type: ignore[misc]  # keys take o
         return SelectionSpec(self.num_selected, self.constrain_selection)
 
     @property
+    def questions_per_batch(self) -> float:
+        """Questions whose rollouts make one batch of a device; no whole number where groups are split."""
+        return self.per_device_train_batch_size / self.num_generations
+
+    @property
     def reward_rule(self) -> Reward:
         """What rollouts are weighed by."""
         return parse_reward(self.reward)

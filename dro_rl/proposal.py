@@ -49,7 +49,7 @@ def rollout_seed(*parts: int | str) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def uniforms(seed: int, num_generations: int, length: int) -> torch.Tensor:
-    """(num_generations, length) float64 uniform numbers on [0, 1): the randomness of one prompt's rollouts."""
+def uniforms(seed: int, count: int, length: int) -> torch.Tensor:
+    """(count, length) float64 uniform numbers on [0, 1): the randomness of one prompt's rollouts."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.rand(num_generations, length, generator=generator, dtype=torch.float64)
+    return torch.rand(count, length, generator=generator, dtype=torch.float64)

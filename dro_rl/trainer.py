@@ -10,7 +10,6 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -50,7 +49,7 @@ from dro_rl.models.sharding import inference
 from dro_rl.pipeline import PROMPT, PipelineSettings, RAGPipeline, save_settings
 from dro_rl.processes import told_by_main
 from dro_rl.prompts import Prompter
-from dro_rl.records import Question, Rollout, Sample
+from dro_rl.records import Question, Rollout
 from dro_rl.roles import ROLES, Role
 from dro_rl.rollouts.diagnostics import Summary, columns, logged, summarize
 
@@ -117,7 +116,7 @@ class DROTrainer(_BaseTrainer):
         self._step_metrics: dict[str, list[float]] = defaultdict(list)
         self._losses: dict[str, float] = defaultdict(float)
         self._skipped = 0  # tokens of the selector's rows in the step that would have taught it nothing
-        self._mismatch = EngineMismatch()
+        self._mismatch = EngineMismatch(self.method.sampling)
         self._drops_out = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()) or any(
             getattr(getattr(model, role).config.get_text_config(), "attention_dropout", 0) for role in ROLES
         )
@@ -230,20 +229,21 @@ class DROTrainer(_BaseTrainer):
         if not rollouts.weighed:
             self._rollouts = rollouts = self.iterations.weighed(rollouts, self._done)
         self._done.clear()
-        m, weighed = self.args.num_generations, cast(Sequence[Rollout], rollouts.samples)
-        everything = [weighed[first : first + m] for first in range(0, len(weighed), m)]
-        groups = [everything[place] for place in self.schedule.positions(step)]
-        refuse_nonfinite_rollouts((rollout for group in groups for rollout in group), step, self.run_dir)
+        groups = rollouts.at(self.schedule.positions(step))
+        drawn = [rollout for group in groups for rollout in group]
+        refuse_nonfinite_rollouts(drawn, step, self.run_dir)
         metrics = logged(self._summarize(groups))
-        plain = [rollout for group in groups for rollout in group if self._samples_plainly(rollout)]
-        if plain and not rollouts.on_policy:  # the E-step scored them, by weights that the engine was sent
-            difference = torch.tensor([rollout.selection_logp - rollout.proposal_logp for rollout in plain])
-            self._compare_with_engine(difference, sum(len(rollout.token_ids) for rollout in plain), rollouts)
+        if not rollouts.on_policy:
+            metrics |= self._mismatch.of_rollouts(drawn, stale=rollouts.staleness > 0)
         if self.args.overlap_rollouts:
             metrics["sampling/staleness"] = rollouts.staleness
-        if (step + 1) % self.schedule.steps_per_iteration == 0:
-            ended = self._summarize(everything)
+        if self.schedule.ends_iteration(step):
+            ended = self._summarize(rollouts.at(range(len(rollouts.groups))))
             metrics |= self.signals.end_iteration(rollouts.iteration + 1, ended, self._mismatch.a_token)
+        self._note(metrics)
+
+    def _note(self, metrics: Mapping[str, float]) -> None:
+        """For the step's log."""
         for name, value in metrics.items():
             self._step_metrics[name].append(value)
 
@@ -269,7 +269,7 @@ class DROTrainer(_BaseTrainer):
             and self.schedule.questions_per_iteration == self.schedule.questions_per_step
             and self.args.interleave == "joint"
             and all(self.args.role_learning_rate(role) > 0 for role in ROLES)
-            and self.args.per_device_train_batch_size % self.args.num_generations == 0
+            and self.args.questions_per_batch.is_integer()
             and self.args.min_weight == 0
             and self.method.reward.is_likelihood
             and not self._drops_out
@@ -333,14 +333,11 @@ class DROTrainer(_BaseTrainer):
 
         Every process has as many, since those that shard parameters meet in each pass.
         """
-        m, roles = self.args.num_generations, self._active()
-        mine: dict[int, list[int]] = defaultdict(list)  # by the question's position in the iteration
-        for slot in slots:
-            mine[slot // m].append(slot % m)
+        roles = self._active()
         with self.clock.phase("inputs"):
             groups = []
-            for position, places in mine.items():
-                whole = rollouts.samples[position * m : (position + 1) * m]
+            for position, places in self.schedule.places(slots).items():
+                whole = rollouts.groups[position]
                 question = self.train_questions[whole[0].question]
                 groups.append(Group(whole, places, question, self.prompters, self.method, roles))
             packed = {role: self.fast_path.takes(role, max(group.depth(role) for group in groups)) for role in roles}
@@ -348,14 +345,13 @@ class DROTrainer(_BaseTrainer):
             batches = [[groups[i] for i in run] for run in passes(sizes, self.args.tokens_per_microbatch)]
             most = int(self.accelerator.gather(torch.tensor([len(batches)], device=self.args.device)).max())
             batches += [[] for _ in range(most - len(batches))]
-            first_step = self.state.global_step % self.schedule.steps_per_iteration == 0
             return [
                 MicroBatch(
                     batch,
                     self.method,
                     roles,
                     on_policy=rollouts.on_policy,
-                    unmoved=first_step and not self._drops_out,
+                    unmoved=self.schedule.begins_iteration(self.state.global_step) and not self._drops_out,
                     eos_token_id=self.prompters["generator"].eos_token_id,
                 )
                 for batch in batches
@@ -373,26 +369,13 @@ class DROTrainer(_BaseTrainer):
         for role, tokens in micro_batch.tokens.items():
             self.clock.count(role, tokens, tokens * self._flops[role].step)
         self._skipped += micro_batch.tokens_skipped
-        scale = self.args.num_generations / self.args.per_device_train_batch_size
-        losses = {role: scale * loss for role, loss in output.losses.items()}
+        losses = {role: loss / self.args.questions_per_batch for role, loss in output.losses.items()}
         for role, loss in losses.items():
             self._losses[f"{role}/loss"] += (value := loss.item())
             self._refuse_nonfinite(value, "the loss", role)
-        selected = output.logps.get("selector")
-        if micro_batch.drawn_here and selected is not None:
-            difference = selected.double().cpu() - micro_batch.proposal_logps()
-            self._compare_with_engine(difference, micro_batch.completion_tokens, self._rollouts)
+        self._note(self._mismatch.of_pass(micro_batch, output.logps.get("selector")))
         loss = torch.stack(list(losses.values())).sum()
         return (loss, output) if return_outputs else loss
-
-    def _samples_plainly(self, sample: Sample) -> bool:
-        """Whether log q of a sample is meant to be log p, up to the engine."""
-        return replace(self.method.sampling, temperature=sample.temperature).on_policy
-
-    def _compare_with_engine(self, difference: Tensor, tokens: int, rollouts: Rollouts | None) -> None:
-        stale = rollouts is not None and rollouts.staleness > 0
-        for name, value in self._mismatch.measure(difference, tokens, stale=stale).items():
-            self._step_metrics[name].append(value)
 
     # The optimizer: a learning rate and a clip for each model
 

@@ -89,7 +89,7 @@ def test_one_end_and_a_list_of_one_are_the_same(make_model) -> None:
 
 
 def test_vllm_is_told_every_end() -> None:
-    options = request_options(SamplingParams(5), 2, 0, (1, 5))
+    options = request_options(GenerationRequest([], 2, SamplingParams(5), []), 0, (1, 5))
     assert options["stop_token_ids"] == [1, 5]
     assert options["ignore_eos"] is True  # which would be the tokenizer's alone
 

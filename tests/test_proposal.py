@@ -288,8 +288,8 @@ def config_of(**settings: Any) -> DROConfig:
     return DROConfig(output_dir="unused", report_to="none", num_generations=4, **settings)
 
 
-def group(numbers: Sequence[tuple[int, ...]], temperature: float) -> list[Sample]:
-    return [Sample(0, i, (), (), "", Selection(n, bool(n)), temperature=temperature) for i, n in enumerate(numbers)]
+def group(numbers: Sequence[tuple[int, ...]], temperature: float) -> list[list[Sample]]:
+    return [[Sample(0, i, (), (), "", Selection(n, bool(n)), temperature=temperature) for i, n in enumerate(numbers)]]
 
 
 DIFFERENT, SAME, INVALID = [(1,), (2,), (3,), (1, 2)], [(1,)] * 4, [()] * 4

@@ -323,7 +323,9 @@ def test_a_dry_run_prints_the_command(tmp_path: Path) -> None:
 def test_a_request_says_every_parameter_and_a_seed_of_its_own() -> None:
     """What it left out would come from the model's generation_config.json."""
     sampling = SamplingParams(9, 0.7, 0.9, 50, 0.01)
-    first, second = (request_options(sampling, 4, rollout_seed(0, 1, i), 2) for i in range(2))
+    first, second = (
+        request_options(GenerationRequest([], 4, sampling, []), rollout_seed(0, 1, i), 2) for i in range(2)
+    )
     assert first["seed"] != second["seed"]
     assert 0 <= first["seed"] < 2**63 - 4
     del first["seed"]

@@ -32,21 +32,25 @@ class Rollouts:
 
     Args:
         iteration: 0-based.
-        samples: by slot: m of each of the iteration's questions. Weighed (`Rollout`) or, where the first pass of the
-            M-step weighs them, not yet.
+        groups: the m samples of each of the iteration's questions, by position. Weighed (`Rollout`) or, where the first
+            pass of the M-step weighs them, not yet.
         on_policy: whether they were drawn from the policy that weighs them.
         staleness: updates between the weights that sampled and those that train on them first.
     """
 
     iteration: int
-    samples: Sequence[Sample]
+    groups: Sequence[Sequence[Sample]]
     on_policy: bool
     staleness: int = 0
 
     @property
     def weighed(self) -> bool:
         """Whether weights are known."""
-        return all(isinstance(sample, Rollout) for sample in self.samples)
+        return all(isinstance(sample, Rollout) for group in self.groups for sample in group)
+
+    def at(self, positions: Sequence[int]) -> list[list[Rollout]]:
+        """The weighed groups of some questions."""
+        return [[sample for sample in self.groups[place] if isinstance(sample, Rollout)] for place in positions]
 
 
 class Iterations:
@@ -96,7 +100,7 @@ class Iterations:
         if self._main:  # cut otherwise, by a run with another number of processes
             for leftover in rollout_log.part_paths(self.run_dir, iteration + 1)[len(parts) :]:
                 leftover.unlink()
-        rollouts = Rollouts(iteration, samples, on_policy)
+        rollouts = Rollouts(iteration, self._grouped(samples), on_policy)
         if ahead is not None:
             rollouts = replace(rollouts, on_policy=False, staleness=step - ahead.step)
         if self.config.overlap_rollouts and iteration + 1 < self.config.num_iterations:
@@ -111,9 +115,9 @@ class Iterations:
             done: by slot, the step's rollouts that went through this process.
         """
         everything = {slot: rollout for part in gather_object([dict(done)]) for slot, rollout in part.items()}
-        found = [everything[slot] for slot in range(len(rollouts.samples))]
+        found = [everything[slot] for slot in range(len(everything))]
         self._write(rollouts.iteration, 0, self._parts(rollouts.iteration, 0.0)[0], found)
-        return replace(rollouts, samples=found)
+        return replace(rollouts, groups=self._grouped(found))
 
     def close(self) -> None:
         """Wait for rollouts in flight, which early stopping leaves, and end the engine's part in the run."""
@@ -135,6 +139,10 @@ class Iterations:
             )
             for first in range(0, len(indices), size)
         ]
+
+    def _grouped(self, samples: Sequence[Sample]) -> list[Sequence[Sample]]:
+        m = self.config.num_generations
+        return [samples[first : first + m] for first in range(0, len(samples), m)]
 
     def _mine(self, part: Asked) -> Asked:
         """What falls to this process: one question in `world_size`."""
@@ -181,17 +189,18 @@ class Iterations:
         """What an iteration is sampled at. The guard goes by the iteration before: from memory, or from the log."""
         found = [0.0]
         if self._main:
-            known: Sequence[Sample] = ()
+            known: Sequence[Sequence[Sample]] = ()
             if self.config.duplicate_threshold is not None:
                 if before is not None and before.iteration == iteration - 1:
-                    known = before.samples
+                    known = before.groups
                 else:
-                    known = rollout_log.to_rollouts(rollout_log.read(rollout_log.part_paths(self.run_dir, iteration)))
+                    logged = rollout_log.read(rollout_log.part_paths(self.run_dir, iteration))
+                    known = self._grouped(rollout_log.to_rollouts(logged))
             found[0] = guarded_temperature(self.config, iteration, known)
-            if known and found[0] != known[0].temperature:
-                repeated = repeated_share(known, self.config.num_generations)
+            if known and found[0] != known[0][0].temperature:
+                repeated = repeated_share(known)
                 logger.info(
-                    f"iteration {iteration + 1}: temperature {known[0].temperature:.3g} -> {found[0]:.3g}, after "
+                    f"iteration {iteration + 1}: temperature {known[0][0].temperature:.3g} -> {found[0]:.3g}, after "
                     f"{repeated:.0%} of the rollouts repeated another "
                     f"(duplicate_threshold: {self.config.duplicate_threshold})"
                 )

@@ -106,6 +106,7 @@ class MicroBatch:
         self._fresh = not all(isinstance(rollout, Rollout) for rollout in self.rollouts)
         self._unmoved = unmoved or self._fresh
         self._nothing = Row((eos_token_id,), [(eos_token_id,)])
+        self._size = len(groups[0].whole) if groups else 1  # m
         self._idle = [False] * len(groups)
         self.tokens: dict[Role, int] = {}
         """Of each role's rows, once it has read them."""
@@ -234,7 +235,7 @@ class MicroBatch:
         Args:
             logps: of the moment, in the order of the selector's rows; None where they are those of the E-step.
         """
-        m, weighting = self.method.num_generations, self.method.weighting
+        weighting, m = self.method.weighting, self._size
         mine = [g * m + place for g, group in enumerate(self.groups) for place in group.mine]
         everything: list[Sample] = [sample for group in self.groups for sample in group.whole]
         for i, rollout in zip(mine, self.rollouts, strict=True):
@@ -268,7 +269,7 @@ class MicroBatch:
         return summed
 
     def _matrix(self, values: Sequence[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64).reshape(-1, self.method.num_generations)
+        return torch.tensor(values, dtype=torch.float64).reshape(-1, self._size)
 
 
 def _is_light(sample: Sample, min_weight: float) -> bool:

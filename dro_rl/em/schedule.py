@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -72,6 +72,21 @@ class Schedule:
         epoch, within = divmod(within, self.steps_per_iteration // self.m_step_epochs)
         order = self._shuffled(self.questions_per_iteration, 1, iteration, epoch)
         return order[within * self.questions_per_step :][: self.questions_per_step].tolist()
+
+    def places(self, slots: Sequence[int]) -> dict[int, list[int]]:
+        """Slots as the rollouts that they are: by the question's position in the iteration, places in its group."""
+        found: dict[int, list[int]] = {}
+        for slot in slots:
+            found.setdefault(slot // self.num_generations, []).append(slot % self.num_generations)
+        return found
+
+    def ends_iteration(self, step: int) -> bool:
+        """Whether a step is its iteration's last."""
+        return (step + 1) % self.steps_per_iteration == 0
+
+    def begins_iteration(self, step: int) -> bool:
+        """Whether a step is its iteration's first: the weights are still those of the E-step."""
+        return step % self.steps_per_iteration == 0
 
     def _shuffled(self, count: int, *key: int) -> np.ndarray:
         return np.random.default_rng([self.seed, *key]).permutation(count)

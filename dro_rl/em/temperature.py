@@ -25,13 +25,13 @@ def scheduled_temperature(config: DROConfig, iteration: int) -> float:
     return (1 - share) * config.temperature + share * config.temperature_end
 
 
-def guarded_temperature(config: DROConfig, iteration: int, before: Sequence[Sample]) -> float:
-    """The temperature of an iteration, given the rollouts of the one before (none for the first)."""
+def guarded_temperature(config: DROConfig, iteration: int, before: Sequence[Sequence[Sample]]) -> float:
+    """The temperature of an iteration, given the groups of the one before (none for the first)."""
     scheduled = scheduled_temperature(config, iteration)
     if config.duplicate_threshold is None or not before:
         return scheduled
-    factor = before[0].temperature / scheduled_temperature(config, iteration - 1)
-    repeated = repeated_share(before, config.num_generations)
+    factor = before[0][0].temperature / scheduled_temperature(config, iteration - 1)
+    repeated = repeated_share(before)
     if repeated > config.duplicate_threshold:
         factor *= STEP
     elif repeated <= config.duplicate_threshold:  # not so where no rollout could repeat another (NaN)
@@ -39,6 +39,6 @@ def guarded_temperature(config: DROConfig, iteration: int, before: Sequence[Samp
     return min(scheduled * factor, max(scheduled, config.temperature_max))
 
 
-def repeated_share(rollouts: Sequence[Sample], m: int) -> float:
-    """`duplicate_share` of rollouts in order, m of each question."""
-    return duplicate_share([[r.selection for r in rollouts[i : i + m]] for i in range(0, len(rollouts), m)])
+def repeated_share(groups: Sequence[Sequence[Sample]]) -> float:
+    """`duplicate_share` of the rollouts of some questions."""
+    return duplicate_share([[rollout.selection for rollout in group] for group in groups])

@@ -178,7 +178,7 @@ class ColocatedEngine:
                 [{"prompt_token_ids": list(prompt)} for prompt, _, _ in requests],
                 [
                     VLLMSamplingParams(
-                        **request_options(request.sampling, request.num_generations, seed, self._ends),
+                        **request_options(request, seed, self._ends),
                         detokenize=False,
                         extra_args=asked,
                     )

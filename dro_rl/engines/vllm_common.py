@@ -17,8 +17,8 @@ import torch
 from packaging.version import Version
 
 from dro_rl.config import DROConfig
+from dro_rl.engines.protocol import GenerationRequest
 from dro_rl.errors import InputError, Phrase
-from dro_rl.proposal import SamplingParams
 from dro_rl.selection.constraint import SelectionConstraint
 
 VERSIONS = ("0.22", "0.31")
@@ -60,17 +60,16 @@ def vllm_version() -> str:
     return "0"
 
 
-def request_options(
-    sampling: SamplingParams, num_generations: int, seed: int, ends: int | Sequence[int]
-) -> dict[str, Any]:
+def request_options(request: GenerationRequest, seed: int, ends: int | Sequence[int]) -> dict[str, Any]:
     """One question's sampling parameters, under the names that vLLM's `SamplingParams` and its server share.
 
     vLLM gives sample i of a request the seed `seed + i`, so the samples differ, and are the same whatever else is in
     the batch. Every parameter is said, so that a model's `generation_config.json` has no part in q, and a completion
     ends where the transformers engine ends it, with one of `ends`.
     """
+    sampling = request.sampling
     return {
-        "n": num_generations,
+        "n": request.num_generations,
         "seed": seed % 2**62,  # below the largest that vLLM takes, with room for i
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,

@@ -280,7 +280,7 @@ class ServerEngine:
             return []
 
         def ask(i: int) -> list[Completion]:
-            options = request_options(request.sampling, request.num_generations, request.seeds[i], self._ends)
+            options = request_options(request, request.seeds[i], self._ends)
             if constraints is not None:
                 options["vllm_xargs"] = constrained(constraints[i])
             # Each process begins with another server: one may have a single question.
