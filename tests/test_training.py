@@ -18,6 +18,7 @@ from dro_rl import likelihood, pipeline
 from dro_rl.cli import app
 from dro_rl.data import load_questions
 from dro_rl.em import fast_path
+from dro_rl.em.checkpoints import Checkpoints
 from dro_rl.errors import InputError
 from dro_rl.job.assembly import build_prompters, load_models
 from dro_rl.likelihood import completion_logps, packing
@@ -205,12 +206,13 @@ def test_a_run_with_dropping_adapters_resumes(job: Job) -> None:
     assert (run / "selector" / "model.safetensors").is_file()
 
 
-def test_a_run_is_resumed_with_steps_of_the_same_size_only(job: Job) -> None:
-    run = job("run", max_steps=2)
-    path = run / "checkpoint-2" / "schedule.json"
-    saved = json.loads(path.read_text())
-    assert saved == {"questions_per_step": 4, "num_questions": 12}
-    path.write_text(json.dumps({**saved, "questions_per_step": 8}))
+def test_a_run_is_resumed_with_steps_of_the_same_size_only(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice as many processes, say, which would count another place in the run."""
+    twice = {"questions_per_step": 8, "num_questions": 12}
+    with monkeypatch.context() as patched:
+        patched.setattr(Checkpoints, "_steps_hold", lambda _: twice)
+        run = job("run", max_steps=2)
+    assert json.loads((run / "checkpoint-2" / "schedule.json").read_text()) == twice
     with pytest.raises(InputError, match="it had 8 of 12 questions a step, and has 4 of 12 now"):
         job("run", resume_from_checkpoint="auto")
 
