@@ -549,7 +549,8 @@ class DROTrainer(_BaseTrainer):
             if _internal_call:
                 save_role(model, prompter.tokenizer, folder / role, own)
             else:
-                export_role(model, prompter.tokenizer, folder / role, own, extra={PROMPT: prompter.source})
+                extra, ends = {PROMPT: prompter.source}, prompter.ends.stops
+                export_role(model, prompter.tokenizer, folder / role, own, extra, ends=ends)
         if not _internal_call:
             save_settings(folder, self.pipeline_settings())
 

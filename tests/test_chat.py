@@ -16,6 +16,7 @@ from dro_rl.engines.vllm_common import request_options
 from dro_rl.errors import InputError
 from dro_rl.likelihood import completion_logps
 from dro_rl.models.loading import declared_ends
+from dro_rl.models.saving import export_role
 from dro_rl.pipeline import PipelineSettings, RAGPipeline, save_settings
 from dro_rl.prompts import Prompter
 from dro_rl.prompts.defusing import Defuser
@@ -101,6 +102,14 @@ def test_a_constraint_ends_as_completions_do(chat_tokenizer) -> None:
     assert all(token in allowed for token, allowed in zip(written, constraint.allowed_along(written), strict=True))
     assert constraint.allowed(written[:-1]) == (END,)
     assert constraint.allowed(written) == ()
+
+
+def test_an_export_names_every_end(tmp_path: Path, make_model) -> None:
+    """`vllm serve` stops where the run did."""
+    tokenizer = build_tokenizer(chat=True)
+    prompter = Prompter(tokenizer, "generator", declared_ends=(9,))
+    export_role(make_model(), tokenizer, tmp_path / "generator", ends=prompter.ends.stops)
+    assert declared_ends(str(tmp_path / "generator")) == prompter.ends.stops == (EOS, END, 9)
 
 
 def test_a_served_pair_stops_where_its_models_declare(tmp_path: Path, questions) -> None:

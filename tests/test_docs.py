@@ -8,11 +8,15 @@ from dataclasses import fields
 from pathlib import Path
 
 import typer
+import yaml
+from test_layout import LAYERS
 
+import dro_rl
 from dro_rl.cli import app
 from dro_rl.rollouts.diagnostics import Summary
 from dro_rl.rollouts.log import SCHEMA, VERSION
 from dro_rl.rollouts.signals import RULES
+from dro_rl.trainer import DROTrainer
 
 ROOT = Path(__file__).parent.parent
 
@@ -73,3 +77,25 @@ def test_commands_that_documents_give_exist_with_their_options() -> None:
                 given = {word.partition("=")[0] for word in rest if word.startswith("--")}
                 assert given <= known or command.allow_extra_args, f"{document.name}: {line}: {given - known}"
     assert found > 20
+
+
+def test_the_map_draws_every_room_and_every_layer() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    tree, layers = re.findall(r"^```text\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    drawn = [set(line.split(" · ")) for line in layers.splitlines()]
+    assert drawn == [set(rooms) for rooms in reversed(LAYERS)]
+    named = set(re.findall(r"\b(\w+)(?:\.py|/)", tree))
+    assert {room for rooms in LAYERS for room in rooms} <= named
+
+
+def test_the_map_leads_to_files_that_there_are() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text().partition("## The way of a question")[2]
+    for name in re.findall(r"`((?:\w+/)+\w*\.?\w*)`", text):
+        if name != "output_dir/rollouts/":
+            assert (ROOT / name).exists() or (ROOT / "dro_rl" / name).exists(), name
+
+
+def test_the_citation_has_the_version_and_the_paper() -> None:
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert cited["version"] == dro_rl.__version__
+    assert DROTrainer._paper["id"] in cited["preferred-citation"]["url"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from dro_rl.errors import InputError
 from dro_rl.likelihood import row_logps, score_rows
 from dro_rl.likelihood.attention import keeps_state
 from dro_rl.likelihood.packing import Row
-from dro_rl.models.loading import LoraSettings, add_adapter
+from dro_rl.models.loading import LoraSettings, add_adapter, declared_ends, load_model
 from dro_rl.models.saving import export_role, load_role, save_role
 from dro_rl.proposal import SamplingParams
 
@@ -69,6 +70,24 @@ def test_an_export_is_the_model(tmp_path: Path, family: str) -> None:
     export_role(model, tokenizer(), tmp_path / "role")
     served = AutoModelForCausalLM.from_pretrained(tmp_path / "role", dtype=torch.float32)
     torch.testing.assert_close(logits(served), logits(model), atol=1e-5, rtol=1e-5)
+
+
+SAMPLING = {
+    "a temperature for greedy": {"temperature": 0.5, "top_p": 0.9, "do_sample": False},
+    "beams of one": {"length_penalty": 2.0, "num_beams": 1, "early_stopping": True},
+}
+
+
+@pytest.mark.parametrize("case", SAMPLING)
+def test_a_generation_config_that_contradicts_itself_ends_no_run(tmp_path: Path, case: str) -> None:
+    """transformers reads it and refuses to save it: at the first checkpoint."""
+    build("llama").save_pretrained(tmp_path / "given")
+    path = tmp_path / "given" / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **SAMPLING[case], "eos_token_id": [1, 5]}))
+    model = load_model(str(tmp_path / "given"))
+    save_role(model, tokenizer(), tmp_path / "checkpoint")
+    export_role(model, tokenizer(), tmp_path / "role")
+    assert declared_ends(str(tmp_path / "role")) == (1, 5)
 
 
 def adapted(family: str, seed: int) -> PreTrainedModel:

@@ -131,6 +131,14 @@ def test_adapters_alone_are_no_model(make: Make, tmp_path: Path) -> None:
     assert says(error, "selector_model_name_or_path", str(folder), "these are adapters of one", "Merge them")
 
 
+@pytest.mark.parametrize("text", ['{"num_return_sequences": 4, "do_sample": false}', '{"max_new_tokens": 0}'])
+def test_a_generation_config_that_cannot_be_read_is_refused(make: Make, tmp_path: Path, text: str) -> None:
+    folder = save_model(tmp_path / "m", 0)
+    (folder / "generation_config.json").write_text(text)
+    error = refusal(lambda: check_models(make(selector_model_name_or_path=str(folder))))
+    assert says(error, "selector_model_name_or_path", "generation_config.json", "transformers reads it", "Correct it")
+
+
 # Precision --------------------------------------------------------------------------------------------------
 
 

@@ -64,6 +64,15 @@ def check_model(name: str, place: str, *, revision: str | None = None, trust_rem
     if quantised is not None:
         method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else quantised.quant_method
         raise _quantised(place, Phrase(f"{name} ({getattr(method, 'value', method)})"))
+    try:
+        declared_ends(name, revision=revision, trust_remote_code=trust_remote_code)
+    except (ValueError, TypeError) as error:
+        raise InputError(
+            place,
+            Phrase(f"{name}: generation_config.json"),
+            f"transformers reads it ({first_line(error)})",
+            "Correct it, or take the file away.",
+        ) from None
     rows = config.get_text_config().vocab_size
     if len(tokenizer) > rows:
         raise InputError(
@@ -125,7 +134,20 @@ def load_model(name: str, **kwargs: Any) -> PreTrainedModel:
     for config in (model.config, model.config.get_text_config()):
         if getattr(config, "output_router_logits", False):
             config.output_router_logits = False
+    _keep_what_can_be_saved(model)
     return model
+
+
+def _keep_what_can_be_saved(model: PreTrainedModel) -> None:
+    """Of a generation config that contradicts itself, its tokens alone: transformers reads it, but refuses to save it,
+    which would end a run at its first checkpoint. How to sample is never taken from it."""
+    given = model.generation_config
+    try:
+        given.validate(strict=True)
+    except ValueError:
+        model.generation_config = GenerationConfig(
+            bos_token_id=given.bos_token_id, eos_token_id=given.eos_token_id, pad_token_id=given.pad_token_id
+        )
 
 
 def check_pickle(file: Path, place: str) -> None:
@@ -157,7 +179,7 @@ def declared_ends(name: str, *, revision: str | None = None, trust_remote_code: 
     """The tokens that a model says its sequences end in: of its generation config, else of its config."""
     try:
         declared = GenerationConfig.from_pretrained(name, revision=revision or "main").eos_token_id
-    except (OSError, ValueError):  # there is none, or it is not one
+    except OSError:  # there is none
         declared = None
     if declared is None:
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +72,12 @@ def export_role(
     state_dict: dict[str, Tensor] | None = None,
     extra: Mapping[str, str] | None = None,
     *,
+    ends: Sequence[int] = (),
     sealed: bool = False,
 ) -> None:
     """Write one role to serve: a plain causal LM with its tokenizer, and `extra` text files by name.
+
+    Its generation config names `ends` as what ends a sequence, so that any server stops where the run did.
 
     Adapters are merged into the model, and kept in `adapter/`. The folder is whole or the one before; `sealed`, it
     can be told later whether it is (`dro_rl.files.damage`).
@@ -87,6 +91,10 @@ def export_role(
             merged_copy(model, state_dict).save_pretrained(beside)
         else:
             model.save_pretrained(beside, state_dict=state_dict)
+        if ends:
+            generation = copy.deepcopy(model.generation_config)
+            generation.eos_token_id = list(ends)
+            generation.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
         for name, text in (extra or {}).items():
             (beside / name).write_text(text, encoding="utf-8")
@@ -103,8 +111,8 @@ def merged_copy(model: Any, state_dict: Mapping[str, Tensor] | None = None) -> P
 
     base = model.get_base_model()
     with whole_parameters(), torch.random.fork_rng():  # what is drawn here is replaced below
-        copy = get_peft_model(type(base)(base.config), model.peft_config[model.active_adapter])
-    copy.load_state_dict(model.state_dict() if state_dict is None else state_dict)
-    merged = copy.merge_and_unload().to(base.dtype)
+        whole = get_peft_model(type(base)(base.config), model.peft_config[model.active_adapter])
+    whole.load_state_dict(model.state_dict() if state_dict is None else state_dict)
+    merged = whole.merge_and_unload().to(base.dtype)
     merged.generation_config = base.generation_config
     return merged
