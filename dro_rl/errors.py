@@ -65,8 +65,9 @@ def first_line(error: BaseException) -> str:
 def is_full_disk(error: BaseException) -> bool:
     """Whether a write found no room: as the system says it, as safetensors repeats it, as torch's archive writer fails.
 
-    `torch.save` has no words for it. Its writer finds that less was written than it gave.
+    `torch.save` has no words for it. Its writer finds that less was written than it gave, or its stream fails.
     """
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
-    return any(sign in str(error) for sign in ("No space left on device", "PytorchStreamWriter", "unexpected pos"))
+    signs = ("No space left on device", "PytorchStreamWriter", "unexpected pos", "iostream error")
+    return any(sign in str(error) for sign in signs)

@@ -598,6 +598,7 @@ def test_a_full_disk_is_known_by_what_each_library_says() -> None:
     assert is_full_disk(OSError(errno.ENOSPC, "No space left on device"))
     assert is_full_disk(safetensors.SafetensorError("I/O error: No space left on device (os error 28)"))
     assert is_full_disk(RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"))
+    assert is_full_disk(RuntimeError("basic_ios::clear: iostream error"))
     assert not is_full_disk(FileNotFoundError(errno.ENOENT, "No such file"))
     assert not is_full_disk(RuntimeError("PytorchStreamReader failed reading zip archive"))
 

@@ -9,6 +9,7 @@ from dro_rl.cli import app
 from dro_rl.data.corpus import corpus_hash
 from dro_rl.errors import InputError
 from dro_rl.files import sampled_sha256
+from dro_rl.locks import owned
 from dro_rl.records import Document
 from dro_rl.retrieval import passages
 from dro_rl.retrieval.bm25 import BM25
@@ -273,3 +274,14 @@ def test_a_large_file_is_known_by_blocks_all_over_it(tmp_path):
         assert sampled_sha256(path, blocks=4, block=16) != plain
     path.write_bytes(bytes(1001))
     assert sampled_sha256(path, blocks=4, block=16) != plain
+
+
+def test_two_do_not_build_in_one_folder(tmp_path, corpus):
+    with (
+        owned(tmp_path / "index" / ".lock", "index"),
+        pytest.raises(InputError, match="is in use by process"),
+    ):
+        build_index(BM25(), str(corpus), tmp_path / "index")
+    build_index(BM25(), str(corpus), tmp_path / "index")
+    with owned(tmp_path / "index" / ".lock", "index"):
+        assert Index(tmp_path / "index").search(["tin"], 1), "a finished index is read by as many as like"

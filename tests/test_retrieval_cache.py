@@ -6,6 +6,7 @@ import pytest
 from dro_rl.data import load_questions
 from dro_rl.data.manifest import manifest_path, questions_hash, read_manifest
 from dro_rl.errors import InputError
+from dro_rl.locks import owned
 from dro_rl.records import iter_questions, read_questions
 from dro_rl.retrieval import cache
 from dro_rl.retrieval.bm25 import BM25
@@ -245,3 +246,11 @@ def test_a_good_cache_outlives_a_job_that_leaves_no_question(index, asked, outpu
         retrieve(index, nowhere, output, Search(k=3), skip_bad=True, overwrite=True)
     assert read_manifest(output) == made
     assert len(read_questions(output)) == 3
+
+
+def test_two_do_not_write_one_cache(index, asked, output):
+    lock = output.with_name(f".{output.name}.lock")
+    with owned(lock, "output"), pytest.raises(InputError, match="is in use by process"):
+        retrieve(index, asked, output, Search(k=3))
+    retrieve(index, asked, output, Search(k=3))
+    assert not lock.exists()
