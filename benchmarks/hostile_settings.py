@@ -108,7 +108,7 @@ def as_recipe(key: str, value: Any) -> tuple[str, str]:
     try:
         load_recipe(None, {**LEAST, key: value})
     except InputError as error:
-        return "refused" if error.place == key else "unnamed", str(error)
+        return "refused" if key in str(error) else "unnamed", str(error)
     except Exception as error:
         return "traceback", f"{type(error).__name__}: {first_line(error)}"
     return "accepted", ""

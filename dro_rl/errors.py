@@ -62,6 +62,18 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
 
 
+def from_system(error: BaseException) -> InputError | None:
+    """What the system says of a named file or folder, as a user's to correct; None for an error of another kind."""
+    if not isinstance(error, OSError) or error.filename is None or error.strerror is None:
+        return None
+    return InputError(
+        shorten(Phrase(error.filename)),
+        Phrase(error.strerror),
+        "a file or folder of that name can be read or written",
+        "Check the path, its permissions and the disk.",
+    )
+
+
 def is_full_disk(error: BaseException) -> bool:
     """Whether a write found no room: as the system says it, as safetensors repeats it, as torch's archive writer fails.
 

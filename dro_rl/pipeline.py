@@ -15,6 +15,7 @@ from dro_rl.engines.decoding import Decoder
 from dro_rl.engines.protocol import GenerationRequest
 from dro_rl.errors import InputError, Phrase
 from dro_rl.files import written_whole
+from dro_rl.keys.reference import KEYS
 from dro_rl.likelihood import Model
 from dro_rl.models.loading import check_model, declared_ends, load_model, load_tokenizer
 from dro_rl.models.positions import positions_of
@@ -23,6 +24,7 @@ from dro_rl.prompts.lengths import check_answers
 from dro_rl.proposal import SamplingParams
 from dro_rl.records import Document, Question, Selection
 from dro_rl.roles import ROLES, Role
+from dro_rl.rows.small import read_object, record
 from dro_rl.selection import parse_selection
 from dro_rl.selection.constraint import SelectionConstraint
 from dro_rl.selection.thinking import without_thinking
@@ -231,7 +233,14 @@ def read_settings(directory: Path) -> PipelineSettings:
             "this is the output folder of a finished run",
             "Finish the run first.",
         )
-    return PipelineSettings(**json.loads(path.read_text()))
+    what, fix = "what a finished run was told", "Put it back, or write it by finishing the run again."
+    settings = record(PipelineSettings, read_object(path, what, fix), str(path), what, fix)
+    for name, value in asdict(settings).items():
+        try:
+            KEYS[name].check(value)
+        except InputError as error:
+            raise InputError(f"{path}: {name}", value, error.rule, fix) from None
+    return settings
 
 
 def save_settings(directory: Path, settings: PipelineSettings) -> None:

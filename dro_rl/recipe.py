@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from dro_rl.errors import InputError, Phrase, first_line
+from dro_rl.errors import InputError, Phrase, first_line, shorten
 from dro_rl.files import written_whole
 from dro_rl.flat_yaml import parse_yaml, read_yaml
 from dro_rl.keys.inherited import REFUSED, WITHOUT_EFFECT
@@ -143,6 +143,6 @@ def _command_line_value(key: str, items: list[str]) -> Any:
         parsed = [parse_yaml(item, f"--{key}") for item in items]
     except InputError as error:
         raise InputError(
-            f"--{key}", " ".join(items), f"a value is YAML ({error.value})", "Put quotes around it."
+            f"--{key}", " ".join(items), f"a value is YAML ({shorten(error.value)})", "Put quotes around it."
         ) from None
     return parsed[0] if len(parsed) == 1 else parsed or True

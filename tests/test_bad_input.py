@@ -22,6 +22,7 @@ from dro_rl import train
 from dro_rl.errors import InputError, is_full_disk
 from dro_rl.job import model_checks, preflight
 from dro_rl.rollouts import log as rollout_log
+from dro_rl.trainer import DROTrainer
 
 Refuse = Callable[..., str]
 
@@ -569,7 +570,7 @@ def test_a_disk_that_fills_up_ends_the_run_with_its_checkpoints_whole(
     job = [str(home / "recipe.yaml"), "--output_dir", str(run)]
     first = "checkpoint-2"
     place, fails = FULL[case]
-    original = train.DROTrainer._save_checkpoint
+    original = DROTrainer._save_checkpoint
 
     def save_then_fill(self: Any, *args: Any) -> None:
         original(self, *args)

@@ -7,7 +7,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from dro_rl.errors import InputError
+from dro_rl.errors import InputError, from_system
 
 
 class InputErrorGroup(TyperGroup):
@@ -18,5 +18,10 @@ class InputErrorGroup(TyperGroup):
         try:
             return super().invoke(ctx)
         except InputError as error:
-            typer.echo(f"error: {error}", err=True)
-            raise typer.Exit(2) from None
+            found: InputError | None = error
+        except OSError as error:
+            found = from_system(error)
+            if found is None:
+                raise
+        typer.echo(f"error: {found}", err=True)
+        raise typer.Exit(2)

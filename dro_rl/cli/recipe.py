@@ -38,7 +38,7 @@ def show(name: Annotated[str, typer.Argument(metavar="RECIPE", help="A name or a
     from dro_rl.cli.output import console
     from dro_rl.shipped import find
 
-    for line in find(name).read_text(encoding="utf-8").splitlines():
+    for line in find(name).read_text(encoding="utf-8", errors="replace").splitlines():
         console().print(line, soft_wrap=True)
 
 

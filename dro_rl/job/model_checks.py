@@ -209,5 +209,13 @@ def check_adapters(run: RunConfig, role: Role, model: PreTrainedModel) -> None:
             )
     lora = lora_settings(run, role)
     assert lora is not None
+    width = model.config.get_text_config().hidden_size
+    if lora.r > width:
+        raise InputError(
+            f"{role}_lora_r",
+            lora.r,
+            f"adapters are of less rank than the layers, {width} wide",
+            "Use 16, or 0 for none.",
+        )
     with torch.device("meta"):
         add_adapter(without_weights(run, role), lora)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -56,11 +57,12 @@ def prepare(recipe: Recipe, processes: int) -> Prepared:
     """Read what a job reads, and check all that can be checked before a model is loaded: for training and for
     `dro-rl recipe validate` alike. Raises `InputError`."""
     train, dev = read_splits(recipe)
-    disk = check(recipe, train, dev, processes)
+    recipe.training.check_batch(processes, len(train))
+    schedule = Schedule.of(recipe.training, processes, len(train))
+    check_steps(recipe.training, schedule)
+    disk = check(recipe, train, dev)
     prompters = build_prompters(recipe)
     check_prompts(recipe, [*train, *dev], prompters)
-    schedule = Schedule.of(recipe.training, processes, len(train))
-    check_max_steps(recipe.training, schedule)
     return Prepared(train, dev, prompters, schedule, disk)
 
 
@@ -90,17 +92,15 @@ def read_splits(recipe: Recipe) -> tuple[list[Question], list[Question]]:
     )
 
 
-def check(recipe: Recipe, train: Sequence[Question], dev: Sequence[Question], processes: int) -> int:
+def check(recipe: Recipe, train: Sequence[Question], dev: Sequence[Question]) -> int:
     """Settings against data, models and disk. Returns the bytes that the run takes. Raises `InputError`."""
     run, training = recipe.run, recipe.training
-    training.check_batch(processes, len(train))
     for question in (*train, *dev):
         training.check_documents(len(question.documents), question.id)
     if training.metric_for_best_model not in METRICS:
         raise InputError(
             "metric_for_best_model", training.metric_for_best_model, f"this is one of {', '.join(METRICS)}", "Use one."
         )
-    role_factors(training, [rate for role in ROLES if (rate := training.role_learning_rate(role))], steps=1000)
     check_splits(run, train, dev)
     labelled = any(question.supporting for question in dev)
     if str(training.metric_for_best_model).startswith(("recall@", "precision@")) and not labelled:
@@ -118,14 +118,31 @@ def check(recipe: Recipe, train: Sequence[Question], dev: Sequence[Question], pr
     return check_disk(recipe, check_models(recipe))
 
 
-def check_max_steps(training: DROConfig, schedule: Schedule) -> None:
-    """Refuse to go on after the last iteration."""
-    if training.max_steps > schedule.total_steps:
+def check_steps(training: DROConfig, schedule: Schedule) -> None:
+    """Refuse to go on after the last iteration, and learning rates that do not come to numbers on the way there."""
+    steps = schedule.total_steps
+    if training.max_steps > steps:
         raise InputError(
             "max_steps",
             training.max_steps,
-            f"num_iterations: {training.num_iterations} is {schedule.total_steps} steps in all",
+            f"num_iterations: {training.num_iterations} is {steps} steps in all",
             "Lower it, leave it out, or raise num_iterations.",
+        )
+    rates = [rate for rate in map(training.role_learning_rate, ROLES) if rate > 0]
+    try:
+        factors = role_factors(training, rates, steps)
+        values = [float(factor(step)) for factor in factors for step in {0, 1, steps // 2, steps - 1}]
+        problem = "" if all(0 <= value < math.inf for value in values) else "they come to numbers below 0, or none"
+    except InputError:
+        raise
+    except Exception as error:  # each schedule has errors of its own
+        problem = first_line(error)
+    if problem:
+        raise InputError(
+            "lr_scheduler_kwargs",
+            training.lr_scheduler_kwargs,
+            f"learning rates are made of it ({problem})",
+            "Correct it, or leave it out.",
         )
 
 

@@ -278,15 +278,6 @@ class TrainingKeys:
     fp16: bool = option(False, "Compute in float16, with a scaled loss.")
     tf32: bool | None = option(None, "Multiply float32 by TF32 (Ampere and later GPUs); unset: as torch has it.")
     gradient_checkpointing: bool = option(True, "Recompute activations in the backward pass: less memory, more time.")
-    gradient_checkpointing_kwargs: dict[str, Any] | None = option(
-        None,
-        "How: {use_reentrant: false}, which is the default, or true.",
-        Rule(
-            "{use_reentrant: true or false}",
-            "Leave it out.",
-            lambda value: set(value) <= {"use_reentrant"} and all(isinstance(flag, bool) for flag in value.values()),
-        ),
-    )
     torch_empty_cache_steps: int | None = option(
         None, "Steps after which torch's cache of GPU memory is emptied; unset: never.", at_least(1)
     )

@@ -193,6 +193,8 @@ def read_released(found: Rows, format: str | None, source: Source, *, bad: Bad =
     if first is None:
         return
     name = format or sniff(first[1], first[0])
+    if name not in FORMATS:
+        raise InputError("--format", name, f"formats are {', '.join(FORMATS)}", "Use one of them.")
     own = FORMATS[name].dataset
     if own and not format and source.dataset not in ("", own):
         raise InputError(

@@ -1,0 +1,57 @@
+"""The job from top to bottom: recipe, data, checks, warm-up, models, training, evaluation, export."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import transformers
+from transformers import set_seed
+
+from dro_rl.evaluation.plots import plot_curves
+from dro_rl.job import preflight
+from dro_rl.job.assembly import evaluate_base, load_models, load_reference, warm_up_models
+from dro_rl.job.console import kept, print_phases, print_signals, print_stages
+from dro_rl.job.identity import inputs_of
+from dro_rl.job.output import claimed_output_dir
+from dro_rl.recipe import Recipe, load_recipe, parse_command_line
+from dro_rl.trainer import DROTrainer
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Do what a command line, `RECIPE [--key value …]`, says. Raises `InputError` for what a user can correct."""
+    transformers.utils.logging.disable_progress_bar()  # ours show the work; loading and writing files is brief
+    recipe = load_recipe(*parse_command_line(arguments))
+    job = preflight.prepare(recipe, recipe.training.world_size)
+    inputs = partial(inputs_of, recipe, job.train, job.dev, job.prompters)
+    with claimed_output_dir(recipe, inputs) as checkpoint:
+        run_training(recipe, job, checkpoint)
+
+
+def run_training(recipe: Recipe, job: preflight.Prepared, checkpoint: str | None) -> None:
+    """What happens in the output folder: warm-up, models, training, evaluation, export."""
+    run, training = recipe.run, recipe.training
+    set_seed(training.seed)
+    evaluate_base(recipe, job.dev, job.prompters)
+    sources = warm_up_models(recipe, job.train, job.prompters)
+    set_seed(training.seed)
+    trainer = DROTrainer(
+        load_models(recipe, sources),
+        training,
+        job.train,
+        job.dev,
+        job.prompters,
+        eval_split=run.dataset_eval_split,
+        initial_stage="base" if run.warmup == "none" else "warmup",
+        reference=load_reference(recipe, sources),
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.evaluate(stage="final")
+    trainer.save_model()
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        print_phases(trainer.phases(), trainer.peak_flops)
+        curves = plot_curves(trainer.run_dir)
+        print_signals(trainer.signals.found, trainer.signals.spans)
+        metric, more = str(training.metric_for_best_model), bool(training.greater_is_better)
+        print_stages(trainer.stages, trainer.run_dir, curves, kept(trainer.stages, trainer.kept_stage, metric, more))
