@@ -47,6 +47,13 @@ def test_a_gold_answer_ends_as_the_template_ends_a_turn(end: str, written: int) 
     assert prompter.ends.written == written
 
 
+@pytest.mark.parametrize(
+    ("declared", "written"), [((), EOS), ((EOS,), EOS), ((9, EOS), EOS), ((9, 8), 9), ((10**6,), EOS)]
+)
+def test_without_a_template_it_ends_as_the_tokenizer_says_unless_the_model_declares_others(declared, written) -> None:
+    assert Prompter(build_tokenizer(), "generator", declared_ends=declared).ends.written == written
+
+
 def test_a_template_that_takes_no_answers_leaves_the_tokenizers_end() -> None:
     template = "{% if messages | length > 1 %}{{ raise_exception('one') }}{% endif %}{{ messages[0]['content'] }}"
     assert Prompter(chat(template), "generator").ends.written == EOS
@@ -58,7 +65,6 @@ def test_every_declared_end_ends_a_completion() -> None:
     assert Prompter(tokenizer, "generator").ends.stops == (EOS, END)
     assert Prompter(tokenizer, "generator", declared_ends=(START, 9, 10**6)).ends.stops == (EOS, START, END, 9)
     assert Prompter(build_tokenizer(), "generator", declared_ends=(9,)).ends.stops == (EOS, 9)
-    assert Prompter(build_tokenizer(), "generator", declared_ends=(9,)).ends.written == EOS
 
 
 @pytest.mark.parametrize("declared", [3, [3, 1], [9, 8, 7]])

@@ -27,7 +27,7 @@ class Ends:
 
     Args:
         written: the one that completions to imitate or to score are given: the chat template's own, where it ends an
-            assistant's turn in a token, else the tokenizer's end of sequence.
+            assistant's turn in a token, else the tokenizer's end of sequence, unless the model declares others alone.
         stops: ascending, all that end what a model writes: that one, the tokenizer's, and those the model declares.
     """
 
@@ -113,7 +113,8 @@ def ends_of(tokenizer: PreTrainedTokenizerBase, chat: ChatTemplate | None, decla
         chat: its chat template, where it has one.
         declared: what the model says: `eos_token_id` of its generation config.
     """
-    turn = chat.end_of_turn() if chat is not None else None
-    written = tokenizer.eos_token_id if turn is None else turn
     known = [token for token in declared if 0 <= token < len(tokenizer)]
+    turn = chat.end_of_turn() if chat is not None else None
+    own = tokenizer.eos_token_id if not known or tokenizer.eos_token_id in known else known[0]
+    written = own if turn is None else turn
     return Ends(written, tuple(sorted({written, tokenizer.eos_token_id, *known})))
