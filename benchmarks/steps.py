@@ -150,7 +150,9 @@ def dro_step(setting: Setting, folder: str) -> dict[str, Any]:
         **setting.trainer,
     )
     timer = StepTimer(setting.device)
-    trainer = DROTrainer(SelectorGenerator(selector, generator), config, setting.train_questions(), None, prompters)
+    trainer = DROTrainer(
+        SelectorGenerator(selector=selector, generator=generator), config, setting.train_questions(), None, prompters
+    )
     trainer.add_callback(timer)
     trainer.train()
     history = [entry for entry in trainer.state.log_history if "loss" in entry][1:]

@@ -27,7 +27,7 @@ config = DROConfig(
     report_to="none",
 )
 trainer = DROTrainer(
-    model=SelectorGenerator(load_model(base), load_model(base)),
+    model=SelectorGenerator(selector=load_model(base), generator=load_model(base)),
     args=config,
     train_questions=make_world("train", 64),
     eval_questions=make_world("dev", 16),

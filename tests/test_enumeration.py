@@ -201,7 +201,7 @@ def test_one_forward_of_two_language_models_has_the_gradient_of_the_evidence(mak
         Prompter(tokenizer, "toy_selector"),
         Prompter(tokenizer, "toy_generator"),
     )
-    model = SelectorGenerator(make_model(seed=1), make_model("qwen2", seed=2)).double()
+    model = SelectorGenerator(selector=make_model(seed=1), generator=make_model("qwen2", seed=2)).double()
     prompt = selector_prompter.selector_prompt(question, 2).ids
     written = [selector_prompter.completion(format_selection([a + 1, b + 1])) for a, b in SELECTIONS]
     answer = generator_prompter.completion(question.answers[0])

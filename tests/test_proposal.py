@@ -134,7 +134,7 @@ def test_scores_and_gradients_are_those_of_a_masked_softmax(make_model, tokenize
 
 def test_posterior_weighted_loss_has_the_gradient_of_the_constrained_evidence(make_model, tokenizer) -> None:
     """Fisher's identity over every constrained selection: log p(y|x) with p(z|x) renormalised over what can be said."""
-    model = SelectorGenerator(make_model(seed=1), make_model("qwen2", seed=2)).double()
+    model = SelectorGenerator(selector=make_model(seed=1), generator=make_model("qwen2", seed=2)).double()
     constraint, completions = SelectionConstraint(tokenizer, 4, K), written(tokenizer)
     answers = torch.linspace(-4, 0, len(completions), dtype=torch.float64)
     selection = torch.stack([reference_logps(model.selector, ids, constraint).sum() for ids in completions])

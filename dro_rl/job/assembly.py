@@ -101,7 +101,7 @@ def load_models(recipe: Recipe, sources: dict[Role, str]) -> SelectorGenerator:
             )
         lora = lora_settings(run, role)
         models[role] = model if lora is None else add_adapter(model, lora)
-    return SelectorGenerator(models["selector"], models["generator"])
+    return SelectorGenerator(**models)
 
 
 def load_reference(recipe: Recipe, sources: dict[Role, str]) -> nn.Module | None:

@@ -48,16 +48,19 @@ class SelectorGeneratorOutput(NamedTuple):
 
 
 class SelectorGenerator(nn.Module):
-    """A selector and a generator.
+    """A selector and a generator, as one module.
 
     Args:
-        selector, generator: causal LMs, or PEFT models around them.
+        models: causal LMs, or PEFT models around them, by role.
     """
 
-    def __init__(self, selector: PreTrainedModel, generator: PreTrainedModel) -> None:
+    selector: PreTrainedModel
+    generator: PreTrainedModel
+
+    def __init__(self, **models: PreTrainedModel) -> None:
         super().__init__()
-        self.selector = selector
-        self.generator = generator
+        for role in ROLES:
+            setattr(self, role, models[role])
 
     @property
     def config(self) -> Any:
