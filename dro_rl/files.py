@@ -25,6 +25,8 @@ def written_whole(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = beside_of(path)
+    if beside.is_symlink():
+        beside.unlink()  # what it leads to is not ours to write to
     try:
         yield beside
         _sync(beside)

@@ -18,6 +18,7 @@ import yaml
 from benchmarks.hostile_commands import build_world, command_lines, commands, hostile_arguments, verdict
 from benchmarks.hostile_settings import LEAST, as_job, hostile_values
 from dro_rl.errors import InputError
+from dro_rl.files import written_whole
 from dro_rl.flat_yaml import MAX_BYTES
 from dro_rl.job import launch
 from dro_rl.keys.inherited import REFUSED, WITHOUT_EFFECT
@@ -264,3 +265,28 @@ def test_a_value_of_pipeline_json_obeys_the_rule_of_its_key(tmp_path: Path) -> N
         (tmp_path / "pipeline.json").write_text(json.dumps({**settings, name: value}))
         with pytest.raises(InputError, match=f"pipeline.json: {name}: "):
             read_settings(tmp_path)
+
+
+# Links -------------------------------------------------------------------------------------------------------
+
+
+def test_a_link_where_a_file_is_prepared_is_not_followed(tmp_path: Path) -> None:
+    target = tmp_path / "precious"
+    target.write_text("mine")
+    (tmp_path / ".recipe.yaml.tmp").symlink_to(target)
+    with written_whole(tmp_path / "recipe.yaml") as beside:
+        beside.write_text("new")
+    assert (target.read_text(), (tmp_path / "recipe.yaml").read_text()) == ("mine", "new")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["trainer_state.json", "selector", "checkpoint-9", ".hidden"])
+def test_a_run_does_not_write_through_links(job: Callable[..., Path], tmp_path: Path, name: str) -> None:
+    target = tmp_path / "precious"
+    target.write_text("mine")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).symlink_to(target)
+    with pytest.raises(InputError, match="this is a link") as caught:
+        job("run", resume_from_checkpoint="auto")
+    assert caught.value.place == "output_dir"
+    assert target.read_text() == "mine"

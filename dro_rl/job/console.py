@@ -30,10 +30,14 @@ def kept(stages: Sequence[Mapping[str, Any]], stage: str, metric: str, greater_i
     return f"{line}; as good: {', '.join(equal)}" if equal else line
 
 
-def print_stages(stages: Sequence[Mapping[str, Any]], run_dir: Path, curves: Path, kept: str) -> None:
-    """The dev split before, on the way and after, as a table, which stage was kept, and where the rest is."""
+def print_stages(stages: Sequence[Mapping[str, Any]], run_dir: Path, curves: Path, kept: str, k: int) -> None:
+    """The dev split before, on the way and after, as a table, which stage was kept, and where the rest is.
+
+    Recall is shown at as many documents as the selector names, K, and at fewer.
+    """
     table = Table(title=f"{run_dir}: {stages[0]['split']}, {stages[0]['n']} questions")
-    names = ("em", "f1", "recall@1", "recall@3", "recall@5", "answer_logp", "valid")
+    recalls = [f"recall@{n}" for n in (1, 3, 5) if n <= k]
+    names = ("em", "f1", *recalls, "answer_logp", "valid")
     table.add_column("stage", no_wrap=True)
     for name in names:
         table.add_column(name.replace("recall@", "R@").replace("answer_logp", "log p"), justify="right", no_wrap=True)

@@ -53,6 +53,7 @@ def claimed_output_dir(recipe: Recipe, inputs: Callable[[], Inputs]) -> Iterator
 
 
 def _begin_or_go_on(recipe: Recipe, folder: Path, inputs: Inputs) -> str | None:
+    _refuse_links(folder)
     wanted = recipe.training.resume_from_checkpoint
     sessions = []
     if (folder / "recipe.yaml").exists() or checkpoints_of(folder):
@@ -74,6 +75,15 @@ def _begin_or_go_on(recipe: Recipe, folder: Path, inputs: Inputs) -> str | None:
         run = {"inputs": inputs, "sessions": [*sessions, this_session()]}
         beside.write_text(json.dumps(run, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return None if checkpoint is None else str(checkpoint)
+
+
+def _refuse_links(folder: Path) -> None:
+    """Refuse a run's folder with links in it: writing a file there would write over what the link leads to."""
+    for path in folder.rglob("*"):
+        if path.is_symlink():
+            raise InputError(
+                "output_dir", str(path), "a run's files lie in its own folder, and this is a link", "Remove it."
+            )
 
 
 def _same_recipe(recipe: Recipe, path: Path) -> None:

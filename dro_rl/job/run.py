@@ -54,4 +54,5 @@ def run_training(recipe: Recipe, job: preflight.Prepared, checkpoint: str | None
         curves = plot_curves(trainer.run_dir)
         print_signals(trainer.signals.found, trainer.signals.spans)
         metric, more = str(training.metric_for_best_model), bool(training.greater_is_better)
-        print_stages(trainer.stages, trainer.run_dir, curves, kept(trainer.stages, trainer.kept_stage, metric, more))
+        best = kept(trainer.stages, trainer.kept_stage, metric, more)
+        print_stages(trainer.stages, trainer.run_dir, curves, best, training.num_selected)
