@@ -1,4 +1,4 @@
-"""Recipes and accelerate's configurations that travel with the package, found by their names.
+"""Recipes, studies and accelerate's configurations that travel with the package, found by their names.
 
 They lie in `recipes/` of a checkout, and within the package once it is installed.
 """
@@ -14,6 +14,7 @@ from dro_rl.errors import InputError, Phrase
 _PACKAGE = Path(__file__).parent
 RECIPES = next((folder for folder in (_PACKAGE / "recipes", _PACKAGE.parent / "recipes") if folder.is_dir()), _PACKAGE)
 ACCELERATE = RECIPES / "accelerate"
+STUDIES = RECIPES / "studies"
 
 
 def names(folder: Path = RECIPES) -> list[str]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import dro_rl
@@ -14,6 +16,7 @@ from dro_rl.engines.protocol import GenerationRequest, TrainedSelector
 from dro_rl.errors import InputError
 from dro_rl.proposal import Completion, SamplingParams
 from dro_rl.rollouts import log as rollout_log
+from dro_rl.rollouts.read import read_iteration, summarize_iteration
 
 PACKAGE = Path(dro_rl.__file__).parent
 
@@ -85,3 +88,49 @@ def test_nothing_outside_their_room_names_an_engine() -> None:
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dro_rl.engines."):
                 room = node.module.removeprefix("dro_rl.engines.")
                 assert room in {"protocol", "decoding", "serve"}, (path, node.module)
+
+
+# Enumeration ------------------------------------------------------------------------------------------------
+
+LISTED = {
+    "rollout_engine": "enumeration", "constrain_selection": True, "max_log_ratio": 100, "temperature": 1000,
+    "num_generations": 20, "per_device_train_batch_size": 40, "gradient_accumulation_steps": 1,
+    "questions_per_iteration": 8, "num_iterations": 1,
+}  # fmt: skip
+
+
+def test_an_e_step_over_all_selections_is_exact(job) -> None:
+    """Each of the 20 selections of 2 of 5 once; their probabilities sum to one; weights are the posterior."""
+    rows = read_iteration(job(**LISTED), 1).to_pylist()
+    groups = [rows[first : first + 20] for first in range(0, len(rows), 20)]
+    assert len(groups) == 8
+    for group in groups:
+        assert len({tuple(row["selection"]) for row in group}) == 20
+        assert sum(math.exp(row["selection_logp"]) for row in group) == pytest.approx(1, abs=1e-5)
+        joint = np.array([row["selection_logp"] + row["answer_logp"] for row in group])
+        posterior = np.exp(joint - np.logaddexp.reduce(joint))
+        assert [row["weight"] for row in group] == pytest.approx(posterior, abs=1e-6)
+
+
+def test_the_bound_over_all_selections_is_the_evidence_itself(job) -> None:
+    table = read_iteration(job(**LISTED), 1)
+    rows = table.to_pylist()
+    joint = np.array([row["selection_logp"] + row["answer_logp"] for row in rows]).reshape(8, 20)
+    evidence = np.logaddexp.reduce(joint, axis=1).mean()
+    assert summarize_iteration(table).rollouts.evidence_bound == pytest.approx(evidence, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("constrain_selection", False, "Set constrain_selection: true"),
+        ("max_log_ratio", 2.0, "max_log_ratio: 2.0: an exact posterior has whole ratios"),
+        ("temperature", 1.0, "temperature: 1.0: listed selections"),
+        ("num_generations", 10, "lists all 20 selections of 2 of 5 documents. Use 20"),
+        ("num_selected", 1, "lists all 5 selections of 1 of 5 documents. Use 5"),
+    ],
+)
+def test_what_cannot_be_listed_whole_is_refused(job, capsys, key: str, value: object, said: str) -> None:
+    with pytest.raises(InputError) as error:
+        job(**{**LISTED, key: value})
+    assert said in str(error.value)

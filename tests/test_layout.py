@@ -106,11 +106,13 @@ LAYERS = (
     ("em",),
     ("trainer",),
     ("job",),
+    ("study",),
     ("train", "cli"),
+    ("__main__",),
 )
 """The rooms, the lowest first. A room imports rooms of lower layers, nowhere else; docs/architecture.md draws it."""
 PURE = ("objective", "likelihood", "selection", "metrics", "proposal", "prompts", "rewards", "rollouts",
-        "em/weighing", "em/e_step", "em/m_step")  # fmt: skip
+        "em/weighing", "em/e_step", "em/m_step", "study/verdicts")  # fmt: skip
 """They take values, and know no settings."""
 
 

@@ -19,7 +19,8 @@ from dro_rl.keys.reference import KEYS, keys_page, keys_text
 from dro_rl.recipe import RunConfig, load_recipe, parse_command_line
 
 ROOT = Path(__file__).parent.parent / "recipes"
-SHIPPED = sorted(path for path in ROOT.rglob("*.y*ml") if "accelerate" not in path.relative_to(ROOT).parts)
+OTHER = {"accelerate", "studies"}
+SHIPPED = sorted(path for path in ROOT.rglob("*.y*ml") if not OTHER & set(path.relative_to(ROOT).parts))
 ACCELERATE = sorted((ROOT / "accelerate").glob("*.yaml"))
 LEAST = {
     "dataset_name": "toy",

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from dro_rl import __version__
-from dro_rl.cli import ask, data, evaluate, model, recipe, retrieval, rollouts, serve, train
+from dro_rl.cli import ask, data, evaluate, model, recipe, retrieval, rollouts, serve, study, train
 from dro_rl.cli.errors import InputErrorGroup
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app.command(
 )(train.train)
 app.add_typer(rollouts.app, name="rollouts")
 app.add_typer(recipe.app, name="recipe")
+app.add_typer(study.app, name="study")
 app.add_typer(data.app, name="data")
 app.add_typer(model.app, name="model")
 app.add_typer(retrieval.index, name="index")
@@ -48,7 +49,7 @@ def main(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
     ] = False,
 ) -> None:
-    """Train, prepare data, retrieve candidates, check recipes, look into runs, evaluate, compare and ask trained pairs.
+    """Train, study, prepare data, retrieve candidates, check recipes, look into runs, evaluate, compare and ask pairs.
 
     RUN is the output_dir of a training. Commands that print figures take --json.
 
@@ -70,5 +71,7 @@ def main(
       dro-rl rollouts show out/musique 2hop__482757_12019
       dro-rl evaluate out/musique --data data/musique/test.jsonl
       dro-rl compare out/sft out/musique
+      dro-rl study run joint
+      dro-rl study show joint
       dro-rl ask out/musique "Who wrote it?" --documents documents.jsonl
     """

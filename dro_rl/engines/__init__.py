@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 ENGINES: dict[str, str] = {
     "transformers": "dro_rl.engines.transformers_engine:TransformersEngine",
     "vllm": "dro_rl.engines.vllm_start:VLLMEngine",
+    "enumeration": "dro_rl.engines.enumeration:EnumerationEngine",
 }
 """Values of `rollout_engine`, each with the class that it stands for: `module:name`."""
 
@@ -35,7 +36,7 @@ def _engine(name: str) -> EngineKind:
         raise InputError(
             "rollout_engine",
             name,
-            f"this is auto, {' or '.join(ENGINES)}",
+            f"this is one of auto, {', '.join(ENGINES)}",
             f"Did you mean {close[0]}?" if close else "Use one of them.",
         )
     module, _, attribute = ENGINES[name].partition(":")

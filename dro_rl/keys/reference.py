@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Mapping
 from typing import Any
@@ -37,7 +38,7 @@ def keys_page() -> str:
                 "| key | may be | default | on resume | what it is |",
                 "|---|---|---|---|---|",
             ]
-        default = f"`{_as_yaml(key.default)}`" if key.default != "" else "required"
+        default = f"`{as_yaml(key.default)}`" if key.default != "" else "required"
         cells = (f"`{key.name}`", key.allowed, default, "may change" if key.resumes else "", key.help)
         lines.append(f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |")
     lines += ["", "## Keys of transformers and TRL that have no effect here", "", "| key | use |", "|---|---|"]
@@ -58,11 +59,11 @@ def keys_text(word: str = "") -> str:
         if key.group != group:
             group = key.group
             lines += ["", group]
-        default = "required" if key.default == "" else _as_yaml(key.default)
+        default = "required" if key.default == "" else as_yaml(key.default)
         lines += [*head.wrap(f"{key.name}: {key.allowed} [{default}]"), *body.wrap(key.help)]
     return "\n".join(lines) + "\n"
 
 
-def _as_yaml(value: Any) -> str:
+def as_yaml(value: Any) -> str:
     """The value as a recipe has it, in one line."""
-    return yaml.safe_dump(value, default_flow_style=True).removesuffix("\n").removesuffix("\n...")
+    return yaml.safe_dump(value, default_flow_style=True, width=math.inf).removesuffix("\n").removesuffix("\n...")

@@ -42,7 +42,8 @@ class RunConfig:
         "", "Questions: a file, a folder with a file for each split, a hub name, or toy.", group="Data"
     )
     dataset_config: str | None = option(
-        None, "Configuration of a hub dataset, or a dataset of a folder that holds several."
+        None,
+        "Configuration of a hub dataset, a dataset of a folder that holds several, or how many candidates toy has.",
     )
     dataset_columns: dict[str, Any] = option(
         {}, "Columns of the data by the fields they are, where they have other names: {question: query, id: qid}."

@@ -142,7 +142,8 @@ class TrainingKeys:
 
     rollout_engine: str = option(
         "auto",
-        "What samples: transformers, vllm, or auto: vllm with a server, or where it is installed beside CUDA.",
+        "What samples: transformers, vllm, or auto: vllm with a server, or where it is installed beside CUDA. "
+        "enumeration lists every selection instead: the exact E-step.",
         group="Rollout engine",
     )
     vllm_mode: Literal["colocate", "server"] = option(

@@ -1,0 +1,248 @@
+"""`dro-rl study`: claims as files; what is missing of a study is run, and what it has found is shown."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from dro_rl.study.arms import Arm
+    from dro_rl.study.run import Outcome
+
+app = typer.Typer(help="Run studies, and show what they found.", no_args_is_help=True, rich_markup_mode=None)
+
+File = Annotated[
+    str, typer.Argument(metavar="STUDY", help="A study's file, or a shipped one's name.", show_default=False)
+]
+LINE_SECONDS = 60.0
+"""Between two lines of an arm that runs, where there is no terminal."""
+
+
+@app.callback()
+def group() -> None:
+    """Run studies, and show what they found."""
+
+
+@app.command("ls")
+def ls() -> None:
+    """List the studies that are shipped."""
+    from dro_rl.shipped import STUDIES, headline, names
+
+    listed = {name: headline(STUDIES / f"{name}.yaml") for name in names(STUDIES)}
+    width = max(map(len, listed))
+    for name, about in listed.items():
+        typer.echo(f"{name:{width}}  {about}")
+
+
+@app.command("run")
+def run(
+    file: File,
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", min=1, help="Arms at once. Without it, one a GPU, or two without any.")
+    ] = None,
+    print_only: Annotated[
+        bool, typer.Option("--print", help="Print the commands of what is missing, and run nothing.")
+    ] = False,
+) -> None:
+    """Run what is missing of a study: every variant with every seed, several at once.
+
+    Every variant is checked as its training would be before the first one starts. An arm that was stopped goes on where
+    it was; one that fails stops those alone that start from it. Exit status 1 if any failed.
+
+    \b
+    Examples:
+      dro-rl study run joint
+      dro-rl study run mine.yaml --jobs 4
+      dro-rl study run mine.yaml --print > commands.sh
+    """
+    import shlex
+
+    from dro_rl.study.arms import arms_of, check_unchanged
+    from dro_rl.study.plan import read_study
+
+    study = read_study(file)
+    arms = arms_of(study)
+    missing = [arm for arm in arms if not arm.done]
+    if print_only:
+        folders = {arm.folder: arm.name for arm in missing}
+        check_unchanged(study, missing)
+        for arm in missing:
+            after = f"  # after {folders[arm.needs]}" if arm.needs in folders else ""
+            typer.echo(f"{shlex.join(['dro-rl', *arm.command])}{after}")
+        return
+    typer.echo(f"{study.name}: {len(arms)} arms, {len(missing)} to run, in {study.output_dir}")
+    if missing:
+        _run(study, missing, jobs)
+    typer.echo(f"results: dro-rl study show {file}")
+
+
+def _run(study: Any, missing: list[Arm], jobs: int | None) -> None:
+    from dro_rl.job.stopping import Stopped, stop_on_signals
+    from dro_rl.study.check import check_arms
+    from dro_rl.study.machines import note_machine
+    from dro_rl.study.run import places_of, run_arms
+
+    places = places_of(jobs)
+    check_arms(study, missing, len(places[0].get("CUDA_VISIBLE_DEVICES", "0").split(",")))
+    note_machine(study.output_dir)
+    stop_on_signals()
+    try:
+        with _Lines(len(missing)) as watch:
+            outcomes = run_arms(missing, places, watch)
+    except Stopped as stopped:
+        typer.echo("stopped. The same command goes on.", err=True)
+        raise typer.Exit(stopped.status) from None
+    if failed := [outcome for outcome in outcomes if outcome.wrong is not None]:
+        typer.echo(f"{len(failed)} of {len(missing)} arms failed; the same command tries them again", err=True)
+        raise typer.Exit(1)
+
+
+class _Lines:
+    """A bar for each arm that runs, on a terminal; lines elsewhere."""
+
+    def __init__(self, arms: int) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        from dro_rl.progress import on_terminal
+        from dro_rl.terminal import console
+
+        self._arms, self._ended = arms, 0
+        self._said: dict[str, float] = {}
+        self._tasks: dict[str, Any] = {}
+        self._bars = None
+        if on_terminal():
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+            self._bars = Progress(*columns, console=console(stderr=True))
+
+    def __enter__(self) -> _Lines:
+        if self._bars is not None:
+            self._bars.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+
+    def started(self, arm: Arm) -> None:
+        self._said[arm.name] = 0.0
+        if self._bars is not None:
+            self._tasks[arm.name] = self._bars.add_task(arm.name, total=None)
+        else:
+            typer.echo(f"{arm.name}: started, log {arm.log}")
+
+    def running(self, arm: Arm, seconds: float) -> None:
+        from dro_rl.study.run import how_far, tail
+
+        if self._bars is not None:
+            done, total = how_far(arm.log) or (0, None)
+            self._bars.update(self._tasks[arm.name], completed=done, total=total)
+        elif seconds - self._said[arm.name] >= LINE_SECONDS:
+            self._said[arm.name] = seconds
+            typer.echo(f"{arm.name}: {tail(arm.log)}")
+
+    def ended(self, outcome: Outcome) -> None:
+        from dro_rl.progress import duration
+
+        self._ended += 1
+        name = outcome.arm.name
+        if self._bars is not None and name in self._tasks:
+            self._bars.remove_task(self._tasks.pop(name))
+        became = f"done in {duration(outcome.seconds)}" if outcome.wrong is None else f"failed: {outcome.wrong}"
+        line = f"{name}: {became} ({self._ended} of {self._arms})"
+        if self._bars is not None:
+            self._bars.console.print(line, soft_wrap=True)
+        else:
+            typer.echo(line, err=outcome.wrong is not None)
+
+
+@app.command("show")
+def show(
+    file: File,
+    page: Annotated[
+        Path | None,
+        typer.Option("--page", help="A Markdown page that gets the study's section, in place of its old one."),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Show what a study has found so far, and write it beside its arms: report.md, report.json, report.png.
+
+    A claim is supported, refuted, or undecided with about how many seeds more it needs. One run decides nothing.
+
+    \b
+    Examples:
+      dro-rl study show joint
+      dro-rl study show joint --page docs/evidence.md
+    """
+    from dro_rl.cli.output import print_json
+    from dro_rl.study.plan import read_study
+    from dro_rl.study.plots import plot_study
+    from dro_rl.study.report import make_report, write_report, write_section
+    from dro_rl.study.results import Results
+
+    study = read_study(file)
+    results = Results(study)
+    report = make_report(study, results)
+    write_report(study.output_dir, report)
+    picture = plot_study(study, results)
+    if page is not None:
+        write_section(page, report)
+    if json:
+        print_json(report)
+        return
+    _print(report, picture)
+
+
+def _print(report: Any, picture: Path) -> None:
+    from rich.table import Table
+
+    from dro_rl.study.report import NOTE, interval, mean_rows, number
+    from dro_rl.terminal import console
+
+    out = console()
+    out.print(f"{report.study}: {report.about}", style="bold", soft_wrap=True)
+    for judged in report.claims:
+        contrast = judged.contrast
+        out.print(f"{judged.words}: {judged.claim.says}", soft_wrap=True)
+        p_value = "–" if judged.adjusted is None else f"{judged.adjusted:.3g}"
+        sides = f"{number(judged.a)} against {number(judged.b)}, " if judged.a is not None else ""
+        out.print(
+            f"    {judged.claim.metric}: {sides}{number(contrast.difference)} "
+            f"[{interval(contrast.low, contrast.high)}], p {p_value}, {contrast.seeds} seeds",
+            soft_wrap=True,
+        )
+    head, rows = mean_rows(report)
+    table = Table(box=None, pad_edge=False)
+    for i, title in enumerate(head):
+        table.add_column(title, justify="right" if i else "left")
+    for row in rows:
+        table.add_row(*row)
+    out.print(table)
+    out.print(NOTE, style="dim")
+    if report.missing:
+        out.print(f"not run to the end: {', '.join(report.missing)}", soft_wrap=True)
+    out.print(f"report  {picture.with_suffix('.md')}, .json, .png", soft_wrap=True)
+
+
+@app.command("gradients", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def gradients(
+    arguments: Annotated[
+        list[str],
+        typer.Argument(metavar="RECIPE", help="A recipe; --key value after it goes over it.", show_default=False),
+    ],
+    repeats: Annotated[int, typer.Option("--repeats", min=2, help="Estimates of each question.")] = 4,
+) -> None:
+    """Measure how much the selector's gradient varies, where a recipe's training would start. Nothing is trained.
+
+    The questions are those of the first iteration. Writes gradients.json into output_dir.
+
+    \b
+    Examples:
+      dro-rl study gradients quickstart --num_generations 4 --output_dir runs/gradients-m4
+    """
+    from dro_rl.cli.output import print_json
+    from dro_rl.recipe import load_recipe, parse_command_line
+    from dro_rl.study.gradients import measure
+
+    print_json(measure(load_recipe(*parse_command_line(arguments)), repeats))

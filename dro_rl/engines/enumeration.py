@@ -1,0 +1,97 @@
+"""The exact E-step: in place of samples every selection that the constraint admits, once, as if drawn alike.
+
+q is then uniform over the selections and p/q the policy itself up to a constant, so the weights are the posterior
+p(z|x, y), exactly, and the evidence bound is log p(y|x) itself. There are N!/(N−K)! of them: for small N and K.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from dro_rl.config import DROConfig
+from dro_rl.engines.protocol import GenerationRequest, TrainedSelector
+from dro_rl.errors import InputError
+from dro_rl.proposal import Completion, SamplingParams
+from dro_rl.selection.constraint import SelectionConstraint
+
+MAX_LOG_RATIO = 100.0
+"""Nats: as good as none."""
+
+
+class EnumerationEngine:
+    """Lists selections. It asks no model, so weights, seeds and temperature make no difference."""
+
+    @classmethod
+    def check(cls, config: DROConfig) -> None:
+        """Refuse free text, which cannot be listed, a ratio that is cut, and a proposal that is meant to be p."""
+        if not config.constrain_selection:
+            raise InputError(
+                "rollout_engine",
+                "enumeration",
+                "what can be listed are the selections that constrain_selection admits",
+                "Set constrain_selection: true.",
+            )
+        if config.max_log_ratio < MAX_LOG_RATIO:
+            raise InputError(
+                "max_log_ratio",
+                config.max_log_ratio,
+                "an exact posterior has whole ratios, and a listed selection may be much likelier than one in all",
+                f"Use {MAX_LOG_RATIO:g}.",
+            )
+
+        if config.temperature == 1 and config.temperature_end is None:
+            raise InputError(
+                "temperature",
+                config.temperature,
+                "listed selections stand as if drawn at a temperature without bound, and 1 says that they are p's own",
+                "Use 1000.",
+            )
+
+    @classmethod
+    def start(cls, config: DROConfig, selector: TrainedSelector) -> EnumerationEngine:
+        return cls()
+
+    @contextmanager
+    def at(self, step: int) -> Iterator[EnumerationEngine]:
+        """It lists the same, whatever the step."""
+        yield self
+
+    def generate(self, request: GenerationRequest) -> list[list[Completion]]:
+        """Every selection of each question: as many as `num_generations`, or `InputError`."""
+        assert request.constraints is not None, "as `check` asks"
+        return [_listed(constraint, request.num_generations) for constraint in request.constraints]
+
+    def samples_policy(self, sampling: SamplingParams) -> bool:
+        return False
+
+    def forget(self) -> None:
+        """It keeps no weights."""
+
+    def close(self) -> None:
+        """It leaves nothing."""
+
+
+def _listed(constraint: SelectionConstraint, m: int) -> list[Completion]:
+    count = math.perm(constraint.num_documents, constraint.k)
+    if count != m:
+        raise InputError(
+            "num_generations",
+            m,
+            f"rollout_engine: enumeration lists all {count} selections of {constraint.k} of "
+            f"{constraint.num_documents} documents",
+            f"Use {count}, with as many documents for every question, or another engine.",
+        )
+    # log q of the whole stands at its end: of listed tokens none has a probability of its own.
+    return [Completion(ids, (*[0.0] * (len(ids) - 1), -math.log(count))) for ids in _walk(constraint, ())]
+
+
+def _walk(constraint: SelectionConstraint, written: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    """Every way on from what is written to an end, in the order of tokens."""
+    for token in constraint.allowed(written):
+        following = (*written, token)
+        if token == constraint.end:
+            yield following
+        else:
+            yield from _walk(constraint, following)
