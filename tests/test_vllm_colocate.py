@@ -23,8 +23,8 @@ from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dro_rl.config import DROConfig
+from dro_rl.engines.decoding import truncate
 from dro_rl.engines.protocol import GenerationRequest
-from dro_rl.engines.transformers_engine import truncate
 from dro_rl.engines.vllm_colocate import ColocatedEngine
 from dro_rl.likelihood import Row, completion_logps, score_rows
 from dro_rl.models.loading import LoraSettings, add_adapter
