@@ -37,25 +37,35 @@ class Progress:
     ) -> None:
         self.total, self.what, self.unit, self.done = total, what, unit, 0
         self._clock, self._quiet = clock, quiet
+        self._skipped = 0
         self._began = self._said = clock()
         self._bar: Any = None
         if bars and not quiet and on_terminal():
             self._bar = tqdm(total=total, desc=what, unit=f" {unit}", leave=False)
 
-    def update(self, count: int) -> None:
-        """So many more are done."""
+    def update(self, count: int, what: str = "") -> None:
+        """So many more are done, with what else there is to say of it."""
         self.done += count
         if self._bar is not None:
+            self._bar.set_postfix_str(what, refresh=False)
             self._bar.update(count)
         elif self._clock() - self._said >= INTERVAL:
-            self.note()
+            self.note(what)
+
+    def skip(self, count: int) -> None:
+        """So many more were done before, and took none of this time."""
+        self.done += count
+        self._skipped += count
+        if self._bar is not None:
+            self._bar.initial += count
+            self._bar.update(count)
 
     def note(self, what: str = "") -> None:
         """Say how far it is now, with what else there is to say."""
         if self._quiet:
             return
         self._said = self._clock()
-        far = how_far(self.done, self.total, self.unit, self._said - self._began)
+        far = how_far(self.done, self.total, self.unit, self._said - self._began, self.done - self._skipped)
         line = f"{self.what}: {', '.join(filter(None, (far, what)))}"
         say(line) if self._bar is None else self._bar.write(line)
 

@@ -349,3 +349,11 @@ def test_a_long_loop_is_not_silent_and_a_short_one_is(capsys: Any) -> None:
             loop.update(1)
     text = capsys.readouterr().err
     assert text == "evaluation of base: 2 of 4 questions, 15.5 s each, 31 s left\n"
+
+
+def test_what_was_done_before_took_no_time_of_this(capsys: Any) -> None:
+    now = iter([0.0, INTERVAL, INTERVAL])
+    with Progress(100, "evaluation", clock=now.__next__) as loop:
+        loop.skip(80)
+        loop.update(10, "em 50.0")
+    assert capsys.readouterr().err == "evaluation: 90 of 100 questions, 3.0 s each, 30 s left, em 50.0\n"

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from dro_rl.data import load_questions
 from dro_rl.data.manifest import SPLITS, Manifest, questions_hash, read_manifest, split_of_path
@@ -30,6 +29,7 @@ from dro_rl.evaluation.shape import shape_of
 from dro_rl.files import file_sha256
 from dro_rl.locks import LOCK, claim, owned
 from dro_rl.pipeline import PROMPT, SETTINGS, PipelineSettings, RAGPipeline, read_settings
+from dro_rl.progress import Progress
 from dro_rl.records import Question
 from dro_rl.roles import ROLES
 from dro_rl.rows import stem
@@ -157,19 +157,19 @@ def _results(
         return read_results(whole)[0]
     pipeline: RAGPipeline | None = None
     results: list[QuestionResult] = []
-    with tqdm(total=len(questions), desc=conditions.stage, unit="q") as bar:
+    with Progress(len(questions), f"evaluation, {conditions.stage}") as progress:
         for number, first in enumerate(range(0, len(questions), QUESTIONS_PER_PART)):
             path = parts / f"part-{number:05d}.parquet"
             if path.is_file():
                 rows = read_results(path)[0]
-                bar.initial += len(rows)  # they took no time of this run's
+                progress.skip(len(rows))
             else:
                 pipeline = pipeline or load()
                 rows = _part(pipeline, questions[first : first + QUESTIONS_PER_PART], conditions)
                 write_results(path, rows, conditions)
+                means = " ".join(f"{name} {_running([*results, *rows], name):.1f}" for name in ("em", "f1"))
+                progress.update(len(rows), means)
             results += rows
-            bar.update(len(rows))
-            bar.set_postfix_str(" ".join(f"{name} {_running(results, name):.1f}" for name in ("em", "f1")))
     write_results(whole, results, conditions)
     shutil.rmtree(parts)
     return results
