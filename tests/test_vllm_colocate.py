@@ -186,7 +186,7 @@ def test_the_end_of_sequence_ends_a_completion_and_belongs_to_it(vllm: World, mo
     sampling = SamplingParams(12)
     drawn = list(chain(*ids(vllm.generate(16, sampling))))
     frequent = max(set(drawn), key=drawn.count)
-    monkeypatch.setattr(vllm.engine, "_eos_token_id", frequent)
+    monkeypatch.setattr(vllm.engine, "_ends", (frequent, 1))
     ended = [sample for sample in chain(*vllm.generate(16, sampling)) if frequent in sample.ids]
     assert len({len(sample.ids) for sample in ended}) > 3
     for sample in ended:
