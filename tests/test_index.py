@@ -285,3 +285,31 @@ def test_two_do_not_build_in_one_folder(tmp_path, corpus):
     build_index(BM25(), str(corpus), tmp_path / "index")
     with owned(tmp_path / "index" / ".lock", "index"):
         assert Index(tmp_path / "index").search(["tin"], 1), "a finished index is read by as many as like"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"settings": {"k1": 0.9, "b": 0.4, "language": "klingon"}},
+        {"settings": {"k1": "0.9", "b": 0.4, "language": "english"}},
+        {"settings": {"k2": 0.9}},
+        {"parts": {"x" * 5000: "0"}},
+        {"parts": {"a\0b": "0"}},
+        {"files": [{"path": 1}]},
+        {"corpus_hash": None, "passages": "8"},
+    ],
+)
+def test_what_an_edited_manifest_says_is_refused_with_its_place(corpus, tmp_path, change):
+    build_index(BM25(), str(corpus), tmp_path / "index")
+    path = tmp_path / "index" / "index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(InputError, match=str(tmp_path / "index")):
+        Index(tmp_path / "index")
+
+
+def test_a_corpus_under_a_name_that_no_file_can_have_is_gone(corpus, tmp_path):
+    build_index(BM25(), str(corpus), tmp_path / "index")
+    path = tmp_path / "index" / "index.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps(values | {"files": [values["files"][0] | {"path": "x" * 5000}], "corpus": "x" * 5000}))
+    assert Index(tmp_path / "index").search(["lamp"], 1)[0]

@@ -113,7 +113,11 @@ class Index:
             f"the settings of {self.manifest.retriever}",
             "Build the index again.",
         )
-        self.retriever.check()
+        try:
+            self.retriever.check()
+        except InputError as error:
+            place = f"{self.folder / 'index.json'}: {error.place}"
+            raise InputError(place, error.value, error.rule, error.fix) from None
         self.versions = dict(self.retriever.versions())
         check_weights(self.manifest, self.versions, self.folder)
         self.retriever.open(self.folder / self.manifest.retriever, rank)
@@ -237,10 +241,11 @@ def check_parts(manifest: IndexManifest, folder: Path) -> None:
     """Refuse an index whose own files were damaged: the libraries that map them would die, or find something else."""
     for name, known in manifest.parts.items():
         path = folder / name
-        if not path.is_file() or sampled_sha256(path) != known:
+        there = os.path.isfile(path)  # of a name that no file can have, too
+        if not there or sampled_sha256(path) != known:
             raise InputError(
                 str(path),
-                Phrase("other bytes than were written" if path.is_file() else "missing"),
+                Phrase("other bytes than were written" if there else "missing"),
                 "an index is whole",
                 "Copy it again, or delete the folder and build it again.",
             )
@@ -269,7 +274,7 @@ def check_weights(manifest: IndexManifest, versions: Mapping[str, str], folder: 
 def check_corpus(manifest: IndexManifest, folder: Path) -> None:
     """Refuse an index whose corpus is another by now: files that changed or came. Files that are gone are no matter."""
     known = {fact["path"] for fact in manifest.files}
-    there = shards(Path(manifest.corpus)) if known and Path(manifest.corpus).is_dir() else []
+    there = shards(Path(manifest.corpus)) if known and os.path.isdir(manifest.corpus) else []
     if new := [str(file) for file in there if str(file) not in known]:
         raise InputError(
             new[0],
@@ -279,7 +284,7 @@ def check_corpus(manifest: IndexManifest, folder: Path) -> None:
         )
     for fact in manifest.files:
         path = Path(fact["path"])
-        changed = path.is_file() and _stat(path) != (fact["bytes"], fact["changed"])
+        changed = os.path.isfile(path) and _stat(path) != (fact["bytes"], fact["changed"])
         if changed and file_sha256(path) != fact["sha256"]:
             raise InputError(
                 str(path),
