@@ -10,6 +10,7 @@ or the run folder that it reads has one file that is not what it was.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -48,6 +49,7 @@ def build_world(folder: Path) -> dict[str, Line]:
     recipe.write_text(yaml.safe_dump({**TINY, **paths, "save_total_limit": None}), encoding="utf-8")
     status = train.run_job([str(recipe)])
     assert status == 0
+    logging.getLogger().handlers.clear()  # they hold this moment's stderr, and each command is given its own
     found = load_questions("toy", "test", limit=2)
     write_questions(questions, found)
     rows = [{"id": f"p{i}", "title": "", "text": document.text} for i, document in enumerate(found[0].documents)]
