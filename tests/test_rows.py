@@ -148,7 +148,9 @@ def test_an_array_that_is_none_is_said_with_its_place(tmp_path: Path, text: str,
     assert said in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", "null", '{"a": 1, "a": 2}', '{"a": NaN}', "\udc80", "[" * 9999])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[1]", "null", '{"a": 1, "a": 2}', '{"a": NaN}', '{"a": "\\ud800"}', "\udc80", "[" * 9999]
+)
 def test_a_small_file_is_one_json_object_or_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "about.json"
     path.write_bytes(text.encode(errors="surrogateescape"))

@@ -34,6 +34,7 @@ def read_object(path: Path, what: str, fix: str) -> dict[str, Any]:
         raise too_long(str(path))
     try:
         value = decode(raw.decode("utf-8-sig"))
+        json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair could not be written on
     except ValueError as error:
         where = f"line {error.lineno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else str(error)[:80]
         raise InputError(str(path), Phrase(f"not JSON ({where})"), f"{what} is one JSON object", fix) from None
