@@ -8,7 +8,7 @@ import logging
 import os
 import socket
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,6 +26,8 @@ LOCK = ".lock"
 def owned(lock: Path, place: str, waiting: Callable[[], None] | None = None) -> Iterator[None]:
     """Own what a lock file stands for while the block runs. A process that is killed leaves nothing that blocks.
 
+    A folder that was made for the lock alone goes with it: work that is refused leaves nothing.
+
     Args:
         lock: a file that is made for this; its folder too.
         place: what errors call it.
@@ -34,7 +36,7 @@ def owned(lock: Path, place: str, waiting: Callable[[], None] | None = None) -> 
     Raises:
         InputError: another process owns it, or the file cannot be written.
     """
-    said = False
+    said, made = False, not lock.parent.exists()
     while (file := _locked(lock, place)) is None:
         owner = lock.read_text() if lock.exists() else "another process"
         if waiting is None:
@@ -57,6 +59,9 @@ def owned(lock: Path, place: str, waiting: Callable[[], None] | None = None) -> 
         lock.unlink(missing_ok=True)
         fcntl.flock(file, fcntl.LOCK_UN)  # children that were forked meanwhile hold the file too
         file.close()
+        if made:
+            with suppress(OSError):  # there is work in it
+                lock.parent.rmdir()
 
 
 def _locked(lock: Path, place: str) -> IO[str] | None:
