@@ -211,7 +211,7 @@ def without(key: str) -> Callable[[dict[str, Any]], Any]:
 
 
 ROWS: dict[str, tuple[Callable[[dict[str, Any]], Any], tuple[str, ...]]] = {
-    "a broken line": (lambda row: '{"id": "q1", ', ('\'{"id"', "one JSON object", "Write each object whole on one line")),
+    "a broken line": (lambda row: '{"id": "q1", ', ('\'{"id"', "one JSON object", "Write each object whole")),
     "a line that is no object": (lambda row: [row], ("each line is a JSON object", "Write one object")),
     "no id": (without("id"), ("id: missing", "a question has id", "Add the field")),
     "no question": (without("question"), ("question: missing", "a question has", "Add the field")),
