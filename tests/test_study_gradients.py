@@ -155,9 +155,9 @@ def test_a_measurement_is_written_and_is_the_same_twice(tmp_path: Path) -> None:
     ]
     assert found[0] == found[1]
     assert json.loads((tmp_path / "one" / "gradients.json").read_text()) == found[0]
-    assert (found[0]["questions"], found[0]["repeats"], found[0]["settings"]["num_generations"]) == (4, 2, 4)
+    assert (found[0]["questions"], found[0]["repeats"], found[0]["num_generations"]) == (4, 2, 4)
     assert found[0]["tokens"] > 0
-    assert found[0]["gradient_variance"] > found[0]["within"] / 2 > 0
+    assert found[0]["gradient_variance"] > found[0]["gradient_variance_within"] / 2 > 0
 
 
 def test_with_one_rollout_there_is_no_signal_and_a_baseline_leaves_nothing(tmp_path: Path) -> None:

@@ -241,8 +241,11 @@ def gradients(
     Examples:
       dro-rl study gradients quickstart --num_generations 4 --output_dir runs/gradients-m4
     """
+    from transformers.utils.logging import disable_progress_bar
+
     from dro_rl.cli.output import print_json
     from dro_rl.recipe import load_recipe, parse_command_line
     from dro_rl.study.gradients import measure
 
+    disable_progress_bar()
     print_json(measure(load_recipe(*parse_command_line(arguments)), repeats))

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -200,12 +200,13 @@ def measure(recipe: Recipe, repeats: int = REPEATS) -> dict[str, Any]:
     engine.close()
     e_step.clock.flush()
     spent = sum(phase.tokens for phase in e_step.clock.total.values()) / (len(questions) * repeats)
-    result = {**described(found, training.num_generations, spent), "settings": _settings(recipe), **asdict(found)}
+    result = {
+        **described(found, training.num_generations, spent),
+        **{key: recipe.values[key] for key in ("num_generations", "selector_baseline", "seed")},
+        "questions": found.questions,
+        "repeats": found.repeats,
+    }
+    recipe.save(folder / "recipe.yaml")
     with written_whole(folder / RESULT) as beside:
         beside.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    recipe.save(folder / "recipe.yaml")
     return result
-
-
-def _settings(recipe: Recipe) -> Mapping[str, Any]:
-    return {key: recipe.values[key] for key in ("num_generations", "selector_baseline", "seed")}
