@@ -247,7 +247,9 @@ def mean_rows(report: StudyReport) -> tuple[tuple[str, ...], list[tuple[str, ...
     metrics = list(dict.fromkeys(metric for row in report.means.values() for metric in row))
     rows = []
     for variant, row in report.means.items():
-        seeds = max((found.seeds for found in row.values()), default=0)
+        if not row:
+            continue  # nothing of it is shown
+        seeds = max(found.seeds for found in row.values())
         rows.append((variant, str(seeds), *(_cell(row.get(metric)) for metric in metrics)))
     return ("variant", "seeds", *metrics), rows
 
