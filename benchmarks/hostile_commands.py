@@ -71,6 +71,13 @@ def build_world(folder: Path) -> dict[str, Line]:
         "rollouts ls": (r,),
         "rollouts show": (r, "--limit", "1"),
         "rollouts stats": (r,),
+        "rollouts top": (r, "--limit", "1"),
+        "rollouts diff": (r, r),
+        "rollouts export": (r, "--output", str(folder / "exported.jsonl")),
+        "rollouts sql": (r, "select count(*) from rollouts"),
+        "study ls": (),
+        "study show": ("smoke",),
+        "model convert": (str(folder / "noise"), str(folder / "converted")),
         "recipe ls": (),
         "recipe show": (str(recipe),),
         "recipe cp": (str(recipe), str(folder / "copied.yaml"), "--force"),
@@ -85,14 +92,18 @@ def build_world(folder: Path) -> dict[str, Line]:
     }
 
 
+WITHOUT_AN_END = {"rollouts watch", "study run", "study gradients"}
+"""They wait, or train, as soon as their line is right."""
+
+
 def commands() -> dict[str, Any]:
-    """Every command of `dro-rl` by its words."""
+    """Every command of `dro-rl` that ends soon, by its words."""
     found: dict[str, Any] = {}
 
     def walk(command: Any, words: Line) -> None:
         for name, below in getattr(command, "commands", {}).items():
             walk(below, (*words, name))
-        if not hasattr(command, "commands"):
+        if not hasattr(command, "commands") and " ".join(words) not in WITHOUT_AN_END:
             found[" ".join(words)] = command
 
     walk(typer.main.get_command(app), ())

@@ -101,8 +101,8 @@ def test_training_cuts_and_shuffles_both_splits_and_keeps_gold_in_one(tmp_path, 
         raise Reached
 
     monkeypatch.setattr(preflight, "check", check)
-    keys = {"dataset_name": tmp_path, "output_dir": tmp_path / "run", "num_documents": 3, "keep_gold": "true",
-            "shuffle_documents": "true", "seed": 1, "bf16": "false"}  # fmt: skip
+    keys = {"dataset_name": tmp_path, "output_dir": tmp_path / "run", "num_documents": 3, "num_selected": 2,
+            "keep_gold": "true", "shuffle_documents": "true", "seed": 1, "bf16": "false"}  # fmt: skip
     keys |= {"selector_model_name_or_path": "toy", "generator_model_name_or_path": "toy"}
     with pytest.raises(Reached):
         train.main([part for key, value in keys.items() for part in (f"--{key}", str(value))])

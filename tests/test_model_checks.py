@@ -310,7 +310,7 @@ def test_a_metric_of_labels_needs_labels(make: Make, metric: str) -> None:
     """It died after the first iteration."""
     bare = [replace(question, supporting=()) for question in questions(4, seed=1)]
     recipe = make(metric_for_best_model=metric)
-    error = refusal(lambda: preflight.check(recipe, questions(32), bare, processes=1))
+    error = refusal(lambda: preflight.check(recipe, questions(32), bare))
     assert says(error, f"metric_for_best_model: '{metric}'", "needs labels", "Use f1")
 
 

@@ -59,7 +59,7 @@ def finished(request: pytest.FixtureRequest, run_of: dict[str, Path], tmp_path_f
             "gradient_accumulation_steps": 2,
             "per_device_eval_batch_size": 4,
             "max_prompt_length": 1024,
-            "max_completion_length": 16,
+            "max_completion_length": 32,
             "max_answer_length": 8,
             "warmup_selector_steps": 2,
             "warmup_generator_steps": 2,

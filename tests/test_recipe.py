@@ -480,7 +480,7 @@ def test_a_full_recipe_has_the_papers_settings(path: Path) -> None:
 def test_a_recipe_begins_with_its_command_hardware_time_and_what_to_expect(path: Path) -> None:
     head = path.read_text().split("\n\n")[0]
     assert all(line.startswith("#") for line in head.splitlines())
-    assert f"dro_rl/train.py recipes/{path.name}" in head
+    assert f"dro_rl/train.py recipes/{path.name}" in head or f"dro-rl train {path.stem}" in head
     for word in ("Hardware: ", "Expected"):
         assert word in head
     assert re.search(r"\d+ (min|s\b|hours)", head)

@@ -65,7 +65,7 @@ def launch_job(options: str, arguments: Sequence[str], *, on_cpu: bool = False) 
 
 
 def _launch_several(args: Namespace) -> int:
-    os.environ[LAUNCHED] = "1"
+    os.environ[LAUNCHED] = "1"  # for the processes that it starts
     try:
         launch_command(args)
     except ChildFailedError as error:  # which has said why
@@ -74,6 +74,8 @@ def _launch_several(args: Namespace) -> int:
     except SignalException as error:
         say_stopped(error.sigval)
         return 128 + error.sigval
+    finally:
+        del os.environ[LAUNCHED]
     return 0
 
 
