@@ -215,10 +215,10 @@ def stages(*values: float) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("values", "stage", "line"),
     [
-        ((50, 60, 55), "iteration-1", "iteration-1 of 2, with f1 60.00; base had 50.00"),
-        ((50, 60, 60), "iteration-1", "iteration-1 of 2, with f1 60.00; base had 50.00; as good: iteration-2"),
+        ((50, 60, 55), "iteration-1", "iteration-1, of 2 evaluated, with f1 60.00; base had 50.00"),
+        ((50, 60, 60), "iteration-1", "iteration-1, of 2 evaluated, with f1 60.00; base had 50.00; as good: iteration-2"),
         ((50, 40, 45), "base", "base, with f1 50.00: no iteration was as good"),
-        ((50, 40, 45), "iteration-2", "iteration-2 of 2, with f1 45.00; base had 50.00, which is better"),
+        ((50, 40, 45), "iteration-2", "iteration-2, of 2 evaluated, with f1 45.00; base had 50.00, which is better"),
     ],
 )
 def test_the_end_says_what_was_kept_and_where_it_stands(values: tuple[float, ...], stage: str, line: str) -> None:

@@ -18,7 +18,7 @@ def kept(stages: Sequence[Mapping[str, Any]], stage: str, metric: str, greater_i
     values = {each["stage"]: each[metric] for each in stages}
     start = [name for name in values if name in ("base", "warmup")][-1]
     iterations = [name for name in values if name.startswith("iteration-")]
-    place = "" if stage == start else f" of {len(iterations)}"
+    place = "" if stage == start else f", of {len(iterations)} evaluated"
     line = f"{stage}{place}, with {metric} {values[stage]:.2f}"
     if stage == start:
         return f"{line}: no iteration was as good"
