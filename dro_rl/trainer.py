@@ -513,8 +513,7 @@ class DROTrainer(_BaseTrainer):
 
     def _learning_rates(self) -> dict[Role, float]:
         """Each training model's current learning rate: the first group of each is its own."""
-        assert self.lr_scheduler is not None
-        rates = self.lr_scheduler.get_last_lr()
+        rates = cast(Any, self.lr_scheduler).get_last_lr()
         return {role: float(rates[self._group_roles.index(role)]) for role in dict.fromkeys(self._group_roles)}
 
     # Checkpoints: whole or absent, and enough to go on bit for bit
@@ -525,8 +524,13 @@ class DROTrainer(_BaseTrainer):
         self.stages = told_by_main(lambda: self.checkpoints.restore_logs(checkpoint))
         if checkpoint is not None and self.stalled():
             logger.info("the run has stopped early and stays so; a higher early_stopping_patience would go on")
-        result = super().train(resume_from_checkpoint, *args, **kwargs)
-        self.iterations.close()
+        # Told to keep one, the stock loop ends by deleting all but the best: what a longer run goes on from.
+        kept, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            result = super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self.args.save_total_limit = kept
+            self.iterations.close()
         return result
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:

@@ -216,7 +216,11 @@ def stages(*values: float) -> list[dict[str, Any]]:
     ("values", "stage", "line"),
     [
         ((50, 60, 55), "iteration-1", "iteration-1, of 2 evaluated, with f1 60.00; base had 50.00"),
-        ((50, 60, 60), "iteration-1", "iteration-1, of 2 evaluated, with f1 60.00; base had 50.00; as good: iteration-2"),
+        (
+            (50, 60, 60),
+            "iteration-1",
+            "iteration-1, of 2 evaluated, with f1 60.00; base had 50.00; as good: iteration-2",
+        ),
         ((50, 40, 45), "base", "base, with f1 50.00: no iteration was as good"),
         ((50, 40, 45), "iteration-2", "iteration-2, of 2 evaluated, with f1 45.00; base had 50.00, which is better"),
     ],
@@ -286,3 +290,9 @@ def test_a_length_that_no_selection_fits_is_refused(tmp_path: Path, k: int, leng
     else:
         with pytest.raises(InputError, match=rf"^max_completion_length: {length}: a selection of {k} documents fits"):
             prepare(recipe, 1)
+
+
+def test_the_last_checkpoint_stays_when_one_is_kept(job: Job) -> None:
+    """Beside the best, which is another: a longer run goes on from where this one ended."""
+    run = job("run", save_total_limit=1, load_best_model_at_end=False)
+    assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
