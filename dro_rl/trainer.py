@@ -530,7 +530,7 @@ class DROTrainer(_BaseTrainer):
             result = super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self.args.save_total_limit = kept
-            self.iterations.close()
+        self.iterations.close()
         return result
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
