@@ -37,7 +37,9 @@ def run_job(arguments: Sequence[str]) -> int:
         return 0
     handler = logging.StreamHandler()
     handler.setFormatter(PlainFormatter("%(message)s"))
-    logging.basicConfig(handlers=[handler])
+    root = logging.getLogger()
+    if not root.handlers:
+        root.addHandler(handler)
     logging.getLogger("dro_rl").setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
     try:
         return _refusing(arguments)
@@ -45,6 +47,8 @@ def run_job(arguments: Sequence[str]) -> int:
         if os.environ.get("RANK", "0") == "0" and LAUNCHED not in os.environ:
             say_stopped(stopped.number)
         return stopped.status
+    finally:
+        root.removeHandler(handler)  # the stream may end before a process that runs several jobs
 
 
 def _refusing(arguments: Sequence[str]) -> int:
