@@ -103,12 +103,15 @@ def _build(
     from dro_rl.cli.output import console, print_json
     from dro_rl.retrieval.index import build_index
 
-    ours = logging.getLogger("dro_rl")
-    ours.addHandler(logging.StreamHandler())  # on the root logger, bm25s would print too
+    ours, handler = logging.getLogger("dro_rl"), logging.StreamHandler()
+    ours.addHandler(handler)  # on the root logger, bm25s would print too
     ours.setLevel(logging.INFO)
-    manifest = build_index(
-        retriever, corpus, folder, config=config, split=split, processes=processes, skip_bad=skip_bad
-    )
+    try:
+        manifest = build_index(
+            retriever, corpus, folder, config=config, split=split, processes=processes, skip_bad=skip_bad
+        )
+    finally:
+        ours.removeHandler(handler)  # the stream may end before the process
     if json:
         print_json(manifest)
         return
