@@ -91,6 +91,8 @@ class Sample:
         reference_logp: log p(z|x) under the initial selector, nats; NaN without `beta`.
         prompt_cut: whether the selector read documents cut to fit `max_prompt_length`.
         temperature: what it was sampled at.
+        answer_logp_sum, answer_logp_mean: log p(y|x, d_z) over the answer's tokens, nats; NaN until it is scored, and
+            for an invalid selection, which never is.
         answer: what the generator wrote after reading the selection; None where no reward looks at answers.
         rewards: the value of each reward that has been computed, by name.
     """
@@ -104,6 +106,8 @@ class Sample:
     reference_logp: float = math.nan
     prompt_cut: bool = False
     temperature: float = 1.0
+    answer_logp_sum: float = math.nan
+    answer_logp_mean: float = math.nan
     answer: str | None = None
     rewards: tuple[tuple[str, float], ...] = ()
 
@@ -112,6 +116,10 @@ class Sample:
         """log q(z|x), nats."""
         return float(sum(self.proposal_logps))
 
+    def answer_logp_as(self, likelihood: str) -> float:
+        """log p(y|x, d_z) as `sum` or as `mean` over the answer's tokens, nats."""
+        return self.answer_logp_sum if likelihood == "sum" else self.answer_logp_mean
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout(Sample):
@@ -119,7 +127,7 @@ class Rollout(Sample):
 
     Args:
         selection_logp: log p(z|x) at temperature 1 under the selector that the E-step weighed with, nats.
-        answer_logp: log p(y|x, d_z), nats; NaN for an invalid selection, which is never scored.
+        answer_logp: log p(y|x, d_z), nats: of the sum and the mean the one that is the likelihood.
         reward: what the objective weighs: under `reward: likelihood` the answer's log-likelihood, nats.
         weight: importance weight; sums to 1 over the group unless every rollout is invalid.
         advantage: what moves the selector under an objective of advantages; NaN under the others.

@@ -56,6 +56,8 @@ def rollouts(
             selection_logp=-1.5 + (log_ratios[sample] if log_ratios else 0.0),
             reference_logp=math.nan,
             answer_logp=answer_logps[sample],
+            answer_logp_sum=answer_logps[sample],
+            answer_logp_mean=answer_logps[sample] / 4,
             reward=answer_logps[sample],
             weight=weights[sample],
             proposal_weight=1 / len(selections),
@@ -229,8 +231,40 @@ def test_show_orders_the_rollouts_of_a_question_by_weight(run: Path) -> None:
     ]
     assert best["weight"] == 0.5
     assert (best["selection_logp"], best["proposal_logp"]) == (-1.5, -1.5)
+    assert (best["answer_logp_sum"], best["answer_logp_mean"]) == (math.log(0.4), math.log(0.4) / 4)
     assert (last["answer_logp"], last["valid"], last["problems"]) == (None, False, ["format", "too_few"])
     assert last["text"] == "I cannot [b]tell"
+
+
+def test_show_has_what_was_answered_and_each_reward(tmp_path: Path) -> None:
+    """Beside the reward that was weighed; an answer may be empty, or hostile, and is printed as text."""
+    made = rollouts(1, [[2, 1], [3], [1]], [-1.0, -2.0, -3.0], [0.5, 0.5, 0.0])
+    said = [("no\x1b[31m [b]way[/b]", 1.0), ("", 0.0), ("never", 0.25)]
+    made = [
+        replace(each, answer=answer, rewards=(("f1", value), ("judge:short", 2 * value)), reward=3 * value)
+        for each, (answer, value) in zip(made, said, strict=True)
+    ]
+    write(tmp_path, 1, 0, 0, 0, [made])
+    (group,) = document("rollouts", "show", tmp_path, "b")["questions"]
+    assert [each["answer"] for each in group["rollouts"]] == [answer for answer, _ in said]
+    assert group["rollouts"][2]["rewards"] == {"f1": 0.25, "judge:short": 0.5}
+    text = invoke("rollouts", "show", tmp_path, "b", columns=120).stdout
+    assert "[1] answers never: f1 0.25, judge:short 0.50; reward 0.75" in text
+    assert "[3] answers nothing: f1 0.00" in text
+    assert "[b]way[/b]" in text
+    assert "\x1b" not in text
+
+
+@pytest.mark.parametrize("likelihood", ["sum", "mean"])
+def test_show_has_the_likelihood_both_ways(tmp_path: Path, likelihood: str) -> None:
+    """ℓ is what the weights come from; the other of sum and mean stands beside it."""
+    (made,) = rollouts(1, [[2]], [-6.0], [1.0])
+    write(tmp_path, 1, 0, 0, 0, [[replace(made, answer_logp=made.answer_logp_as(likelihood))]])
+    lines = invoke("rollouts", "show", tmp_path, "b", columns=120).stdout.splitlines()
+    (heads,) = (line.split() for line in lines if "log q" in line and "weight" in line and "ℓ" in line)
+    (row,) = (line.split() for line in lines if "[2]" in line and "1.00" in line)
+    assert heads[heads.index("ℓ") + 1] == {"sum": "mean", "mean": "sum"}[likelihood]
+    assert row[3:5] == {"sum": ["-6.00", "-1.50"], "mean": ["-1.50", "-6.00"]}[likelihood]
 
 
 def test_show_says_in_words_why_the_first_one_won(run: Path) -> None:

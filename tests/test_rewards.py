@@ -131,6 +131,22 @@ def test_what_would_mean_nothing_together_is_refused(settings: dict, key: str) -
     assert refused.value.place == key
 
 
+@pytest.mark.parametrize("fused", ["auto", "off"])
+@pytest.mark.parametrize("likelihood", ["sum", "mean"])
+@pytest.mark.parametrize("aliases", ["first", "max"])
+def test_the_log_has_the_likelihood_both_ways(job, aliases: str, likelihood: str, fused: str) -> None:
+    """In the world's answers a word and the end are two tokens, whichever pass scored them."""
+    keys = {"answer_likelihood": likelihood, "answer_aliases": aliases, "fused_e_step": fused}
+    run = job(**keys, num_iterations=1, questions_per_iteration=4, max_steps=1)
+    rows = rollout_log.read(rollout_log.part_paths(run)).to_pylist()
+    valid = [row for row in rows if row["valid"]]
+    assert valid
+    for row in valid:
+        assert row["answer_logp"] == row[f"answer_logp_{likelihood}"]
+        assert row["answer_logp_sum"] == pytest.approx(2 * row["answer_logp_mean"], rel=1e-6)
+    assert all(row["answer_logp_mean"] != row["answer_logp_mean"] for row in rows if not row["valid"])
+
+
 @pytest.mark.parametrize("objective", ["grpo", "rloo", "maxrl", "best_of_m", "dro"])
 def test_a_job_trains_by_each_objective_on_a_mixture_of_rewards(job, objective: str) -> None:
     """The log keeps the answer and each reward; what moves the selector follows from them."""

@@ -18,7 +18,7 @@ from dro_rl.rollouts.find import Brief, Change
 from dro_rl.rollouts.signals import Iteration, Signal, reading
 from dro_rl.selection import format_selection
 
-FIXED = ("weight", "", "ℓ", "log p", "log q")
+FIXED = ("weight", "", "ℓ", "mean", "sum", "log p", "log q")
 TABLE_WIDTH = 78
 """Below this many columns, a list reads better than a table."""
 
@@ -131,7 +131,8 @@ def print_group(out: Console, group: Group) -> None:
         f"evidence bound {number(group.evidence_bound)} nats, "
         f"weight temperature {group.weight_temperature:.3g}"
     )
-    headings = ("weight", "", "selection", "ℓ", "log p", "log q", "problems")
+    averaged = all(rollout.answer_logp == rollout.answer_logp_mean for rollout in group.rollouts if rollout.valid)
+    headings = ("weight", "", "selection", "ℓ", "sum" if averaged else "mean", "log p", "log q", "problems")
     rows = []
     for rollout in group.rollouts:
         marks = {d.number: "*" if d.supporting else "" for d in rollout.documents}
@@ -144,6 +145,7 @@ def print_group(out: Console, group: Group) -> None:
                 bar(rollout.weight),
                 named or f"wrote: {plain(rollout.text)[:40]}",
                 number(rollout.answer_logp),
+                number(rollout.answer_logp_sum if averaged else rollout.answer_logp_mean),
                 number(rollout.selection_logp),
                 number(rollout.proposal_logp),
                 ", ".join(rollout.problems),
@@ -162,6 +164,7 @@ def print_group(out: Console, group: Group) -> None:
         for row in rows:
             table.add_row(*row)
         out.print(table)
+    _print_answers(out, group)
     documents = {d.number: d for rollout in group.rollouts for d in rollout.documents}
     for n, document in sorted(documents.items()):
         out.print(f"{f'[{n}]':>5}{'*' if document.supporting else ' '} {plain(document.title)}", no_wrap=True)
@@ -169,6 +172,15 @@ def print_group(out: Console, group: Group) -> None:
     if group.num_supporting:
         out.print(f"* supports the answer; {missing} of {group.num_supporting} supporting were not selected")
     out.print(plain(group.why), style="bold")
+
+
+def _print_answers(out: Console, group: Group) -> None:
+    """What was answered from each selection, where rewards look at answers, and what each reward made of it."""
+    answered = {rollout.numbers: rollout for rollout in group.rollouts if rollout.answer is not None}
+    for numbers, rollout in answered.items():
+        rewards = ", ".join(f"{plain(name)} {number(value)}" for name, value in rollout.rewards.items())
+        answer = plain(rollout.answer or "nothing")
+        out.print(f"{format_selection(numbers)} answers {answer}: {rewards}; reward {number(rollout.reward)}")
 
 
 def print_briefs(out: Console, briefs: Sequence[Brief]) -> None:

@@ -42,8 +42,8 @@ LEGEND = (
     "the selector and by weight. first: the number that is named first most often, and by how many. Shares in percent."
 )
 SHOW_LEGEND = (
-    "ℓ: log p(answer | selected documents). log p, log q: of the selection, under the selector and what "
-    "it was sampled from. Nats."
+    "ℓ: log p(answer | selected documents), and the same as mean, or sum, over its tokens. log p, log q: of the "
+    "selection, under the selector and what it was sampled from. Nats."
 )
 TOP_LEGEND = (
     "bound: log((1/m) Σ p/q p(answer)), nats. entropy: of the selector, nats. R@5: supporting documents selected, in "

@@ -14,7 +14,7 @@ from dro_rl.em.timing import PhaseClock
 from dro_rl.em.weighing import weigh
 from dro_rl.engines.decoding import Decoder
 from dro_rl.engines.protocol import GenerationRequest, RolloutEngine
-from dro_rl.likelihood import Model, answer_logp, score_rows
+from dro_rl.likelihood import Model, answer_logps, score_rows
 from dro_rl.likelihood.packing import Row
 from dro_rl.prompts import Prompter
 from dro_rl.prompts.rows import answer_row, constraint_of, selector_row
@@ -150,12 +150,19 @@ class EStep:
             policy = self._matrix([sample.proposal_logp for sample in samples])
         else:
             policy = self._selection_logps(lambda: self.open_role("selector"), questions, samples)
-        answers = self._answer_logps(questions, samples)
+        samples = self._scored(questions, samples)
         if self.method.reward.others:
-            samples = self._rewarded(asked, samples, answers.flatten().tolist())
-        return weigh(samples, policy, answers, self.method.weighting, self.method.reward, on_policy=sampled.on_policy)
+            samples = self._rewarded(asked, samples)
+        return weigh(
+            samples,
+            policy,
+            self.method.weighting,
+            self.method.reward,
+            likelihood=self.method.scoring.answer_likelihood,
+            on_policy=sampled.on_policy,
+        )
 
-    def _rewarded(self, asked: Asked, samples: Sequence[Sample], likelihoods: Sequence[float]) -> list[Sample]:
+    def _rewarded(self, asked: Asked, samples: Sequence[Sample]) -> list[Sample]:
         """The samples with the generator's answers and their rewards. Each distinct selection is answered once."""
         m, prompter = self.method.num_generations, self.prompters["generator"]
         keys = [(i // m, sample.selection.numbers) for i, sample in enumerate(samples)]
@@ -177,7 +184,7 @@ class EStep:
                 asked.questions[q],
                 tuple(asked.questions[q].documents[number - 1] for number in z),
                 without_thinking(prompter.decode(completion.ids)).strip(),
-                likelihoods[place],
+                samples[place].answer_logp_as(self.method.scoring.answer_likelihood),
             )
             for ((q, z), place), (completion,) in zip(distinct.items(), written, strict=True)
         ]
@@ -211,18 +218,22 @@ class EStep:
         }
         return self._matrix([logps[i // m, sample.token_ids] for i, sample in enumerate(samples)])
 
-    def _answer_logps(self, questions: Sequence[Question], samples: Sequence[Sample]) -> torch.Tensor:
-        """(questions, m) log p(y|x, d_z), each distinct selection scored once; NaN for the invalid."""
+    def _scored(self, questions: Sequence[Question], samples: Sequence[Sample]) -> list[Sample]:
+        """The samples with log p(y|x, d_z), each distinct selection scored once; the invalid have none."""
         m, scoring, prompter = self.method.num_generations, self.method.scoring, self.prompters["generator"]
         numbers = [sample.selection.numbers for sample in samples]
         keys = list(dict.fromkeys((i // m, numbers[i]) for i, each in enumerate(samples) if each.selection.valid))
         rows = [answer_row(prompter, questions[i], z, scoring.answer_aliases) for i, z in keys]
         scored = self._score("generator", lambda: self.open_role("generator"), rows)
         logps = {
-            key: answer_logp(logps, scoring.answer_likelihood, scoring.answer_aliases).item()
-            for key, logps in zip(keys, scored, strict=True)
+            key: answer_logps(logps, scoring.answer_aliases).tolist() for key, logps in zip(keys, scored, strict=True)
         }
-        return self._matrix([logps.get((i // m, z), math.nan) for i, z in enumerate(numbers)])
+        nothing = (math.nan, math.nan)
+        both = [logps.get((i // m, z), nothing) for i, z in enumerate(numbers)]
+        return [
+            replace(sample, answer_logp_sum=total, answer_logp_mean=mean)
+            for sample, (total, mean) in zip(samples, both, strict=True)
+        ]
 
     def _score(
         self, role: Role, open_model: Callable[[], AbstractContextManager[Model]], rows: Sequence[Row]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -158,8 +159,8 @@ class MicroBatch:
         """What multiplies each log-probability in the losses. Duplicates are one row, with their coefficients summed.
 
         Args:
-            logps: of the selector's completions and of the generator's rows, in the order of `rows`, detached, nats.
-                Rollouts that are still fresh are weighed by them.
+            logps: of the selector's completions (n,) and of the generator's rows (rows, 2), sum and mean, in the order
+                of `rows`, detached, nats. Rollouts that are still fresh are weighed by them.
 
         Returns:
             By role, in the same order.
@@ -193,16 +194,21 @@ class MicroBatch:
 
     def _weigh(self, logps: Mapping[Role, Tensor]) -> None:
         """Weigh fresh rollouts, whose groups are whole here, by what the passes said."""
-        answers = self._of_rollouts("generator", logps["generator"])
+        likelihoods = [self._of_rollouts("generator", values) for values in logps["generator"].unbind(-1)]
+        scored = [
+            replace(each, answer_logp_sum=total, answer_logp_mean=mean)
+            for each, total, mean in zip(self.rollouts, *likelihoods, strict=True)
+        ]
         policy = [rollout.proposal_logp for rollout in self.rollouts]
         if not self.on_policy:
             policy = self._of_rollouts("selector", logps["selector"])
+        method = self.method
         weighed = weigh(
-            self.rollouts,
+            scored,
             self._matrix(policy),
-            self._matrix(answers),
-            self.method.weighting,
-            self.method.reward,
+            method.weighting,
+            method.reward,
+            likelihood=method.scoring.answer_likelihood,
             on_policy=self.on_policy,
         )
         self.rollouts, self._fresh = [*weighed], False

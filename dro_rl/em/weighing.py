@@ -31,23 +31,25 @@ SAMPLED = tuple(field.name for field in fields(Sample))
 def weigh(
     samples: Sequence[Sample],
     policy: Tensor,
-    answers: Tensor,
     weighting: Weighting,
     reward: Reward,
     *,
+    likelihood: str,
     on_policy: bool,
 ) -> list[Rollout]:
     """Whole groups of samples with their log-probabilities and weights.
 
     Args:
-        samples: m of each question, in order.
+        samples: m of each question, in order, with what the generator said of the answers.
         policy: (questions, m) log p(z|x), nats.
-        answers: (questions, m) log p(y|x, d_z), nats; NaN for the invalid.
         weighting: how.
-        reward: of what; the samples carry the parts that are not the likelihood.
+        reward: of what; the samples carry its parts.
+        likelihood: `sum` or `mean` of an answer's tokens.
         on_policy: the proposal is the policy, and the ratio one by definition.
     """
     mask = torch.tensor([sample.selection.valid for sample in samples], dtype=torch.bool).reshape(policy.shape)
+    answers = torch.tensor([sample.answer_logp_as(likelihood) for sample in samples], dtype=torch.float64)
+    answers = answers.reshape(policy.shape)
     proposal = torch.tensor([sample.proposal_logp for sample in samples], dtype=torch.float64).reshape(policy.shape)
     log_ratio = None if on_policy else policy - proposal
     options: dict[str, Any] = {"proposal_log_ratio": log_ratio, "mask": mask, "max_log_ratio": weighting.max_log_ratio}

@@ -23,6 +23,8 @@ TOKENS_PER_PASS = 16384
 """Tokens that go through a model at once, unless told."""
 LOGITS_PER_CHUNK = 2**26
 """Numbers of the largest block of logits that packed rows make: 256 MiB in float32."""
+LIKELIHOODS = ("sum", "mean")
+"""Values of `answer_likelihood`, in the order of `answer_logps`."""
 
 
 class Model(Protocol):
@@ -275,6 +277,11 @@ def _padded_ids(allowed: Sequence[Sequence[int]], device: Any) -> tuple[Tensor, 
     ids = torch.tensor([[*row, *[row[0]] * (width - len(row))] for row in allowed], device=device)
     counts = torch.tensor([len(row) for row in allowed], device=device)
     return ids, torch.arange(width, device=device) >= counts.unsqueeze(-1)
+
+
+def answer_logps(token_logps: Sequence[Tensor], aliases: str = "first") -> Tensor:
+    """`answer_logp` as `sum` and as `mean`, side by side: (2,), nats, with gradient."""
+    return torch.stack([answer_logp(token_logps, likelihood, aliases) for likelihood in LIKELIHOODS])
 
 
 def answer_logp(token_logps: Sequence[Tensor], likelihood: str = "sum", aliases: str = "first") -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dro_rl.likelihood import Scoring, answer_logp, row_logps
+from dro_rl.likelihood import LIKELIHOODS, Scoring, answer_logps, row_logps
 from dro_rl.likelihood.packing import Row
 from dro_rl.objective import weighted_nll
 from dro_rl.roles import POLICIES, ROLES, Role
@@ -33,7 +33,8 @@ class Batch(Protocol):
         ...
 
     def coefficients(self, logps: Mapping[Role, Tensor]) -> Mapping[Role, Sequence[float]]:
-        """By role, in the order of `logps`: the log-probabilities of this very pass, detached, nats."""
+        """By role, in the order of `logps`: the log-probabilities of this very pass, detached, nats. Of answers
+        both: their sum over tokens and their mean, (rows, 2)."""
         ...
 
 
@@ -41,7 +42,8 @@ Switch = Callable[[str], Any]
 
 
 class SelectorGeneratorOutput(NamedTuple):
-    """Of each role that was asked: its loss (a scalar, with gradient) and its log-probabilities (detached, nats)."""
+    """Of each role that was asked: its loss (a scalar, with gradient) and its log-probabilities (detached, nats), those
+    of answers as sum and mean, (rows, 2)."""
 
     losses: dict[Role, Tensor]
     logps: dict[Role, Tensor]
@@ -97,8 +99,9 @@ class SelectorGenerator(nn.Module):
             switch(role)
             tree = scoring.prefix_tree and role not in POLICIES
             scored = row_logps(getattr(self, role), rows, shared_prefix=scoring.shared_prefix, prefix_tree=tree)
-            logps[role] = torch.stack(_totals(role, scored, scoring))
-            detached[role] = logps[role].detach()
+            found = _totals(role, scored, scoring)
+            logps[role] = found if role in POLICIES else found[:, LIKELIHOODS.index(scoring.answer_likelihood)]
+            detached[role] = found.detach()
             # Backward begins with the model that came last, and comes to this tensor when it is through with it.
             _on_backward(logps[role], partial(switch, role))
         coefficients = batch.coefficients(detached)
@@ -131,11 +134,11 @@ def _on_backward(tensor: Tensor, action: Callable[[], Any]) -> None:
         tensor.register_hook(hook)
 
 
-def _totals(role: Role, scored: Sequence[Sequence[Tensor]], scoring: Scoring) -> list[Tensor]:
-    """One log-probability a completion of a policy; one a row of what scores answers."""
+def _totals(role: Role, scored: Sequence[Sequence[Tensor]], scoring: Scoring) -> Tensor:
+    """(completions,) log-probabilities of a policy; of what scores answers (rows, 2), sum and mean."""
     if role in POLICIES:
-        return [logps.sum() for row in scored for logps in row]
-    return [answer_logp(row, scoring.answer_likelihood, scoring.answer_aliases) for row in scored]
+        return torch.stack([logps.sum() for row in scored for logps in row])
+    return torch.stack([answer_logps(row, scoring.answer_aliases) for row in scored])
 
 
 def _like(logps: Tensor, coefficients: Sequence[float]) -> Tensor:

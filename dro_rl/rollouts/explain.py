@@ -6,8 +6,8 @@ Selections whose weights lie within `TIE` of each other tie, and no document is 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from dro_rl.rollouts.diagnostics import TIE
 from dro_rl.selection import format_selection
@@ -36,6 +36,10 @@ class GroupRollout:
     answer_logp: float
     selection_logp: float
     proposal_logp: float
+    answer_logp_sum: float = math.nan
+    answer_logp_mean: float = math.nan
+    answer: str | None = None
+    rewards: Mapping[str, float] = field(default_factory=dict)
     reward: float = math.nan
     advantage: float = math.nan
 

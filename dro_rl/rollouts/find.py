@@ -309,6 +309,10 @@ def _group(rows: list[dict[str, Any]], bound: float) -> Group:
             answer_logp=row["answer_logp"],
             selection_logp=row["selection_logp"],
             proposal_logp=row["proposal_logp"],
+            answer_logp_sum=row["answer_logp_sum"],
+            answer_logp_mean=row["answer_logp_mean"],
+            answer=row["answer"],
+            rewards=dict(row["rewards"]),
             reward=row["reward"],
             advantage=row["advantage"],
         )

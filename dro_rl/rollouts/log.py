@@ -18,7 +18,7 @@ from dro_rl.errors import InputError, Phrase, first_line
 from dro_rl.files import write_json_lines, written_whole
 from dro_rl.records import Question, Rollout, Selection
 
-VERSION = "4"
+VERSION = "5"
 
 
 def _column(name: str, kind: pa.DataType, description: str) -> pa.Field:
@@ -52,6 +52,8 @@ SCHEMA = pa.schema(
             "reference_logp", pa.float64(), "log p of the rollout under the initial selector, nats; NaN without beta"
         ),
         _column("answer_logp", pa.float64(), "log p(answer | question, selected documents), nats; NaN when invalid"),
+        _column("answer_logp_sum", pa.float64(), "the same as a sum over the answer's tokens, its end included"),
+        _column("answer_logp_mean", pa.float64(), "the same as a mean over them"),
         _column("answer", pa.string(), "what the generator wrote; null where no reward looks at answers"),
         _column("rewards", pa.map_(pa.string(), pa.float64()), "each reward beside the likelihood, by name"),
         _column("reward", pa.float64(), "what the objective weighs; the answer's log-likelihood unless told"),
@@ -116,6 +118,8 @@ def to_table(
                 "selection_logp": rollout.selection_logp,
                 "reference_logp": rollout.reference_logp,
                 "answer_logp": rollout.answer_logp,
+                "answer_logp_sum": rollout.answer_logp_sum,
+                "answer_logp_mean": rollout.answer_logp_mean,
                 "answer": rollout.answer,
                 "rewards": rollout.rewards,
                 "reward": rollout.reward,
@@ -208,6 +212,8 @@ def to_rollouts(table: pa.Table) -> list[Rollout]:
             selection_logp=row["selection_logp"],
             reference_logp=row["reference_logp"],
             answer_logp=row["answer_logp"],
+            answer_logp_sum=row["answer_logp_sum"],
+            answer_logp_mean=row["answer_logp_mean"],
             answer=row["answer"],
             rewards=tuple(row["rewards"]),
             reward=row["reward"],
