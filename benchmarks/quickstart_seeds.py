@@ -21,9 +21,9 @@ import typer
 from scipy.stats import ttest_1samp
 
 from dro_rl.evaluation.controls import Control
-from dro_rl.evaluation.evaluator import metric_values, read_stages
 from dro_rl.evaluation.job import EvaluationJob, run_evaluation
-from dro_rl.evaluation.results import QuestionResult, read_results
+from dro_rl.evaluation.results import QuestionResult, metric_values, read_results
+from dro_rl.evaluation.stages import read_stages
 from dro_rl.toy.world import TOY_BASE
 
 ROOT = Path(__file__).parent.parent

@@ -64,6 +64,18 @@ def owned(lock: Path, place: str, waiting: Callable[[], None] | None = None) -> 
                 lock.parent.rmdir()
 
 
+def owner_of(lock: Path) -> str | None:
+    """Who works where a lock file stands, in words; None where nobody does."""
+    try:
+        with lock.open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return lock.read_text() if lock.exists() else None
+    except FileNotFoundError:
+        return None
+    return None
+
+
 def _locked(lock: Path, place: str) -> IO[str] | None:
     """The lock file, opened and locked; None where another process has it."""
     try:

@@ -26,7 +26,7 @@ from dro_rl import engines
 from dro_rl.config import DROConfig
 from dro_rl.em.best import ranked, stalled
 from dro_rl.em.boundaries import Boundaries
-from dro_rl.em.checkpoints import Checkpoints, step_of
+from dro_rl.em.checkpoints import Checkpoints
 from dro_rl.em.e_step import EStep
 from dro_rl.em.fast_path import FastPath
 from dro_rl.em.finite import largest, refuse_nonfinite, refuse_nonfinite_rollouts
@@ -37,11 +37,12 @@ from dro_rl.em.mismatch import EngineMismatch
 from dro_rl.em.optimizer import align, clip, parameter_groups, role_factors
 from dro_rl.em.progress import LineProgress, SignalWatch, say_at_the_start
 from dro_rl.em.schedule import Schedule, Slots, SlotSampler
-from dro_rl.em.timing import Phase, PhaseClock, flops_per_token, peak_flops, rates
+from dro_rl.em.timing import PhaseClock, flops_per_token, peak_flops, rates
 from dro_rl.engines.protocol import TrainedSelector
 from dro_rl.errors import InputError, Phrase
-from dro_rl.evaluation.evaluator import evaluate_stage, with_stage
+from dro_rl.evaluation.evaluator import evaluate_stage
 from dro_rl.evaluation.results import NATS
+from dro_rl.evaluation.stages import with_stage
 from dro_rl.likelihood import passes
 from dro_rl.models.module import SelectorGenerator
 from dro_rl.models.saving import export_role, load_role, of_role, save_role
@@ -52,6 +53,7 @@ from dro_rl.prompts import Prompter
 from dro_rl.records import Question, Rollout
 from dro_rl.roles import ROLES, Role
 from dro_rl.rollouts.diagnostics import Summary, columns, logged, summarize
+from dro_rl.runs import step_of
 
 logger = logging.getLogger(__name__)
 
@@ -505,11 +507,6 @@ class DROTrainer(_BaseTrainer):
             logs.update(rates(self.clock.flush(), self.peak_flops))
             self._step_metrics.clear()
         super().log(logs, start_time)
-
-    def phases(self) -> dict[str, Phase]:
-        """Seconds, tokens and operations of each phase on this process, since the trainer was made."""
-        self.clock.flush()
-        return dict(self.clock.total)
 
     def _learning_rates(self) -> dict[Role, float]:
         """Each training model's current learning rate: the first group of each is its own."""

@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 from training_world import world
 
-from dro_rl.evaluation.evaluator import write_stages
 from dro_rl.evaluation.results import METRICS, Conditions, QuestionResult, write_results
+from dro_rl.evaluation.stages import write_stages
 from dro_rl.recipe import read_keys
 from dro_rl.study.arms import Arm, arms_of
 from dro_rl.study.plan import Study, read_study

@@ -14,9 +14,10 @@ from training_world import weights, world
 
 from dro_rl import train
 from dro_rl.em.best import ranked
-from dro_rl.em.checkpoints import checkpoints_of, find_checkpoint
+from dro_rl.em.checkpoints import find_checkpoint
 from dro_rl.errors import InputError
 from dro_rl.files import damage, folder_written_whole
+from dro_rl.runs import checkpoints_of
 
 
 @pytest.fixture(scope="module")

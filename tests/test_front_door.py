@@ -73,6 +73,7 @@ READS = {
     "a recipe's keys": "dro_rl.recipe",
     "data check, data show": "dro_rl.data.check dro_rl.data.readers",
     "rollouts ls, show, stats, top": "dro_rl.rollouts.read dro_rl.rollouts.find dro_rl.rollouts.signals",
+    "runs ls, show": "dro_rl.runs dro_rl.job.console",
     "compare": "dro_rl.evaluation.comparison dro_rl.evaluation.report",
     "retrieval report": "dro_rl.retrieval.report",
 }

@@ -17,6 +17,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from training_world import weights, world
 
+from dro_rl.cli.runs import show
 from dro_rl.em.optimizer import align, role_factors
 from dro_rl.errors import InputError
 from dro_rl.job import identity, preflight
@@ -204,7 +205,11 @@ def test_a_run_that_made_dev_worse_keeps_what_it_started_from(job: Job, capsys: 
         base = load_file(run.parent / "world" / f"base-{role}" / "model.safetensors")
         found = load_file(run / role / "model.safetensors")
         assert all(torch.equal(tensor, found[name]) for name, tensor in base.items())
-    assert "kept        base, with answer_logp" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "kept        base, with answer_logp" in said
+    show(run)
+    assert said.endswith(again := capsys.readouterr().out), "`runs show` prints the end again"
+    assert again.lstrip().startswith("where the time went")
 
 
 def stages(*values: float) -> list[dict[str, Any]]:

@@ -103,6 +103,7 @@ LAYERS = (
     ("engines",),
     ("pipeline",),
     ("evaluation",),
+    ("runs",),
     ("em",),
     ("trainer",),
     ("job",),

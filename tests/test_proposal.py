@@ -27,7 +27,7 @@ from dro_rl.engines.decoding import Decoder
 from dro_rl.engines.protocol import GenerationRequest
 from dro_rl.engines.transformers_engine import TransformersEngine
 from dro_rl.errors import InputError
-from dro_rl.evaluation.evaluator import read_stages
+from dro_rl.evaluation.stages import read_stages
 from dro_rl.likelihood import row_logps
 from dro_rl.likelihood.packing import Row
 from dro_rl.models.module import SelectorGenerator

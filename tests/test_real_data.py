@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from dro_rl import train
 from dro_rl.cli import app
-from dro_rl.evaluation.evaluator import read_stages
+from dro_rl.evaluation.stages import read_stages
 from dro_rl.pipeline import RAGPipeline
 from dro_rl.records import read_questions
 from dro_rl.rollouts import log as rollout_log

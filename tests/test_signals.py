@@ -18,8 +18,8 @@ from dro_rl.em import progress
 from dro_rl.em.progress import LineProgress, SignalWatch
 from dro_rl.em.schedule import Schedule
 from dro_rl.errors import InputError
-from dro_rl.evaluation.evaluator import write_stages
-from dro_rl.job.console import print_signals
+from dro_rl.evaluation.stages import write_stages
+from dro_rl.job.console import print_signals, signal_spans
 from dro_rl.progress import INTERVAL, Progress, duration, how_far
 from dro_rl.recipe import RunConfig
 from dro_rl.records import Document, Question, Rollout, Selection
@@ -290,13 +290,13 @@ def test_the_table_at_the_end_has_what_stands_and_what_is_over(tmp_path: Path, c
     watch = SignalWatch(schedule(), tmp_path, speaks=False)
     for number, change in enumerate(({"clean": 0.5}, {}, {}, {"duplicate": 0.95}, {"duplicate": 0.95}), start=1):
         watch.end_iteration(number, replace(GOOD, **change))
-    print_signals(watch.found, watch.spans)
+    print_signals(signal_spans(watch.found, watch.spans))
     text = capsys.readouterr().out
     assert "clean: over" in text
     assert "1-4" in text
     assert "4- " in text
     assert "duplicate 95 %" in text
-    print_signals(watch.found, {})
+    print_signals(signal_spans(watch.found, {}))
     assert capsys.readouterr().out == ""
 
 

@@ -484,6 +484,6 @@ def test_training_stops_when_dev_no_longer_improves(job: Job) -> None:
 
 
 def rag_stages(run: Path) -> list[dict[str, Any]]:
-    from dro_rl.evaluation.evaluator import read_stages
+    from dro_rl.evaluation.stages import read_stages
 
     return read_stages(run)

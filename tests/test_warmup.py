@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from training_world import questions, save_model, tokenizer, world
 
 from dro_rl import train
-from dro_rl.evaluation.evaluator import read_stages
+from dro_rl.evaluation.stages import read_stages
 from dro_rl.files import damage, folder_written_whole
 from dro_rl.job import warmup
 from dro_rl.job.warmup import WarmUp, generator_examples, selection_order, selector_examples, warm_up

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from dro_rl import __version__
-from dro_rl.cli import ask, data, evaluate, model, recipe, retrieval, rollouts, serve, study, train
+from dro_rl.cli import ask, data, evaluate, model, recipe, retrieval, rollouts, runs, serve, study, train
 from dro_rl.cli.errors import InputErrorGroup
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app.command(
     options_metavar="[--launch OPTIONS]",
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )(train.train)
+app.add_typer(runs.app, name="runs")
 app.add_typer(rollouts.app, name="rollouts")
 app.add_typer(recipe.app, name="recipe")
 app.add_typer(study.app, name="study")
@@ -64,6 +65,8 @@ def main(
       dro-rl recipe cp musique mine.yaml
       dro-rl recipe validate mine.yaml
       dro-rl serve-rollouts recipes/musique.yaml
+      dro-rl runs ls runs
+      dro-rl runs show runs/musique
       dro-rl rollouts ls out/musique
       dro-rl rollouts stats out/musique
       dro-rl rollouts show out/musique --sort evidence --limit 3

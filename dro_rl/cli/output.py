@@ -5,14 +5,22 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
+from rich.table import Table
 
 from dro_rl.shown import plain, visible
 from dro_rl.terminal import console
 
-__all__ = ["bar", "console", "number", "percent", "plain", "print_json", "visible"]
+__all__ = ["bar", "console", "number", "percent", "plain", "print_json", "print_rows", "visible"]
 
+TABLE_WIDTH = 78
+"""Below this many columns, a list reads better than a table."""
+SHORT = 14
+"""Cells of a column whose longest is no longer are not folded."""
 SCALE = "▏▎▍▌▋▊▉█"
 
 
@@ -36,6 +44,22 @@ def bar(share: float, width: int = 8) -> str:
     eighths = round(share * width * 8)
     full, rest = divmod(eighths, 8)
     return "█" * full + (SCALE[rest - 1] if rest else "")
+
+
+def print_rows(out: Console, names: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """A table of anything; a list where the terminal is narrow."""
+    cells = [[plain("-" if cell is None else str(cell)) for cell in row] for row in rows]
+    if out.width < TABLE_WIDTH:
+        for row in cells:
+            out.print(", ".join(f"{name} {cell}".strip() for name, cell in zip(names, row, strict=True)))
+        return
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
+    for place, name in enumerate(names):
+        short = all(len(row[place]) <= SHORT for row in cells)
+        table.add_column(plain(name), overflow="fold", no_wrap=short)
+    for row in cells:
+        table.add_row(*row)
+    out.print(table)
 
 
 def _jsonable(value: Any) -> Any:

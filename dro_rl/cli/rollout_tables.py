@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 
-from dro_rl.cli.output import bar, number, percent, plain
+from dro_rl.cli.output import TABLE_WIDTH, bar, number, percent, plain, print_rows
 from dro_rl.rollouts.diagnostics import Summary
 from dro_rl.rollouts.explain import Group
 from dro_rl.rollouts.find import Brief, Change
@@ -19,9 +19,6 @@ from dro_rl.rollouts.signals import Iteration, Signal, reading
 from dro_rl.selection import format_selection
 
 FIXED = ("weight", "", "ℓ", "mean", "sum", "log p", "log q")
-TABLE_WIDTH = 78
-"""Below this many columns, a list reads better than a table."""
-
 PLACES = 20
 """Document numbers whose share is printed: all of them, or the most frequent."""
 
@@ -214,18 +211,3 @@ def print_changes(out: Console, changes: Sequence[Change]) -> None:
         for change in changes
     ]
     print_rows(out, ("question", "iteration", "bound", "heaviest", ""), rows)
-
-
-def print_rows(out: Console, names: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """A table of anything; a list where the terminal is narrow."""
-    cells = [[plain("-" if cell is None else str(cell)) for cell in row] for row in rows]
-    if out.width < TABLE_WIDTH:
-        for row in cells:
-            out.print(", ".join(f"{name} {cell}".strip() for name, cell in zip(names, row, strict=True)))
-        return
-    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
-    for name in names:
-        table.add_column(plain(name), overflow="fold")
-    for row in cells:
-        table.add_row(*row)
-    out.print(table)

@@ -242,8 +242,7 @@ def sql(
     json: Json = False,
 ) -> None:
     """Ask the log in SQL, by DuckDB: "select iteration, avg(weight) from rollouts where valid group by 1"."""
-    from dro_rl.cli.output import console, print_json
-    from dro_rl.cli.rollout_tables import print_rows
+    from dro_rl.cli.output import console, print_json, print_rows
     from dro_rl.rollouts.query import query
 
     answer = query(run, statement, limit)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -22,10 +21,11 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from dro_rl.em.schedule import Schedule
 from dro_rl.errors import InputError, Phrase
-from dro_rl.evaluation.evaluator import read_stages, write_stages
+from dro_rl.evaluation.stages import read_stages, write_stages
 from dro_rl.files import beside_of, damage, folder_written_whole
 from dro_rl.rollouts import log as rollout_log
 from dro_rl.rows.small import read_object
+from dro_rl.runs import checkpoints_of, step_of
 
 logger = logging.getLogger(__name__)
 
@@ -73,12 +73,6 @@ def _named(run: Path, place: Path) -> Path:
         "this is auto, or the path of a whole checkpoint",
         "Use auto, which takes the last whole one." if checkpoints_of(run) else "Leave it out, to begin.",
     )
-
-
-def checkpoints_of(run: Path) -> list[Path]:
-    """The checkpoints that are in place in a run's folder, by step."""
-    found = {place: re.fullmatch(r"checkpoint-(\d+)", place.name) for place in run.glob("checkpoint-*")}
-    return sorted((place for place, name in found.items() if name), key=step_of)
 
 
 @dataclass(frozen=True)
@@ -207,8 +201,3 @@ def _copy_parts(parts: Iterable[Path], folder: Path) -> None:
     for part in parts:
         (folder / "rollouts").mkdir(exist_ok=True)
         shutil.copy2(part, folder / "rollouts" / part.name)
-
-
-def step_of(checkpoint: Path) -> int:
-    """How many optimizer steps led to a checkpoint."""
-    return int(checkpoint.name.removeprefix("checkpoint-"))

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dro_rl.em.checkpoints import checkpoints_of
 from dro_rl.errors import InputError, Phrase
 from dro_rl.records import Rollout
 from dro_rl.roles import Role
+from dro_rl.runs import checkpoints_of
 
 
 def refuse_nonfinite(value: float, what: str, role: Role, step: int, run: Path) -> None:

@@ -15,7 +15,7 @@ from transformers.trainer_callback import ProgressCallback
 
 from dro_rl.config import DROConfig
 from dro_rl.em.schedule import Schedule
-from dro_rl.evaluation.evaluator import read_stages
+from dro_rl.evaluation.stages import read_stages
 from dro_rl.progress import Progress, how_far, on_terminal
 from dro_rl.records import Question
 from dro_rl.rollouts import read, signals

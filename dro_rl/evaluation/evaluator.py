@@ -5,7 +5,6 @@ A stage of training leaves `evaluation/<stage>.parquet`, a row a question, and a
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,6 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from dro_rl.data.manifest import questions_hash
-from dro_rl.errors import InputError, Phrase
 from dro_rl.evaluation.results import (
     KS,
     METRICS,
@@ -26,14 +24,13 @@ from dro_rl.evaluation.results import (
     results_by_type,
     write_results,
 )
-from dro_rl.files import written_whole
+from dro_rl.evaluation.stages import read_stages, summary_path, with_stage, write_stages
 from dro_rl.likelihood import answer_logp, score_rows
 from dro_rl.metrics import answer_recall_at_k, exact_match, f1, precision_at_k, recall_at_k, rouge_l
 from dro_rl.pipeline import RAGPipeline, read
 from dro_rl.progress import Progress
 from dro_rl.prompts.rows import answer_row
 from dro_rl.records import Question, Selection
-from dro_rl.rows.small import read_object
 
 
 def evaluate(
@@ -154,30 +151,3 @@ def _means(results: Sequence[QuestionResult]) -> dict[str, Any]:
 def _mean(values: Sequence[float]) -> float | None:
     known = [value for value in values if not math.isnan(value)]
     return round(math.fsum(known) / len(known), 6) if known else None
-
-
-def summary_path(output_dir: str | Path) -> Path:
-    return Path(output_dir) / "evaluation" / "summary.json"
-
-
-def read_stages(output_dir: str | Path) -> list[dict[str, Any]]:
-    """The stages evaluated so far, in order."""
-    path = summary_path(output_dir)
-    if not path.is_file():
-        return []
-    fix = "Delete it: a resumed run puts its checkpoint's in its place."
-    match read_object(path, "the summary of a run", fix):
-        case {"stages": [*stages]} if all(isinstance(stage, dict) and "stage" in stage for stage in stages):
-            return stages
-    raise InputError(str(path), Phrase("other fields"), "this is as a run wrote it", fix)
-
-
-def with_stage(stages: Sequence[dict[str, Any]], summary: dict[str, Any]) -> list[dict[str, Any]]:
-    """The stages with one more, in place of an earlier one of the same name."""
-    return [*(known for known in stages if known["stage"] != summary["stage"]), summary]
-
-
-def write_stages(output_dir: str | Path, stages: Sequence[dict[str, Any]]) -> None:
-    """Write `summary.json`, whole."""
-    with written_whole(summary_path(output_dir)) as beside:
-        beside.write_text(json.dumps({"stages": list(stages)}, indent=2) + "\n")

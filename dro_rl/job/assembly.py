@@ -13,7 +13,8 @@ from accelerate import PartialState
 from torch import nn
 
 from dro_rl.errors import InputError
-from dro_rl.evaluation.evaluator import evaluate_stage, read_stages
+from dro_rl.evaluation.evaluator import evaluate_stage
+from dro_rl.evaluation.stages import read_stages
 from dro_rl.job.warmup import WarmUp, warm_up
 from dro_rl.keys.run import RunConfig
 from dro_rl.likelihood.attention import ARCHITECTURES, takes_packed_rows

@@ -7,10 +7,11 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dro_rl.em.checkpoints import checkpoints_of, find_checkpoint
+from dro_rl.em.checkpoints import find_checkpoint
 from dro_rl.errors import InputError, Phrase
 from dro_rl.files import written_whole
 from dro_rl.flat_yaml import read_yaml
@@ -20,11 +21,9 @@ from dro_rl.locks import LOCK, owned, refuse_foreign
 from dro_rl.processes import told_by_main
 from dro_rl.recipe import Recipe
 from dro_rl.rows.small import read_object
+from dro_rl.runs import RECIPE, RECORD, Ending, checkpoints_of
 
 logger = logging.getLogger(__name__)
-
-RUN = "run.json"
-"""In a run's folder: hashes of what it reads, and what computed it, each time that it was started."""
 
 
 @contextmanager
@@ -56,7 +55,7 @@ def _begin_or_go_on(recipe: Recipe, folder: Path, inputs: Inputs) -> str | None:
     _refuse_links(folder)
     wanted = recipe.training.resume_from_checkpoint
     sessions = []
-    if (folder / "recipe.yaml").exists() or checkpoints_of(folder):
+    if (folder / RECIPE).exists() or checkpoints_of(folder):
         if not wanted:
             raise InputError(
                 "output_dir",
@@ -64,17 +63,27 @@ def _begin_or_go_on(recipe: Recipe, folder: Path, inputs: Inputs) -> str | None:
                 "this folder holds a run",
                 "Add --resume_from_checkpoint auto, or use another.",
             )
-        _same_recipe(recipe, folder / "recipe.yaml")
-        if (folder / RUN).is_file():
-            sessions = _same_inputs(recipe, folder / RUN, inputs)
+        _same_recipe(recipe, folder / RECIPE)
+        if (folder / RECORD).is_file():
+            sessions = _same_inputs(recipe, folder / RECORD, inputs)
     else:
         refuse_foreign(folder, "output_dir", "this run")
     checkpoint = find_checkpoint(folder, wanted) if wanted else None
-    recipe.save(folder / "recipe.yaml")
-    with written_whole(folder / RUN) as beside:
-        run = {"inputs": inputs, "sessions": [*sessions, this_session()]}
-        beside.write_text(json.dumps(run, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    recipe.save(folder / RECIPE)
+    _write_record(folder, {"inputs": inputs, "sessions": [*sessions, this_session()]})
     return None if checkpoint is None else str(checkpoint)
+
+
+def note_ending(folder: Path, ending: Ending) -> None:
+    """Add to `run.json` what this start of the run came to."""
+    run = read_object(folder / RECORD, "the record of a run", "Put it back.")
+    run["sessions"][-1]["ended"] = asdict(ending)
+    _write_record(folder, run)
+
+
+def _write_record(folder: Path, run: dict[str, Any]) -> None:
+    with written_whole(folder / RECORD) as beside:
+        beside.write_text(json.dumps(run, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _refuse_links(folder: Path) -> None:

@@ -18,7 +18,6 @@ from dro_rl import engines
 from dro_rl.config import DROConfig
 from dro_rl.data import dev_beside, load_questions
 from dro_rl.data.candidates import shape_candidates
-from dro_rl.em.checkpoints import checkpoints_of
 from dro_rl.em.optimizer import role_factors
 from dro_rl.em.schedule import Schedule
 from dro_rl.errors import InputError, Phrase, first_line
@@ -33,6 +32,7 @@ from dro_rl.recipe import Recipe
 from dro_rl.records import Question
 from dro_rl.rewards import check_functions
 from dro_rl.roles import ROLES, Role
+from dro_rl.runs import checkpoints_of
 
 
 @dataclass(frozen=True)

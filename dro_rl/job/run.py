@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from functools import partial
 
 import transformers
 from transformers import set_seed
 
+from dro_rl.em.timing import rates
 from dro_rl.evaluation.plots import plot_curves
 from dro_rl.job import preflight
 from dro_rl.job.assembly import evaluate_base, load_models, load_reference, warm_up_models
-from dro_rl.job.console import kept, print_phases, print_signals, print_stages
+from dro_rl.job.console import print_run, signal_spans
 from dro_rl.job.identity import inputs_of
-from dro_rl.job.output import claimed_output_dir
+from dro_rl.job.output import claimed_output_dir, note_ending
 from dro_rl.recipe import Recipe, load_recipe, parse_command_line
+from dro_rl.runs import Ending, read_run
 from dro_rl.trainer import DROTrainer
 
 
@@ -50,9 +53,17 @@ def run_training(recipe: Recipe, job: preflight.Prepared, checkpoint: str | None
     trainer.save_model()
     trainer.save_state()
     if trainer.is_world_process_zero():
-        print_phases(trainer.phases(), trainer.peak_flops)
-        curves = plot_curves(trainer.run_dir)
-        print_signals(trainer.signals.found, trainer.signals.spans)
-        metric, more = str(training.metric_for_best_model), bool(training.greater_is_better)
-        best = kept(trainer.stages, trainer.kept_stage, metric, more)
-        print_stages(trainer.stages, trainer.run_dir, curves, best, training.num_selected)
+        plot_curves(trainer.run_dir)
+        note_ending(trainer.run_dir, ending_of(trainer))
+        print_run(read_run(trainer.run_dir))
+
+
+def ending_of(trainer: DROTrainer) -> Ending:
+    """What is said at the end, beside what the run's files say: `dro-rl runs show` says it again."""
+    trainer.clock.flush()
+    return Ending(
+        at=datetime.now(UTC).isoformat(timespec="seconds"),
+        kept=trainer.kept_stage,
+        rates=rates(trainer.clock.total, trainer.peak_flops),
+        signals=signal_spans(trainer.signals.found, trainer.signals.spans),
+    )

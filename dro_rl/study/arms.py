@@ -10,7 +10,7 @@ from typing import Any
 
 from dro_rl.data import dev_beside
 from dro_rl.errors import InputError
-from dro_rl.evaluation.evaluator import read_stages
+from dro_rl.evaluation.stages import read_stages
 from dro_rl.flat_yaml import read_yaml
 from dro_rl.keys.reference import KEYS, as_yaml
 from dro_rl.recipe import read_keys

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dro_rl.errors import InputError
-from dro_rl.evaluation.evaluator import read_stages
 from dro_rl.evaluation.results import metric_values, read_results
+from dro_rl.evaluation.stages import read_stages
 from dro_rl.rollouts.diagnostics import Summary, logged, pooled
 from dro_rl.rollouts.read import history, ranges
 from dro_rl.rows.small import read_object
