@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict, cast
 
 from dro_rl.errors import InputError, Phrase
 from dro_rl.evaluation.stages import FINAL, best_stage, read_stages
@@ -19,7 +19,7 @@ from dro_rl.flat_yaml import read_yaml
 from dro_rl.keys.reference import KEYS
 from dro_rl.locks import LOCK, owner_of
 from dro_rl.rollouts import log
-from dro_rl.rows.small import read_object, record
+from dro_rl.rows.small import fits, read_object, record
 
 RECIPE = "recipe.yaml"
 RECORD = "run.json"
@@ -61,7 +61,7 @@ class Run:
 
     Args:
         path: the folder.
-        state: `running`, which is owned by a job; `finished`; or `stopped` before its end.
+        state: `finished`; before that `running`, which is owned by a job, or `stopped`.
         owner: the job that works there, in words; None where none does.
         recipe: every key with its value.
         iteration: the last one that has rollouts; 0 before the first.
@@ -138,18 +138,43 @@ def read_run(folder: str | Path) -> Run:
         )
     recipe = {name: key.default for name, key in KEYS.items()} | read_yaml(folder / RECIPE)
     stages, owner = read_stages(folder), owner_of(folder / LOCK)
-    finished = (folder / STATE).is_file() and any(stage["stage"] == FINAL for stage in stages)
+    complete = (folder / STATE).is_file() and any(stage["stage"] == FINAL for stage in stages)
+    ending = _ending(folder / RECORD) if complete else None
+    finished = complete and (owner is None or ending is not None)  # else it is begun again, to go on for longer
     iterations = (re.match(r"iteration-(\d+)-part-", path.name) for path in log.part_paths(folder))
     return Run(
         path=folder,
-        state="running" if owner is not None else "finished" if finished else "stopped",
+        state="finished" if finished else "stopped" if owner is None else "running",
         owner=owner,
         recipe=recipe,
         iteration=max((int(name[1]) for name in iterations if name), default=0),
         stages=stages,
         standing=_standing(folder, finished),
-        ending=_ending(folder / RECORD) if finished else None,
+        ending=ending,
     )
+
+
+def record_of(folder: Path) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
+    """What `run.json` says: by key, hashes of the parts of what it names; and the versions of the last start.
+
+    Raises:
+        InputError: there is none, or it is not as a run wrote it.
+    """
+    path = folder / RECORD
+    fix = "Use the folder of a run that this release, or a later one, began."
+    if not path.is_file():
+        raise InputError(str(path), Phrase("no such file"), "a run says there what it reads", fix)
+    run = read_object(path, "the record of a run", fix)
+    sessions = run.get("sessions")
+    versions = sessions[-1].get("versions") if fits(sessions, list[dict[str, Any]]) and sessions else None
+    if fits(run.get("inputs"), dict[str, dict[str, str]]) and fits(versions, dict[str, str]):
+        return run["inputs"], cast(dict[str, str], versions)
+    raise InputError(str(path), Phrase("other fields"), "this is as a run wrote it", fix)
+
+
+def differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """The names under which something else stands now, or nothing, or something where nothing stood."""
+    return sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
 
 
 def disk_of(folder: Path) -> int:
@@ -182,7 +207,7 @@ def _ending(path: Path) -> Ending | None:
     what, fix = "the record of a run", "Delete it, if all that the run reads is as it was."
     match read_object(path, what, fix):
         case {"sessions": [*_, {"ended": {**ended}}]}:
-            return record(Ending, ended, f"{path}: ended", what, fix)
+            return record(Ending, cast(dict[str, Any], ended), f"{path}: ended", what, fix)
     return None
 
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dro_rl.data.candidates import shape_candidates
-from dro_rl.flat_yaml import read_yaml
 from dro_rl.keys import keys_of
 from dro_rl.keys.run import RunConfig
 from dro_rl.keys.training import TrainingKeys
+from dro_rl.recipe.files import read_recipe
 from dro_rl.records import Question
 
 
@@ -51,7 +51,7 @@ def shape_of(run: Path, recipe: Path | None, num_documents: int | None, shuffle:
         InputError: the recipe cannot be read, or one of these keys breaks its rule.
     """
     path = recipe or run / "recipe.yaml"
-    given = read_yaml(path) if recipe is not None or path.is_file() else {}
+    given = read_recipe(path) if recipe is not None or path.is_file() else {}
     keys = {**keys_of(RunConfig), **keys_of(TrainingKeys)}
     count, by_recipe, seed = (
         keys[name].check(given.get(name, keys[name].default)) for name in ("num_documents", "shuffle_documents", "seed")

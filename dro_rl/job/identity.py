@@ -72,11 +72,6 @@ def model_hashes(name: str, revision: str | None = None) -> dict[str, str]:
     return {"commit": str(extract_commit_hash(config, None))}
 
 
-def differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """The names under which something else stands now, or nothing, or something where nothing stood."""
-    return sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
-
-
 def this_session() -> dict[str, Any]:
     """What computes: versions, with the state of the code, the command, and when it was given."""
     known = {"dro_rl": dro_rl.__version__, "git": git_state(Path(dro_rl.__file__).parent.parent)}

@@ -15,13 +15,13 @@ from dro_rl.em.checkpoints import find_checkpoint
 from dro_rl.errors import InputError, Phrase
 from dro_rl.files import written_whole
 from dro_rl.flat_yaml import read_yaml
-from dro_rl.job.identity import Inputs, differences, this_session
+from dro_rl.job.identity import Inputs, this_session
 from dro_rl.keys.reference import KEYS
 from dro_rl.locks import LOCK, owned, refuse_foreign
 from dro_rl.processes import told_by_main
 from dro_rl.recipe import Recipe
 from dro_rl.rows.small import read_object
-from dro_rl.runs import RECIPE, RECORD, Ending, checkpoints_of
+from dro_rl.runs import RECIPE, RECORD, Ending, checkpoints_of, differences
 
 logger = logging.getLogger(__name__)
 

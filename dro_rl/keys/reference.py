@@ -26,6 +26,7 @@ def keys_page() -> str:
         "",
         "Made by `dro-rl recipe keys --markdown`; rules and defaults stand in `dro_rl/keys/`. A recipe is flat YAML",
         "of these keys, and the command line goes over it (`--key value`). A resumed run may change those marked so.",
+        "`extends: FILE`, seen from its own folder, or `extends: NAME` of a shipped one, lays a file over another.",
     ]
     group = ""
     for key in KEYS.values():

@@ -19,6 +19,7 @@ from dro_rl.keys import at_least, check_keys, keys_of, option, within
 from dro_rl.keys.inherited import REFUSED, WITHOUT_EFFECT
 from dro_rl.keys.reference import KEYS
 from dro_rl.recipe import read_keys
+from dro_rl.recipe.files import recipe_file
 from dro_rl.roles import ROLES
 from dro_rl.shipped import STUDIES, find, headline
 from dro_rl.study.metrics import GRADIENTS, LOGGED, METRICS
@@ -169,7 +170,7 @@ def read_study(path: str | Path) -> Study:
         check_keys(keys)
         if not keys.base:
             raise InputError("base", Phrase("missing"), "a study changes a recipe", "Set base: quickstart.")
-        find(keys.base)
+        recipe_file(keys.base)
         if not keys.seeds or len(set(keys.seeds)) < len(keys.seeds):
             raise InputError("seeds", keys.seeds, "a study has seeds, each once", "Use seeds: [0, 1, 2].")
         if not keys.variants:

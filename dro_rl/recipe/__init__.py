@@ -16,12 +16,12 @@ import yaml
 
 from dro_rl.errors import InputError, Phrase, first_line, shorten
 from dro_rl.files import written_whole
-from dro_rl.flat_yaml import parse_yaml, read_yaml
+from dro_rl.flat_yaml import parse_yaml
 from dro_rl.keys.inherited import REFUSED, WITHOUT_EFFECT
 from dro_rl.keys.reference import KEYS, RUN_KEYS, TRAINING_KEYS
 from dro_rl.keys.run import RunConfig
 from dro_rl.keys.training import TrainingKeys
-from dro_rl.shipped import find
+from dro_rl.recipe.files import EXTENDS, read_recipe
 
 if TYPE_CHECKING:
     from dro_rl.config import DROConfig
@@ -51,7 +51,7 @@ def load_recipe(path: str | Path | None, overrides: Mapping[str, Any] | None = N
     """Read a recipe file, put `overrides` over it, and check everything that can be checked without data or models.
 
     Args:
-        path: the file, or the name of a shipped one; None where `overrides` are all there is.
+        path: the file, a run's folder, or the name of a shipped recipe; None where `overrides` are all there is.
         overrides: what the command line says.
 
     Raises:
@@ -73,7 +73,7 @@ def load_recipe(path: str | Path | None, overrides: Mapping[str, Any] | None = N
 
 def read_keys(path: str | Path | None, overrides: Mapping[str, Any] | None = None) -> tuple[RunConfig, TrainingKeys]:
     """The part of `load_recipe` that needs no torch: names, types and rules of keys."""
-    given = {**(read_yaml(find(path)) if path is not None else {}), **(overrides or {})}
+    given = {**(read_recipe(path) if path is not None else {}), **(overrides or {})}
     for key in given:
         _check_name(key, given[key])
     run = RunConfig(**{key: value for key, value in given.items() if key in RUN_KEYS})
@@ -97,6 +97,8 @@ def read_keys(path: str | Path | None, overrides: Mapping[str, Any] | None = Non
 def _check_name(key: str, value: object) -> None:
     if key.endswith("_token"):
         value = Phrase("given")  # which is nobody's to read
+    if key == EXTENDS:
+        raise InputError(key, value, "a recipe's file says what it extends", "Write it there, or name that recipe.")
     if key in WITHOUT_EFFECT:
         raise InputError(key, value, "this key has no effect in dro_rl", f"Use {WITHOUT_EFFECT[key]}.")
     if key in REFUSED:
