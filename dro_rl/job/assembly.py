@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from torch import nn
+from transformers import PreTrainedModel
 
 from dro_rl.errors import InputError
 from dro_rl.evaluation.evaluator import evaluate_stage
@@ -18,9 +19,18 @@ from dro_rl.evaluation.stages import read_stages
 from dro_rl.job.warmup import WarmUp, warm_up
 from dro_rl.keys.run import RunConfig
 from dro_rl.likelihood.attention import ARCHITECTURES, takes_packed_rows
-from dro_rl.models.loading import LoraSettings, add_adapter, declared_ends, load_model, load_tokenizer
+from dro_rl.models.loading import (
+    LoraSettings,
+    add_adapter,
+    declared_ends,
+    load_adapter,
+    load_model,
+    load_tokenizer,
+)
 from dro_rl.models.module import SelectorGenerator
-from dro_rl.models.sharding import whole_parameters
+from dro_rl.models.saving import is_adapted
+from dro_rl.models.sharding import launched_to_shard, whole_parameters
+from dro_rl.models.sharing import twin
 from dro_rl.pipeline import PipelineSettings, RAGPipeline
 from dro_rl.prompts import Prompter
 from dro_rl.recipe import Recipe
@@ -82,6 +92,7 @@ def warm_up_models(recipe: Recipe, train: Sequence[Question], prompters: dict[Ro
                 prompter=prompters[role],
                 steps=run.of(role).warmup_steps,
                 learning_rate=run.of(role).warmup_learning_rate,
+                merged=not run.share_base,
             )
             sources[role] = warm_up(job, train, run, training)
     return sources
@@ -89,26 +100,41 @@ def warm_up_models(recipe: Recipe, train: Sequence[Question], prompters: dict[Ro
 
 def load_models(recipe: Recipe, sources: dict[Role, str]) -> SelectorGenerator:
     """Both models in one module, with adapters where the recipe asks for them."""
-    run, training = recipe.run, recipe.training
     models = {}
-    for role in ROLES:
-        model = load_model(sources[role], **_source_kwargs(recipe, role, sources))
-        if training.shared_prefix == "on" and not takes_packed_rows(model, positions=1):
+    for role, model in _bases(recipe, sources).items():
+        if recipe.training.shared_prefix == "on" and not takes_packed_rows(model, positions=1):
             raise InputError(
                 "shared_prefix",
                 f"on, for the {role}: {model.config.model_type} under {model.config._attn_implementation}",
                 f"it needs sdpa attention and one of {', '.join(sorted(ARCHITECTURES))}",
                 "Use auto, which takes the plain path here.",
             )
-        lora = lora_settings(run, role)
-        models[role] = model if lora is None else add_adapter(model, lora)
+        lora = lora_settings(recipe.run, role)
+        if recipe.run.share_base and sources[role] != recipe.run.of(role).model:
+            models[role] = load_adapter(model, sources[role])
+        else:
+            models[role] = model if lora is None else add_adapter(model, lora)
     return SelectorGenerator(**models)
 
 
-def load_reference(recipe: Recipe, sources: dict[Role, str]) -> nn.Module | None:
-    """The initial selector, when the objective keeps the trained one near it."""
+def _bases(recipe: Recipe, sources: dict[Role, str]) -> dict[Role, PreTrainedModel]:
+    """What each role is before its adapters. A shared one is the recipe's model: a warm-up moved adapters alone."""
+    if not recipe.run.share_base:
+        return {role: load_model(sources[role], **_source_kwargs(recipe, role, sources)) for role in ROLES}
+    first, *others = ROLES
+    base = load_model(recipe.run.of(first).model, **model_kwargs(recipe.run, first)).requires_grad_(False)
+    return {first: base} | {role: twin(base) for role in others}
+
+
+def load_reference(recipe: Recipe, sources: dict[Role, str], models: SelectorGenerator) -> nn.Module | None:
+    """The initial selector, when the objective keeps the trained one near it.
+
+    Under adapters it is the base that is there, with the adapters as they begin.
+    """
     if recipe.training.beta == 0:
         return None
+    if is_adapted(models.selector) and launched_to_shard() is None:
+        return twin(models.selector).requires_grad_(False)
     with whole_parameters():
         model = load_model(sources["selector"], **_source_kwargs(recipe, "selector", sources))
     return model.requires_grad_(False)

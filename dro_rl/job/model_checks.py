@@ -20,7 +20,7 @@ from dro_rl.keys.run import RunConfig
 from dro_rl.likelihood.attention import keeps_state
 from dro_rl.models.loading import add_adapter, check_model, check_pickle
 from dro_rl.models.positions import positions_of
-from dro_rl.models.sharding import whole_parameters
+from dro_rl.models.sharding import launched_to_shard, whole_parameters
 from dro_rl.prompts import load_template
 from dro_rl.recipe import Recipe
 from dro_rl.roles import ROLES, Role
@@ -41,6 +41,7 @@ def check_models(recipe: Recipe) -> dict[Role, PreTrainedModel]:
         InputError: naming the recipe's key.
     """
     run = recipe.run
+    check_layout(run)
     models: dict[Role, PreTrainedModel] = {}
     for role in ROLES:
         asked, place = run.of(role), f"{role}_model_name_or_path"
@@ -55,6 +56,18 @@ def check_models(recipe: Recipe) -> dict[Role, PreTrainedModel]:
         check_positions(recipe, role, model.config)
         _say_what_is_left_out(role, model)
     return models
+
+
+def check_layout(run: RunConfig) -> None:
+    """Refuse to share a base where processes hold weights in parts of their own."""
+    layout = launched_to_shard()
+    if run.share_base and layout is not None:
+        raise InputError(
+            "share_base",
+            Phrase(f"true, under {layout}"),
+            f"{layout} lays out the weights of each module for itself, and a shared base would be there twice",
+            "Launch with recipes/accelerate/ddp.yaml or single_gpu.yaml, or leave share_base out.",
+        )
 
 
 def check_precision(recipe: Recipe, role: Role, config: PretrainedConfig) -> None:

@@ -38,15 +38,16 @@ def run_training(recipe: Recipe, job: preflight.Prepared, checkpoint: str | None
     evaluate_base(recipe, job.dev, job.prompters)
     sources = warm_up_models(recipe, job.train, job.prompters)
     set_seed(training.seed)
+    models = load_models(recipe, sources)
     trainer = DROTrainer(
-        load_models(recipe, sources),
+        models,
         training,
         job.train,
         job.dev,
         job.prompters,
         eval_split=run.dataset_eval_split,
         initial_stage="base" if run.warmup == "none" else "warmup",
-        reference=load_reference(recipe, sources),
+        reference=load_reference(recipe, sources, models),
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.evaluate(stage="final")

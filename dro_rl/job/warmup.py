@@ -57,10 +57,11 @@ class WarmUp:
         role: which model.
         model: where it starts from: a folder or a hub name.
         model_kwargs: how it is loaded.
-        lora: adapters to train in place of all weights; they are merged at the end.
+        lora: adapters to train in place of all weights.
         prompter: the role's prompts.
         steps: optimizer steps, or -1 for an epoch.
         learning_rate: its own.
+        merged: whether adapters are merged at the end; else they are kept alone.
     """
 
     role: Role
@@ -70,6 +71,7 @@ class WarmUp:
     prompter: Prompter
     steps: int
     learning_rate: float
+    merged: bool = True
 
 
 def warm_up(job: WarmUp, questions: Sequence[Question], run: RunConfig, training: DROConfig) -> str:
@@ -237,7 +239,7 @@ def fingerprint(
         job.role,
         "" if folder.is_dir() else job.model,
         sorted(job.model_kwargs.items(), key=str),
-        job.lora,
+        (job.lora, job.merged),
         (job.prompter.source, job.prompter.max_prompt_length, job.prompter.chat_template_kwargs),
         (training.num_selected, order if job.role == "selector" else run.warmup_generator_documents),
         (job.steps, job.learning_rate, run.warmup_batch_size, training.weight_decay, training.max_grad_norm),
@@ -288,7 +290,8 @@ def train_supervised(job: WarmUp, scratch: Path, run: RunConfig, training: DROCo
     trainer.train()
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if trainer.accelerator.is_main_process:
-        export_role(trainer.accelerator.unwrap_model(trainer.model), job.prompter.tokenizer, folder, state, sealed=True)
+        trained = trainer.accelerator.unwrap_model(trainer.model)
+        export_role(trained, job.prompter.tokenizer, folder, state, merged=job.merged, sealed=True)
         shutil.rmtree(scratch.parent, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.free_memory()

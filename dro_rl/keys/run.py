@@ -91,6 +91,9 @@ class RunConfig:
     lora_target_modules: list[str] | None = option(
         None, "Layers with adapters; unset: every linear layer but the head."
     )
+    share_base: bool = option(
+        False, "Hold the frozen weights under both roles' adapters once. Both roles name the same model."
+    )
 
     warmup: Literal["none", "selector", "generator", "both"] = option(
         "none",
@@ -143,6 +146,33 @@ class RunConfig:
                 self.warmup_selector_ranking,
                 "a ranking file goes with warmup_selector_order: ranking",
                 "Set both or neither.",
+            )
+        if self.share_base:
+            self._check_shared()
+
+    def _check_shared(self) -> None:
+        """Raise `InputError` unless the roles can have one base: the same weights, and none of them trained."""
+        selector, generator = self.of("selector"), self.of("generator")
+        bases = [
+            (str(Path(each.model).resolve()) if Path(each.model).exists() else each.model, each.revision)
+            for each in (selector, generator)
+        ]
+        if bases[0] != bases[1]:
+            mine, theirs = (
+                each.model if bases[0][0] != bases[1][0] else each.revision for each in (selector, generator)
+            )
+            raise InputError(
+                "share_base",
+                Phrase(f"the generator has {theirs}"),
+                f"both roles have the same model in the same revision, and the selector has {mine}",
+                "Name one for both, or leave share_base out.",
+            )
+        if not (selector.lora_r and generator.lora_r):
+            raise InputError(
+                "share_base",
+                Phrase(f"selector_lora_r: {selector.lora_r}, generator_lora_r: {generator.lora_r}"),
+                "what is shared is frozen, and each role trains adapters on it",
+                "Set both, to 16 say, or leave share_base out.",
             )
 
     def of(self, role: Role) -> RoleSettings:

@@ -241,6 +241,13 @@ def add_adapter(model: PreTrainedModel, lora: LoraSettings) -> Any:
     return adapted
 
 
+def load_adapter(model: PreTrainedModel, folder: str) -> Any:
+    """Freeze the model and put adapters on it that `dro_rl.models.saving.export_role` left alone, to train on."""
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, folder, is_trainable=True)
+
+
 def routers(model: PreTrainedModel) -> list[str]:
     """Layers that choose experts and are linear layers by their class, as in Phi's and Llama 4's mixtures: what they
     give is a tuple, which an adapter would add to."""

@@ -72,6 +72,7 @@ def export_role(
     state_dict: dict[str, Tensor] | None = None,
     extra: Mapping[str, str] | None = None,
     *,
+    merged: bool = True,
     ends: Sequence[int] = (),
     sealed: bool = False,
 ) -> None:
@@ -79,7 +80,8 @@ def export_role(
 
     Its generation config names `ends` as what ends a sequence, so that any server stops where the run did.
 
-    Adapters are merged into the model, and kept in `adapter/`. The folder is whole or the one before; `sealed`, it
+    Adapters are merged into the model, and kept in `adapter/`; not `merged`, the folder holds them alone, with the name
+    of their base. The folder is whole or the one before; `sealed`, it
     can be told later whether it is (`dro_rl.files.damage`).
     """
     with folder_written_whole(folder, sealed=sealed) as beside:
@@ -87,8 +89,9 @@ def export_role(
             from peft import PeftModel
 
             assert isinstance(model, PeftModel)
-            model.save_pretrained(beside / "adapter", state_dict=state_dict)
-            merged_copy(model, state_dict).save_pretrained(beside)
+            model.save_pretrained(beside / "adapter" if merged else beside, state_dict=state_dict)
+            if merged:
+                merged_copy(model, state_dict).save_pretrained(beside)
         else:
             model.save_pretrained(beside, state_dict=state_dict)
         if ends:

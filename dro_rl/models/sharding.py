@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,15 @@ from transformers import PreTrainedModel
 
 from dro_rl.models.module import SelectorGenerator
 from dro_rl.roles import Role
+
+
+def launched_to_shard() -> str | None:
+    """Which launcher's layout this process was started under, where it is one that may shard parameters.
+
+    Read off what `accelerate launch` tells its processes: models are not loaded, and nothing is prepared yet.
+    """
+    layouts = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
+    return next((name for key, name in layouts.items() if os.environ.get(key, "false") == "true"), None)
 
 
 @contextmanager
