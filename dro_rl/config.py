@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers.utils import is_torch_tf32_available
@@ -17,7 +17,6 @@ from dro_rl.likelihood import Scoring
 from dro_rl.objective import Weighting
 from dro_rl.proposal import SamplingParams
 from dro_rl.rewards import Reward, parse_reward
-from dro_rl.selection import SelectionSpec
 
 
 @dataclass
@@ -144,7 +143,7 @@ class DROConfig(TrainingKeys, _BaseConfig):  # type: ignore[misc]  # keys take o
         """Raise `InputError` when K > N for a question."""
         self._require(
             "num_selected",
-            self.num_selected <= num_documents,
+            self.spec.most <= num_documents,
             f"question {question_id} has {num_documents} documents to select from",
             "Lower num_selected, or retrieve more documents.",
         )
@@ -161,11 +160,6 @@ class DROConfig(TrainingKeys, _BaseConfig):  # type: ignore[misc]  # keys take o
         )
 
     @property
-    def spec(self) -> SelectionSpec:
-        """What the selector is asked for."""
-        return SelectionSpec(self.num_selected, self.constrain_selection)
-
-    @property
     def questions_per_batch(self) -> float:
         """Questions whose rollouts make one batch of a device; no whole number where groups are split."""
         return self.per_device_train_batch_size / self.num_generations
@@ -173,7 +167,7 @@ class DROConfig(TrainingKeys, _BaseConfig):  # type: ignore[misc]  # keys take o
     @property
     def reward_rule(self) -> Reward:
         """What rollouts are weighed by."""
-        return parse_reward(self.reward)
+        return replace(parse_reward(self.reward), document_cost=self.document_cost)
 
     @property
     def weighting_rule(self) -> Weighting:

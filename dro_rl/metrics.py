@@ -96,6 +96,14 @@ def precision_at_k(numbers: Sequence[int], supporting_numbers: Sequence[int], k:
     return len(supporting.intersection(numbers[:k])) / k if supporting else math.nan
 
 
+def precision_of(numbers: Sequence[int], supporting_numbers: Sequence[int]) -> float:
+    """Share of the selected documents that are supporting, 0..1: what a selector that decides how many is judged by.
+
+    0.0 when nothing is selected; NaN where nothing is labelled. Arguments as in `precision_at_k`.
+    """
+    return precision_at_k(numbers, supporting_numbers, max(1, len(numbers)))
+
+
 def recall_at_k(numbers: Sequence[int], supporting_numbers: Sequence[int], k: int) -> float:
     """Share of the supporting documents among the first k selected: |supporting ∩ first k| / |supporting|.
 

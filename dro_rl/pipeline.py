@@ -21,11 +21,12 @@ from dro_rl.models.loading import check_model, declared_ends, load_model, load_t
 from dro_rl.models.positions import positions_of
 from dro_rl.prompts import Prompter
 from dro_rl.prompts.lengths import check_answers
+from dro_rl.prompts.rows import constraint_of
 from dro_rl.proposal import SamplingParams
 from dro_rl.records import Document, Question, Selection
 from dro_rl.roles import ROLES, Role
 from dro_rl.rows.small import read_object, record
-from dro_rl.selection import parse_selection
+from dro_rl.selection import SelectionSpec, parse_selection
 from dro_rl.selection.constraint import SelectionConstraint
 from dro_rl.selection.thinking import without_thinking
 
@@ -56,18 +57,23 @@ class PipelineSettings:
     """What serving needs to know of training.
 
     Args:
-        num_selected: K.
+        num_selected: K, or {min: 1, max: 5}, as in the recipe.
         constrain_selection: the selector writes K distinct valid numbers and nothing else, as it was trained to.
         max_prompt_length, max_completion_length, max_answer_length: in tokens.
         chat_template_kwargs: as in the recipe.
     """
 
-    num_selected: int
+    num_selected: int | dict[str, int]
     max_prompt_length: int | None
     max_completion_length: int
     max_answer_length: int
     chat_template_kwargs: dict[str, Any]
     constrain_selection: bool = False
+
+    @property
+    def spec(self) -> SelectionSpec:
+        """What the selector is asked for."""
+        return SelectionSpec.of(self.num_selected, self.constrain_selection)
 
     @classmethod
     def of(cls, config: DROConfig, chat_template_kwargs: Mapping[str, Any]) -> PipelineSettings:
@@ -179,7 +185,7 @@ class RAGPipeline:
         selections = self.select_all(questions) if selections is None else selections
         prompts = [
             self.prompters["generator"]
-            .generator_prompt(question, read(selection, question, self.settings.num_selected))
+            .generator_prompt(question, read(selection, question, self.settings.spec.most))
             .ids
             for question, selection in zip(questions, selections, strict=True)
         ]
@@ -192,15 +198,12 @@ class RAGPipeline:
 
     def select_all(self, questions: Sequence[Question]) -> list[Selection]:
         """The selector's greedy selection for each question."""
-        k = self.settings.num_selected
-        prompter = self.prompters["selector"]
-        prompts = [prompter.selector_prompt(question, k).ids for question in questions]
-        constraints: list[SelectionConstraint] | None = None
-        if self.settings.constrain_selection:
-            constraints = [prompter.constraint(len(question.documents), k) for question in questions]
+        spec, prompter = self.settings.spec, self.prompters["selector"]
+        prompts = [prompter.selector_prompt(question, spec.most, spec.least).ids for question in questions]
+        constraints = [each for question in questions if (each := constraint_of(prompter, question, spec))] or None
         written = self._greedy("selector", prompts, self.settings.max_completion_length, constraints)
         return [
-            parse_selection(prompter.decode(ids), len(question.documents), k)
+            parse_selection(prompter.decode(ids), len(question.documents), spec.most, spec.least)
             for question, (ids, _) in zip(questions, written, strict=True)
         ]
 
@@ -218,9 +221,9 @@ class RAGPipeline:
         return [(group[0].ids, sum(group[0].logps)) for group in groups]
 
 
-def read(selection: Selection, question: Question, k: int) -> tuple[int, ...]:
+def read(selection: Selection, question: Question, most: int) -> tuple[int, ...]:
     """The document numbers that the generator reads: those selected, or the first K when none was."""
-    return selection.numbers or tuple(range(1, min(k, len(question.documents)) + 1))
+    return selection.numbers or tuple(range(1, min(most, len(question.documents)) + 1))
 
 
 def read_settings(directory: Path) -> PipelineSettings:

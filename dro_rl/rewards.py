@@ -49,13 +49,15 @@ class Reward:
 
     Args:
         parts: (name, factor), in the recipe's order.
+        document_cost: taken off for each document that was selected.
     """
 
     parts: tuple[tuple[str, float], ...] = ((LIKELIHOOD, 1.0),)
+    document_cost: float = 0.0
 
     @property
     def is_likelihood(self) -> bool:
-        """Whether it is the answer's log-likelihood and nothing else."""
+        """Whether it is the answer's log-likelihood and nothing else, but for what documents cost."""
         return self.parts == ((LIKELIHOOD, 1.0),)
 
     @property
@@ -67,11 +69,12 @@ class Reward:
     def names(self) -> tuple[str, ...]:
         return tuple(name for name, _ in self.parts)
 
-    def total(self, likelihood: float, rewards: Mapping[str, float]) -> float:
-        """The sum for one rollout; NaN where a part is."""
-        return math.fsum(
+    def total(self, likelihood: float, rewards: Mapping[str, float], documents: int = 0) -> float:
+        """The sum for one rollout that selects so many documents; NaN where a part is."""
+        total = math.fsum(
             factor * (likelihood if name == LIKELIHOOD else rewards.get(name, math.nan)) for name, factor in self.parts
         )
+        return total - self.document_cost * documents
 
 
 def parse_reward(value: object, place: str = "reward") -> Reward:

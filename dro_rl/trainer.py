@@ -41,7 +41,7 @@ from dro_rl.em.timing import PhaseClock, flops_per_token, peak_flops, rates
 from dro_rl.engines.protocol import TrainedSelector
 from dro_rl.errors import InputError, Phrase
 from dro_rl.evaluation.evaluator import evaluate_stage
-from dro_rl.evaluation.results import NATS
+from dro_rl.evaluation.results import UNITS
 from dro_rl.evaluation.stages import with_stage
 from dro_rl.likelihood import passes
 from dro_rl.models.module import SelectorGenerator
@@ -131,7 +131,7 @@ class DROTrainer(_BaseTrainer):
         self.add_callback(Boundaries(self, args.eval_iterations))
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
-        metric = None if args.metric_for_best_model in NATS else args.metric_for_best_model
+        metric = None if args.metric_for_best_model in UNITS else args.metric_for_best_model
         self.signals = SignalWatch(self.schedule, self.run_dir, metric, speaks=self.is_world_process_zero())
         self.add_callback(self.signals)
         self.add_callback(LineProgress(self.schedule, self.signals))

@@ -175,6 +175,45 @@ def test_with_fewer_candidates_than_asked_for_all_are_written(tokenizer) -> None
     assert sorted(admitted(SelectionConstraint(tokenizer, 3, 5))) == sorted(written(tokenizer, 3, 3))
 
 
+def written_from(tokenizer: PreTrainedTokenizerFast, n: int, least: int, most: int) -> list[tuple[int, ...]]:
+    """Every selection of each length."""
+    return [ids for k in range(least, most + 1) for ids in written(tokenizer, n, k)]
+
+
+@pytest.mark.parametrize(("n", "least", "most"), [(1, 1, 1), (2, 1, 2), (4, 1, 3), (4, 2, 4), (5, 1, 2)])
+def test_where_the_selector_decides_how_many_it_admits_every_list_of_each_length_once(
+    tokenizer, n: int, least: int, most: int
+) -> None:
+    constraint = SelectionConstraint(tokenizer, n, most, least=least)
+    longest = constraint.verify()
+    expected = written_from(tokenizer, n, least, most)
+    assert sorted(admitted(constraint)) == sorted(expected)
+    assert constraint.count == len(expected)
+    assert max(map(len, expected)) <= longest <= max(map(len, expected)) + most
+
+
+@pytest.mark.parametrize(("n", "least", "most"), [(12, 1, 2), (23, 1, 2), (11, 2, 3)])
+def test_the_end_is_told_from_a_second_digit(large, n: int, least: int, most: int) -> None:
+    constraint = SelectionConstraint(large, n, most, least=least)
+    constraint.verify()
+    assert sorted(admitted(constraint)) == sorted(written_from(large, n, least, most))
+
+
+@pytest.mark.parametrize(("n", "least", "most"), [(3, 1, 5), (2, 3, 5), (1, 1, 4)])
+def test_with_fewer_candidates_the_ends_of_the_range_come_down(tokenizer, n: int, least: int, most: int) -> None:
+    found = sorted(admitted(SelectionConstraint(tokenizer, n, most, least=least)))
+    assert found == sorted(written_from(tokenizer, n, min(least, n), n))
+
+
+def test_the_end_may_be_chosen_as_soon_as_there_are_enough_and_not_before() -> None:
+    tokenizer = training_world.tokenizer()
+    constraint = SelectionConstraint(tokenizer, 5, 3, least=2)
+    ids = Prompter(tokenizer, "toy_selector").completion(format_selection([4, 2, 1]))
+    end = [i for i in range(len(ids)) if constraint.end in constraint.allowed(ids[:i])]
+    assert end == [3, 5]  # after `[4] > [2]`, and after `[4] > [2] > [1]`
+    assert constraint.allowed(ids[:5]) == (constraint.end,)
+
+
 def test_the_vocabularies_are_as_different_as_their_names(tokenizer, request) -> None:
     """Guards the tests above: tokens that are a number, a digit, part of an arrow, and that reach over a cut."""
     tokens = tokenizer.convert_ids_to_tokens(tokenizer("[1] > [12] > [3]", add_special_tokens=False)["input_ids"])
@@ -255,7 +294,7 @@ def test_a_tokenizer_that_looks_further_than_the_neighbours_is_refused() -> None
         SelectionConstraint(merging(90, longest=20), 12, 5).verify()
 
 
-@pytest.mark.parametrize(("n", "k"), [(0, 1), (3, 0)])
-def test_nothing_to_select_is_an_error(n: int, k: int) -> None:
+@pytest.mark.parametrize(("n", "k", "least"), [(0, 1, None), (3, 0, None), (3, 2, 0), (3, 2, 3)])
+def test_nothing_to_select_is_an_error(n: int, k: int, least: int | None) -> None:
     with pytest.raises(ValueError, match="nothing to select"):
-        SelectionConstraint(training_world.tokenizer(), n, k)
+        SelectionConstraint(training_world.tokenizer(), n, k, least=least)

@@ -27,7 +27,7 @@ from dro_rl.data.candidates import shape_candidates
 from dro_rl.data.manifest import Manifest, questions_hash, write_manifest
 from dro_rl.evaluation import job
 from dro_rl.evaluation.controls import control_selection
-from dro_rl.evaluation.results import METRICS, SCHEMA, VERSION, candidates_hash, read_results, write_results
+from dro_rl.evaluation.results import METRICS, SCHEMA, UNITS, VERSION, candidates_hash, read_results, write_results
 from dro_rl.files import file_sha256
 from dro_rl.pipeline import PipelineSettings, RAGPipeline, save_settings
 
@@ -84,7 +84,7 @@ def test_the_report_says_what_was_asked_and_its_means_are_those_of_the_rows(eval
     assert len(rows) == found["conditions"]["num_questions"] == COUNT
     for metric in METRICS:
         values = [row.scores[metric] for row in rows if row.scores[metric] == row.scores[metric]]
-        scale = 1 if metric == "answer_logp" else 100
+        scale = 1 if metric in UNITS else 100
         assert found["metrics"][metric]["mean"] == pytest.approx(scale * sum(values) / len(values))
         assert (
             found["metrics"][metric]["n"]
@@ -330,19 +330,18 @@ def test_a_copied_run_goes_on_with_its_evaluation(pair, trained, tmp_path, monke
     assert one | {"run": ""} == other | {"run": ""}
 
 
+OF_THIS_VERSION = {b"dro_rl.evaluation.version": VERSION.encode()}
 DAMAGES: dict[str, Callable[[Path], Any]] = {
     "cut": lambda path: path.write_bytes(path.read_bytes()[:-40]),
     "no results": lambda path: pq.write_table(pa.table({"id": ["a"]}), path),
     "a column less": lambda path: pq.write_table(pq.read_table(path).drop_columns(["em"]), path),
     "a hole": lambda path: pq.write_table(pa.Table.from_pylist([{"id": "a"}], schema=pq.read_table(path).schema), path),
     "conditions that are none": lambda path: pq.write_table(
-        pq.read_table(path).replace_schema_metadata({b"dro_rl.evaluation.version": b"1", b"dro_rl.evaluation": b"[]"}),
+        pq.read_table(path).replace_schema_metadata({**OF_THIS_VERSION, b"dro_rl.evaluation": b"[]"}),
         path,
     ),
     "conditions of other fields": lambda path: pq.write_table(
-        pq.read_table(path).replace_schema_metadata(
-            {b"dro_rl.evaluation.version": b"1", b"dro_rl.evaluation": b'{"stage": 3}'}
-        ),
+        pq.read_table(path).replace_schema_metadata({**OF_THIS_VERSION, b"dro_rl.evaluation": b'{"stage": 3}'}),
         path,
     ),
 }

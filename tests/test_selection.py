@@ -8,7 +8,7 @@ import time
 import pytest
 
 from dro_rl.records import Selection
-from dro_rl.selection import format_selection, parse_selection
+from dro_rl.selection import SelectionSpec, format_selection, parse_selection
 
 
 def test_what_is_written_is_read() -> None:
@@ -180,3 +180,43 @@ def test_a_word_that_names_thinking_is_no_mark() -> None:
 )
 def test_a_million_marks_are_read_once(text: str) -> None:
     assert len(parse_selection(text, 5, 2).numbers) <= 1
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers", "problems"),
+    [
+        ("[4]", (4,), ()),
+        ("[4] > [2]", (4, 2), ()),
+        ("[4] > [2] > [1]", (4, 2, 1), ()),
+        ("[4] > [2] > [1] > [5]", (4, 2, 1), ("too_many",)),
+        ("none", (), ("format", "too_few")),
+    ],
+)
+def test_where_one_to_three_are_asked_for_each_of_these_numbers_is_as_asked(text, numbers, problems) -> None:
+    assert parse_selection(text, 5, 3, 1) == Selection(numbers, bool(numbers), problems)
+
+
+def test_fewer_than_the_fewest_asked_for_are_read_and_said() -> None:
+    assert parse_selection("[4]", 5, 3, 2) == Selection((4,), True, ("too_few",))
+
+
+@pytest.mark.parametrize(
+    ("num_selected", "least", "most", "said"),
+    [(5, 5, 5, "5"), ({"min": 1, "max": 5}, 1, 5, "1 to 5"), ({"max": 2, "min": 2}, 2, 2, "2")],
+)
+def test_how_many_is_a_number_or_a_range(num_selected, least: int, most: int, said: str) -> None:
+    spec = SelectionSpec.of(num_selected)
+    assert (spec.least, spec.most, str(spec), spec.chooses) == (least, most, said, least < most)
+
+
+@pytest.mark.parametrize(
+    "num_selected",
+    [
+        0, -1, True, {}, {"min": 1}, {"max": 5}, {"min": 0, "max": 5}, {"min": 3, "max": 2},
+        {"min": 1, "max": 5, "mean": 2}, {"min": 1.0, "max": 5}, {"min": True, "max": 5}, {"min": "1", "max": 5},
+        {"least": 1, "most": 5}, {"min": None, "max": 5},
+    ],
+)  # fmt: skip
+def test_what_is_neither_is_refused(num_selected) -> None:
+    with pytest.raises(ValueError, match="neither a number from 1 upward nor"):
+        SelectionSpec.of(num_selected)

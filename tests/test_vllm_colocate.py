@@ -194,15 +194,18 @@ def test_the_end_of_sequence_ends_a_completion_and_belongs_to_it(vllm: World, mo
         assert len(sample.logps) == len(sample.ids)
 
 
-def test_under_the_constraint_every_selection_is_valid_and_log_q_is_the_constrained_log_p(vllm: World) -> None:
+@pytest.mark.parametrize("least", [4, 1], ids=["four", "one to four"])
+def test_under_the_constraint_every_selection_is_valid_and_log_q_is_the_constrained_log_p(
+    vllm: World, least: int
+) -> None:
     """Numbers of one and of several tokens, 4 of 12, a thousand samples; with and without a temperature."""
-    constraint = SelectionConstraint(vllm.tokenizer, 12, 4)
+    constraint = SelectionConstraint(vllm.tokenizer, 12, 4, least=least)
     for sampling in (SamplingParams(24), SamplingParams(24, 1.5)):
         groups = vllm.engine.generate(GenerationRequest(PROMPTS, 170, sampling, SEEDS, [constraint] * len(PROMPTS)))
         for prompt, group in zip(PROMPTS, groups, strict=True):
             samples = list(dict.fromkeys(sample.ids for sample in group))
             for ids in samples:
-                assert not parse_selection(vllm.tokenizer.decode(ids, skip_special_tokens=True), 12, 4).problems
+                assert not parse_selection(vllm.tokenizer.decode(ids, skip_special_tokens=True), 12, 4, least).problems
             if sampling.on_policy:
                 allowed = allowed_for(constraint, samples)
                 known = dict(zip(samples, score_rows(vllm.model, [Row(prompt, samples, allowed)], 1)[0], strict=True))

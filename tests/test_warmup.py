@@ -50,7 +50,7 @@ def targets(home: Path, made: list[Question], **keys: Any) -> list[list[int]]:
     pairs = selector_examples(made, asks, recipe.run, recipe.training)
     texts = [asks.decode(completion) for _, completion in pairs]
     return [
-        list(parse_selection(text, len(question.documents), recipe.training.num_selected).numbers)
+        list(parse_selection(text, len(question.documents), recipe.training.spec.most).numbers)
         for text, question in zip(texts, made, strict=True)
     ]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -125,10 +126,15 @@ def world(folder: Path, **overrides: Any) -> Path:
 
 
 def launch(
-    recipe: Path, output: Path, *options: str, processes: int = 1, config: str = "ddp"
+    recipe: Path,
+    output: Path,
+    *options: str,
+    processes: int = 1,
+    config: str = "ddp",
+    script: Sequence[str] = (str(ROOT / "dro_rl" / "train.py"),),
 ) -> subprocess.CompletedProcess[str]:
-    """Run the job as a user would."""
-    job = [str(ROOT / "dro_rl" / "train.py"), str(recipe), "--output_dir", str(output), *options]
+    """Run the job as a user would, or a script of the tests that runs it."""
+    job = [*script, str(recipe), "--output_dir", str(output), *options]
     if processes == 1:
         command = [sys.executable, *job]
     else:

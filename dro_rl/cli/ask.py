@@ -44,7 +44,7 @@ def ask(
     if k is not None:
         pipeline.settings = dataclasses.replace(pipeline.settings, num_selected=k)
     answer = pipeline.answer(asked.question, asked.documents)
-    numbers = read(answer.selection, asked, pipeline.settings.num_selected)
+    numbers = read(answer.selection, asked, pipeline.settings.spec.most)
     if json:
         print_json(
             {

@@ -140,7 +140,7 @@ def _print_report(out: Console, report: Report, folder: Path) -> None:
             table.add_row(*row)
         out.print("")
         out.print(table)
-    out.print("Percent, and nats. Intervals: percentile bootstrap over questions.", style="dim")
+    out.print("Percent, but for what names its unit. Intervals: percentile bootstrap over questions.", style="dim")
     out.print(f"{'report':<15}{folder / 'report.md'}, report.json", soft_wrap=True)
     out.print(f"{'a row each':<15}{folder / 'questions.parquet'}", soft_wrap=True)
     out.print(f"{'compare':<15}dro-rl compare OTHER {folder}", soft_wrap=True)
@@ -211,8 +211,8 @@ def _print_comparison(out: Console, comparison: Comparison) -> None:
         )
     out.print(table)
     out.print(
-        "Percent, and nats. p: two-sided; exact McNemar for metrics of two values, else a paired permutation test. "
-        "Not corrected for looking at many metrics.",
+        "Percent, but for what names its unit. p: two-sided; exact McNemar for metrics of two values, else a paired "
+        "permutation test. Not corrected for looking at many metrics.",
         style="dim",
     )
     for title, changes in (("won", comparison.won), ("lost", comparison.lost)):

@@ -84,7 +84,7 @@ class EStep:
     def request(self, asked: Asked) -> tuple[GenerationRequest, list[bool]]:
         """What the engine is asked for the rollouts of some questions, and which prompts were cut to fit."""
         prompter, spec = self.prompters["selector"], self.method.spec
-        prompts = [prompter.selector_prompt(question, spec.num_selected) for question in asked.questions]
+        prompts = [prompter.selector_prompt(question, spec.most, spec.least) for question in asked.questions]
         constraints = [constraint_of(prompter, question, spec) for question in asked.questions]
         request = GenerationRequest(
             [prompt.ids for prompt in prompts],
@@ -133,7 +133,7 @@ class EStep:
                         completion.ids,
                         completion.logps,
                         text,
-                        parse_selection(text, len(question.documents), spec.num_selected),
+                        parse_selection(text, len(question.documents), spec.most, spec.least),
                         prompt_cut=was_cut,
                         temperature=request.sampling.temperature,
                     )

@@ -54,7 +54,10 @@ def weigh(
     log_ratio = None if on_policy else policy - proposal
     options: dict[str, Any] = {"proposal_log_ratio": log_ratio, "mask": mask, "max_log_ratio": weighting.max_log_ratio}
     rewards = torch.tensor(
-        [reward.total(answer, dict(sample.rewards)) for answer, sample in zip(answers.flatten(), samples, strict=True)],
+        [
+            reward.total(answer, dict(sample.rewards), len(sample.selection.numbers))
+            for answer, sample in zip(answers.flatten(), samples, strict=True)
+        ],
         dtype=torch.float64,
     ).reshape(policy.shape)
     alike, temperature = torch.zeros_like(answers), torch.full(policy.shape[:1], weighting.temperature).double()

@@ -1,7 +1,8 @@
 """The exact E-step: in place of samples every selection that the constraint admits, once, as if drawn alike.
 
 q is then uniform over the selections and p/q the policy itself up to a constant, so the weights are the posterior
-p(z|x, y), exactly, and the evidence bound is log p(y|x) itself. There are N!/(N−K)! of them: for small N and K.
+p(z|x, y), exactly, and the evidence bound is log p(y|x) itself. There are N!/(N−K)! of them, of each length that there
+may be: for small N and K.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dro_rl.config import DROConfig
 from dro_rl.engines.protocol import GenerationRequest, TrainedSelector
 from dro_rl.errors import InputError
 from dro_rl.proposal import Completion, SamplingParams
+from dro_rl.selection import SelectionSpec
 from dro_rl.selection.constraint import SelectionConstraint
 
 MAX_LOG_RATIO = 100.0
@@ -74,12 +76,12 @@ class EnumerationEngine:
 
 
 def _listed(constraint: SelectionConstraint, m: int) -> list[Completion]:
-    count = math.perm(constraint.num_documents, constraint.k)
+    count, asked = constraint.count, SelectionSpec(constraint.least, constraint.k)
     if count != m:
         raise InputError(
             "num_generations",
             m,
-            f"rollout_engine: enumeration lists all {count} selections of {constraint.k} of "
+            f"rollout_engine: enumeration lists all {count} selections of {asked} of "
             f"{constraint.num_documents} documents",
             f"Use {count}, with as many documents for every question, or another engine.",
         )

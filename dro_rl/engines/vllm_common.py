@@ -18,6 +18,7 @@ from packaging.version import Version
 
 from dro_rl.config import DROConfig
 from dro_rl.engines.protocol import GenerationRequest
+from dro_rl.engines.vllm_constraint import CONSTRAINT
 from dro_rl.errors import InputError, Phrase
 from dro_rl.selection.constraint import SelectionConstraint
 
@@ -85,7 +86,8 @@ def request_options(request: GenerationRequest, seed: int, ends: int | Sequence[
 
 def constrained(constraint: SelectionConstraint) -> dict[str, int]:
     """What a request says to `vllm_constraint.SelectionLogits`, which makes the constraint again where vLLM is."""
-    return {"num_documents": constraint.num_documents, "num_selected": constraint.k, "end": constraint.end}
+    values = constraint.num_documents, constraint.k, constraint.end, constraint.least
+    return dict(zip(CONSTRAINT, values, strict=True))
 
 
 def engine_dtype(config: DROConfig, weights: str) -> str:

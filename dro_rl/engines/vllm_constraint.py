@@ -17,6 +17,9 @@ from transformers import AutoTokenizer
 
 from dro_rl.selection.constraint import SelectionConstraint
 
+CONSTRAINT = ("num_documents", "num_selected", "end", "least")
+"""What a request says of its constraint: the arguments of `SelectionConstraint`, in order."""
+
 
 def __getattr__(name: str) -> Any:
     if name == "SelectionLogits":
@@ -47,9 +50,9 @@ def _processor() -> type:
         def new_req_logits_processor(self, params: Any) -> Callable[[list[int], Tensor], Tensor] | None:
             """What to do with the logits of one request; None where it asks for no constraint."""
             asked = params.extra_args or {}
-            if "num_selected" not in asked:
+            if CONSTRAINT[0] not in asked:
                 return None
-            constraint = self._constraint(asked["num_documents"], asked["num_selected"], asked["end"])
+            constraint = self._constraint(*(asked[name] for name in CONSTRAINT))
 
             def allow(written: list[int], logits: Tensor) -> Tensor:
                 ids = torch.tensor(constraint.allowed(written), device=logits.device)

@@ -26,7 +26,7 @@ from dro_rl.evaluation.results import (
 )
 from dro_rl.evaluation.stages import read_stages, summary_path, with_stage, write_stages
 from dro_rl.likelihood import answer_logp, score_rows
-from dro_rl.metrics import answer_recall_at_k, exact_match, f1, precision_at_k, recall_at_k, rouge_l
+from dro_rl.metrics import answer_recall_at_k, exact_match, f1, precision_at_k, precision_of, recall_at_k, rouge_l
 from dro_rl.pipeline import RAGPipeline, read
 from dro_rl.progress import Progress
 from dro_rl.prompts.rows import answer_row
@@ -49,9 +49,9 @@ def evaluate(
         selections: what the generator reads in place of the selector's own choice: a control.
     """
     answers = pipeline.answer_all(questions, selections)
-    k = pipeline.settings.num_selected
+    most = pipeline.settings.spec.most
     rows = [
-        answer_row(pipeline.prompters["generator"], question, read(answer.selection, question, k), aliases)
+        answer_row(pipeline.prompters["generator"], question, read(answer.selection, question, most), aliases)
         for question, answer in zip(questions, answers, strict=True)
     ]
     with pipeline.open_role("generator") as model:
@@ -68,9 +68,10 @@ def evaluate(
             scores={
                 **_scores(question, answer.text, answer.selection),
                 "answer_logp": answer_logp(logps, likelihood, aliases).item(),
+                "tokens_read": float(len(row.prompt)),
             },
         )
-        for question, answer, logps in zip(questions, answers, scored, strict=True)
+        for question, answer, row, logps in zip(questions, answers, rows, scored, strict=True)
     ]
 
 
@@ -82,9 +83,11 @@ def _scores(question: Question, prediction: str, selection: Selection) -> dict[s
         "f1": f1(prediction, question.answers),
         "rouge_l": rouge_l(prediction, question.answers),
         **{f"precision@{k}": precision_at_k(numbers, supporting, k) for k in KS},
+        "precision": precision_of(numbers, supporting),
         **{f"recall@{k}": recall_at_k(numbers, supporting, k) for k in KS},
         **{f"answer_recall@{k}": answer_recall_at_k(selected, question.answers, k) for k in KS},
         "valid": float(selection.valid),
+        "num_selected": float(len(numbers)),
     }
 
 
@@ -133,7 +136,7 @@ def _parts(questions: Sequence[Question], size: int) -> list[list[int]]:
 
 
 def summarise(results: Sequence[QuestionResult], conditions: Conditions) -> dict[str, Any]:
-    """Means over a split: percent, and nats for log-probabilities; None where no question defines a metric."""
+    """Means over a split: percent, or in the units of `UNITS`; None where no question defines a metric."""
     summary: dict[str, Any] = {
         "stage": conditions.stage,
         "split": conditions.split,

@@ -34,6 +34,7 @@ from dro_rl.records import Question
 from dro_rl.roles import ROLES
 from dro_rl.rows import stem
 from dro_rl.rows.small import read_object
+from dro_rl.selection import SelectionSpec
 
 QUESTIONS_PER_PART = 64
 """Questions whose rows are computed and written together: what a kill can cost."""
@@ -178,7 +179,7 @@ def _results(
 def _part(pipeline: RAGPipeline, questions: Sequence[Question], conditions: Conditions) -> list[QuestionResult]:
     selections = None
     if conditions.control != "none":
-        k, seed = conditions.num_selected, conditions.seed
+        k, seed = SelectionSpec.of(conditions.num_selected).most, conditions.seed
         selections = [control_selection(conditions.control, question, k, seed) for question in questions]
     return evaluate(pipeline, questions, conditions.answer_likelihood, conditions.answer_aliases, selections)
 

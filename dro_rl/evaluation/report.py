@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from dro_rl.data.manifest import Manifest
-from dro_rl.evaluation.results import METRICS, NATS, Conditions, QuestionResult, metric_values, results_by_type
+from dro_rl.evaluation.results import METRICS, UNITS, Conditions, QuestionResult, metric_values, results_by_type
 from dro_rl.evaluation.statistics import CONFIDENCE, RESAMPLES, Estimate, estimate
 from dro_rl.files import written_whole
+from dro_rl.selection import SelectionSpec
 from dro_rl.shown import markdown
 
 TYPE_METRICS = ("em", "f1", "recall@5", "answer_recall@5", "answer_logp")
@@ -28,7 +29,7 @@ class Report:
         conditions: what was asked, and how.
         candidates: what was done to them before the pair read them, and what said so.
         skipped: questions left out, by reason.
-        metrics: every metric over all questions: percent, and nats for log-probabilities.
+        metrics: every metric over all questions: percent, or in its unit.
         by_type: the same for each number of hops or question type.
         manifest: of the question file, where it has one: its licence, retrieval and changes.
     """
@@ -83,7 +84,7 @@ def interval(low: float | None, high: float | None) -> str:
 
 def label(metric: str) -> str:
     """A metric's name with its unit."""
-    return f"{metric} (nats)" if metric in NATS else metric
+    return f"{metric} ({UNITS[metric]})" if metric in UNITS else metric
 
 
 def headline(report: Report) -> list[tuple[str, str]]:
@@ -94,7 +95,10 @@ def headline(report: Report) -> list[tuple[str, str]]:
         ("split", f"{conditions.split}: {conditions.num_questions} questions"),
         ("questions hash", conditions.questions_hash),
         ("selector", "the run's own" if conditions.control == "none" else f"control: {_control(conditions)}"),
-        ("decoding", f"{conditions.decoding}, K={conditions.num_selected} of N={conditions.num_documents}"),
+        (
+            "decoding",
+            f"{conditions.decoding}, K={SelectionSpec.of(conditions.num_selected)} of N={conditions.num_documents}",
+        ),
     ]
     lines.append(("candidates", report.candidates))
     if manifest is not None and manifest.retrieval:
@@ -143,7 +147,11 @@ def to_markdown(report: Report) -> str:
     lines += ["", *_table(("metric", "mean", f"{CONFIDENCE:.0%} interval", "questions"), metric_rows(report.metrics))]
     if report.by_type:
         lines += ["", *_table(("type", "questions", *map(label, TYPE_METRICS)), type_rows(report))]
-    lines += ["", f"Percent, and nats. Intervals: percentile bootstrap over questions, {RESAMPLES} resamples.", ""]
+    lines += [
+        "",
+        f"Percent, but for what names its unit. Intervals: percentile bootstrap over questions, {RESAMPLES} resamples.",
+        "",
+    ]
     return "\n".join(lines)
 
 

@@ -22,10 +22,10 @@ from dro_rl.records import Question
 from dro_rl.rows.small import record
 from dro_rl.rows.strict_json import decode
 
-VERSION = "1"
+VERSION = "2"
 KS = (1, 3, 5)
-NATS = ("answer_logp",)
-"""Metrics in nats; all others are shares, 0..1 a question and percent in a mean."""
+UNITS = {"answer_logp": "nats", "num_selected": "documents", "tokens_read": "tokens"}
+"""The metrics that have one; all others are shares, 0..1 a question and percent in a mean."""
 
 
 def _column(name: str, kind: pa.DataType, description: str) -> pa.Field:
@@ -44,9 +44,12 @@ SCORES = [
     *_at(
         "recall", "supporting documents among the first {k} selected, over all among the candidates; NaN without labels"
     ),
+    _column("precision", pa.float64(), "supporting documents among all selected, over these; NaN without labels"),
     *_at("answer_recall", "an accepted answer stands in the first {k} selected documents (the paper's Recall@{k})"),
     _column("answer_logp", pa.float64(), "log p(accepted answer | question, selected documents), nats"),
     _column("valid", pa.float64(), "the selector named at least one document"),
+    _column("num_selected", pa.float64(), "documents that the selector named"),
+    _column("tokens_read", pa.float64(), "tokens of the generator's prompt"),
 ]
 METRICS = tuple(field.name for field in SCORES)
 SCHEMA = pa.schema(
@@ -65,7 +68,8 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True, slots=True)
 class QuestionResult:
-    """What became of one question. `scores` holds every metric of `METRICS`: shares 0..1, nats, NaN where undefined."""
+    """What became of one question. `scores` holds every metric of `METRICS`: shares 0..1, or in the units
+    of `UNITS`; NaN where undefined."""
 
     id: str
     type: str
@@ -88,7 +92,7 @@ class Conditions:
         questions_hash: `dro_rl.data.manifest.questions_hash` of them: results are comparable when it is the same.
         candidates_hash: hash of their candidates, in order.
         num_documents: N, the most that a question has.
-        num_selected: K.
+        num_selected: K, or {min: 1, max: 5}, as in the recipe.
         answer_likelihood, answer_aliases: what `answer_logp` is, as in the recipe.
         control: what stands in for the selector; `none` for the selector itself.
         seed: of `control: random`.
@@ -102,7 +106,7 @@ class Conditions:
     questions_hash: str
     candidates_hash: str
     num_documents: int
-    num_selected: int
+    num_selected: int | dict[str, int]
     answer_likelihood: str = "sum"
     answer_aliases: str = "first"
     control: str = "none"
@@ -175,8 +179,8 @@ def results_by_type(results: Sequence[QuestionResult]) -> dict[str, list[Questio
 
 
 def metric_values(results: Sequence[QuestionResult], metric: str) -> list[float]:
-    """A metric of each question, in the unit of its mean: percent, or nats. NaN where it is undefined."""
-    scale = 1.0 if metric in NATS else 100.0
+    """A metric of each question, in the unit of its mean: percent, or that of `UNITS`. NaN where it is undefined."""
+    scale = 1.0 if metric in UNITS else 100.0
     return [scale * result.scores[metric] for result in results]
 
 

@@ -11,6 +11,7 @@ from rich.table import Table
 from dro_rl.evaluation.stages import FINAL, STARTS, start_of
 from dro_rl.rollouts.signals import Signal, reading
 from dro_rl.runs import Run, SignalSpan
+from dro_rl.selection import SelectionSpec
 from dro_rl.terminal import console
 
 
@@ -61,23 +62,25 @@ def kept(stages: Sequence[Mapping[str, Any]], stage: str, metric: str, greater_i
 def print_stages(run: Run) -> None:
     """The dev split before, on the way and after, as a table.
 
-    Recall is shown at as many documents as the selector names, K, and at fewer.
+    Recall is shown at as many documents as the selector names at most, and at fewer; how many it names, where it
+    decides.
     """
     stages = run.stages
     table = Table(title=f"{run.path}: {stages[0]['split']}, {stages[0]['n']} questions")
-    recalls = [f"recall@{n}" for n in (1, 3, 5) if n <= run.recipe["num_selected"]]
-    names = ("em", "f1", *recalls, "answer_logp", "valid")
+    spec = SelectionSpec.of(run.recipe["num_selected"])
+    recalls = [f"recall@{n}" for n in (1, 3, 5) if n <= spec.most]
+    names = ("em", "f1", *recalls, "answer_logp", "valid", *(["num_selected"] if spec.chooses else []))
     table.add_column("stage", no_wrap=True)
     for name in names:
-        table.add_column(name.replace("recall@", "R@").replace("answer_logp", "log p"), justify="right", no_wrap=True)
+        shown = name.replace("recall@", "R@").replace("answer_logp", "log p").replace("num_selected", "K")
+        table.add_column(shown, justify="right", no_wrap=True)
 
     def row(label: str, summary: Mapping[str, Any], style: str | None = None) -> None:
         table.add_row(
             label, *("–" if (value := summary.get(name)) is None else f"{value:.2f}" for name in names), style=style
         )
 
-    shown = stages if len(stages) <= 9 else [*stages[:2], *stages[-1:]]
-    for stage in shown:
+    for stage in stages if len(stages) <= 9 else [*stages[:2], *stages[-1:]]:
         row(stage["stage"], stage)
     first, last = start_of(stages), stages[-1]
     table.add_section()

@@ -8,23 +8,23 @@ from transformers import AutoConfig
 
 from dro_rl.errors import InputError
 from dro_rl.models.positions import positions_of
-from dro_rl.prompts import Prompter
+from dro_rl.prompts import Prompter, asks_for
 from dro_rl.prompts.lengths import check_answers
 from dro_rl.prompts.templates import PLACE as TEMPLATE
 from dro_rl.recipe import Recipe
 from dro_rl.records import Document, Question
 from dro_rl.roles import Role
-from dro_rl.selection import format_selection
+from dro_rl.selection import SelectionSpec, format_selection
 
 
 def check_prompts(recipe: Recipe, questions: Sequence[Question], prompters: Mapping[Role, Prompter]) -> None:
     """Refuse a template that does not render, and what would not fit: a question that is longer than
     `max_prompt_length` with every document cut away, a prompt or an answer longer than the model has positions for, a
     constraint that the selector's tokenizer cannot follow."""
-    run, k = recipe.run, recipe.training.num_selected
+    run, spec = recipe.run, recipe.training.spec
     for role, prompter in prompters.items():
         try:
-            _check_role_prompts(questions, role, prompter, k)
+            _check_role_prompts(questions, role, prompter, spec)
         except InputError as error:
             if error.place != TEMPLATE:
                 raise
@@ -53,21 +53,24 @@ def check_lengths(
         written = max(written, check_answers(questions, prompter, training.answer_aliases, positions, what))
     if longest is not None:
         return
-    room, k = positions - written, training.num_selected
-    overhead = _overhead(questions, role, prompter, k)
+    room, spec = positions - written, training.spec
+    overhead = _overhead(questions, role, prompter, spec)
     for question in questions:
         numbers = list(range(1, len(question.documents) + 1))
         if not selects:
-            numbers = sorted(numbers, key=lambda number: -_bytes(question.documents[number - 1]))[:k]
+            numbers = sorted(numbers, key=lambda number: -_bytes(question.documents[number - 1]))[: spec.most]
         size = sum(_bytes(question.documents[number - 1]) for number in numbers)
         if size + 2 * len(question.question.encode()) + overhead <= room:
             continue
-        asked = prompter.selector_prompt(question, k) if selects else prompter.generator_prompt(question, numbers)
-        if len(asked.ids) > room:
+        if selects:
+            prompt = prompter.selector_prompt(question, spec.most, spec.least)
+        else:
+            prompt = prompter.generator_prompt(question, numbers)
+        if len(prompt.ids) > room:
             raise InputError(
                 "max_prompt_length",
                 None,
-                f"the prompt of question {question.id} has {len(asked.ids)} tokens, and with {written} to write the "
+                f"the prompt of question {question.id} has {len(prompt.ids)} tokens, and with {written} to write the "
                 f"{role} has {positions} {what}",
                 f"Use {room}: documents are cut evenly to fit." if room > 0 else "Use another model.",
             )
@@ -78,31 +81,32 @@ def _bytes(document: Document) -> int:
     return len(document.title.encode()) + len(document.text.encode()) + 16
 
 
-def _check_role_prompts(questions: Sequence[Question], role: Role, prompter: Prompter, k: int) -> None:
+def _check_role_prompts(questions: Sequence[Question], role: Role, prompter: Prompter, spec: SelectionSpec) -> None:
     """A token is at least one byte, so only the first question and those with more bytes than tokens are rendered."""
-    overhead = _overhead(questions, role, prompter, k)
+    overhead = _overhead(questions, role, prompter, spec)
     limit = prompter.max_prompt_length
     for place, question in enumerate(questions):
         titles = sum(len(document.title.encode()) + 8 for document in question.documents)
         if place == 0 or (limit is not None and 2 * len(question.question.encode()) + titles + overhead > limit):
             if role == "selector":
-                prompter.selector_prompt(question, k)
+                prompter.selector_prompt(question, spec.most, spec.least)
             else:
-                longest = sorted(question.documents, key=lambda document: -len(document.title))[:k]
+                longest = sorted(question.documents, key=lambda document: -len(document.title))[: spec.most]
                 prompter.generator_prompt(question, [question.documents.index(d) + 1 for d in longest])
 
 
-def _overhead(questions: Sequence[Question], role: Role, prompter: Prompter, k: int) -> int:
+def _overhead(questions: Sequence[Question], role: Role, prompter: Prompter, spec: SelectionSpec) -> int:
     """Bytes of a prompt without its question and documents: no fewer than its tokens."""
-    variables = {"k": k, "example": format_selection(range(k, 0, -1))} if role == "selector" else {}
-    count = max((len(question.documents) for question in questions), default=0) if role == "selector" else k
+    example = format_selection(range(spec.most, 0, -1))
+    variables = {**asks_for(spec.most, spec.least), "example": example} if role == "selector" else {}
+    count = max((len(question.documents) for question in questions), default=0) if role == "selector" else spec.most
     return len(prompter.render("", [Document("x", "x", "x")] * count, **variables).encode())
 
 
 def check_completions(recipe: Recipe, questions: Sequence[Question], prompter: Prompter) -> None:
     """Refuse a `max_completion_length` that no selection fits, or not the longest that a constraint may write, and a
     constraint that the selector's tokenizer cannot follow."""
-    training, k = recipe.training, recipe.training.num_selected
+    training, spec, k = recipe.training, recipe.training.spec, recipe.training.spec.most
     shortest = min(len(prompter.completion(format_selection(order))) for order in (range(1, k + 1), range(k, 0, -1)))
     if shortest > training.max_completion_length:
         raise InputError(
@@ -114,7 +118,7 @@ def check_completions(recipe: Recipe, questions: Sequence[Question], prompter: P
     if not training.constrain_selection:
         return
     for count in sorted({len(question.documents) for question in questions}):
-        longest = prompter.constraint(count, k).verify()
+        longest = prompter.constraint(count, k, spec.least).verify()
         if longest > training.max_completion_length:
             raise InputError(
                 "max_completion_length",

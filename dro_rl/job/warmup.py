@@ -41,7 +41,7 @@ from dro_rl.prompts import Prompter
 from dro_rl.records import Question, check_id
 from dro_rl.roles import Role
 from dro_rl.rows.strict_json import json_lines
-from dro_rl.selection import format_selection
+from dro_rl.selection import SelectionSpec, format_selection
 
 logger = logging.getLogger(__name__)
 
@@ -139,11 +139,25 @@ CANARIES = 16
 def selector_examples(
     questions: Sequence[Question], prompter: Prompter, run: RunConfig, training: DROConfig
 ) -> Iterator[Pair]:
-    """Selections to imitate: K numbers in the order that `warmup_selector_order` says."""
-    order = selection_order(run, training.seed)
-    k = training.num_selected
+    """Selections to imitate: K numbers in the order that `warmup_selector_order` says.
+
+    Where the selector is to decide how many, it imitates as many as are labelled, a number by chance in an order by
+    chance, and all K of any other order, which says nothing of how many suffice.
+    """
+    order, spec = selection_order(run, training.seed), training.spec
     for question in questions:
-        yield prompter.selector_prompt(question, k).ids, prompter.completion(format_selection(order(question)[:k]))
+        count = spec.most
+        if run.warmup_selector_order == "random":
+            count = _by_chance(spec, training.seed, question)
+        elif run.warmup_selector_order == "labels" and question.supporting_numbers:
+            count = min(max(len(question.supporting_numbers), spec.least), spec.most)
+        selection = format_selection(order(question)[:count])
+        yield prompter.selector_prompt(question, spec.most, spec.least).ids, prompter.completion(selection)
+
+
+def _by_chance(spec: SelectionSpec, seed: int, question: Question) -> int:
+    """How many documents, where it is left to chance."""
+    return Random(f"{seed}/count/{question.id}").randint(spec.least, spec.most)
 
 
 def selection_order(run: RunConfig, seed: int) -> Callable[[Question], list[int]]:
@@ -198,18 +212,22 @@ def read_ranking(path: Path) -> Callable[[Question], list[int]]:
 def generator_examples(
     questions: Sequence[Question], prompter: Prompter, run: RunConfig, training: DROConfig
 ) -> Iterator[Pair]:
-    """Answers from K documents, chosen as `warmup_generator_documents` says; chosen documents stand in random order."""
-    k = training.num_selected
+    """Answers from K documents, chosen as `warmup_generator_documents` says; chosen documents stand in random order.
+
+    Where the selector is to decide how many, their number is left to chance, but for labelled ones, which all stay.
+    """
+    spec = training.spec
     for question in questions:
+        k = _by_chance(spec, training.seed, question)
         everything = range(1, len(question.documents) + 1)
         random = Random(f"{training.seed}/documents/{question.id}")
-        supporting = list(question.supporting_numbers)[:k]
+        supporting = list(question.supporting_numbers)[: spec.most]
         others = [number for number in everything if number not in supporting]
         random.shuffle(others)
         numbers = {
             "gold": supporting or list(everything)[:k],
             "retrieved": list(everything)[:k],
-            "mixed": [*supporting, *others][:k],
+            "mixed": [*supporting, *others][: max(k, len(supporting))],
             "random": random.sample(everything, min(k, len(everything))),
         }[run.warmup_generator_documents]
         # Gold always first is a label leak: the generator would learn to read the first document only.

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 from dro_rl.errors import InputError
 from dro_rl.keys import Rule, above, at_least, check_keys, either, option, within
 from dro_rl.rewards import parse_reward
+from dro_rl.selection import SelectionSpec
 
 RATE = at_least(0, "Use 0 to freeze the model.")
 SHARE = within("(0, 1)", "Use 0.5, or leave it unset.")
@@ -34,6 +35,16 @@ NAMED_VALUES = Rule(
         re.fullmatch(r"\s*\w+\s*=\s*([0-9.]+([eE]-?[0-9]+)?|true|false)\s*", part) for part in value.split(",")
     ),
 )
+
+
+def _is_count(value: Any) -> bool:
+    try:
+        return bool(SelectionSpec.of(value))
+    except ValueError:
+        return False
+
+
+COUNT = Rule("at least 1, or {min: 1, max: 5} with 1 <= min <= max", "Use 5, or {min: 1, max: 5}.", _is_count)
 
 
 def _is_address(url: str) -> bool:
@@ -98,7 +109,9 @@ class TrainingKeys:
     allow_single_generation: bool = option(
         False, "Accept num_generations: 1, whose weights are all one: no selection signal, a control."
     )
-    num_selected: int = option(5, "Documents that the selector is asked for (K).", at_least(1))
+    num_selected: int | dict[str, Any] = option(
+        5, "Documents that the selector is asked for (K), or {min: 1, max: 5}: it decides how many.", COUNT
+    )
     max_prompt_length: int | None = option(
         4096, "Tokens of a prompt at most; documents are cut evenly to fit, the question never.", at_least(1)
     )
@@ -215,6 +228,12 @@ class TrainingKeys:
         "likelihood",
         "What rollouts are weighed by: likelihood, em, f1, contains, rouge_l, package.module:function, or a mixture: "
         "{f1: 10, likelihood: 1}.",
+    )
+    document_cost: float = option(
+        0.0,
+        "Taken off a rollout's reward for each document that it selects, where num_selected is a range: nats under "
+        "reward: likelihood.",
+        at_least(0),
     )
     answer_temperature: float = option(
         0.0, "How the generator writes the answers that rewards look at; 0 is greedy.", at_least(0)
@@ -464,12 +483,24 @@ class TrainingKeys:
         if objective not in ("grpo", "rloo"):
             rule = f"under {objective} the generator learns from the weights that move the selector"
             self._require("generator_weights", self.generator_weights == "posterior", rule, out)
+        if self.document_cost:
+            rule, shorter = "what every selection costs alike moves nothing", "Use num_selected: {min: 1, max: 5}."
+            self._require("document_cost", self.spec.chooses, rule, shorter)
+            rule = "uniform weights look at no reward, and so at no cost"
+            self._require("document_cost", self.weighting == "likelihood", rule, out)
+            rule = "maxrl takes logarithms of rewards, which a cost may carry below 0"
+            self._require("document_cost", objective != "maxrl" or reward.is_likelihood, rule, "Use dro, say.")
         if "likelihood" not in reward.names:
             rule = "this is how the likelihood is a reward, and the reward has none"
             self._require("answer_likelihood", self.answer_likelihood == "sum", rule, out)
         if not reward.others:
             rule = "answers are written where a reward looks at them"
             self._require("answer_temperature", self.answer_temperature == 0, rule, "Use a reward such as f1.")
+
+    @property
+    def spec(self) -> SelectionSpec:
+        """What the selector is asked for."""
+        return SelectionSpec.of(self.num_selected, self.constrain_selection)
 
     def _require(self, name: str, holds: bool, rule: str, fix: str) -> None:
         if not holds:

@@ -17,7 +17,7 @@ from dro_rl.prompts.chat import ChatTemplate, Ends, ends_of
 from dro_rl.prompts.defusing import Defuser
 from dro_rl.prompts.templates import TEMPLATES, PromptTemplate, load_template, template_path
 from dro_rl.records import Document, Question
-from dro_rl.selection import format_selection
+from dro_rl.selection import SelectionSpec, format_selection
 from dro_rl.selection.constraint import SelectionConstraint
 from dro_rl.selection.thinking import is_mark
 
@@ -39,7 +39,8 @@ class Prompter:
     Args:
         tokenizer: a fast tokenizer. Its chat template is used when it has one.
         template: a Jinja template: the name of one shipped in this folder (`selector`, `generator`, …) or a path.
-            It receives `question`, `documents`, and for the selector `k` and `example`.
+            It receives `question`, `documents`, and for the selector `k` (a number, or `1 to 5`), `least` and `most`
+            (numbers), and `example`.
         max_prompt_length: in tokens. Longer prompts have their documents cut evenly; the question never is.
         chat_template_kwargs: passed to the chat template. Thinking is off where it has the switch, unless they say
             `{"enable_thinking": true}`.
@@ -59,7 +60,7 @@ class Prompter:
         self._defused = Defuser(self.tokenizer).defuse
         special = [token for token in self.tokenizer.added_tokens_decoder.items() if token[1].special]
         self._thinking = {number: token.content for number, token in special if is_mark(token.content)}
-        self._constraints: dict[tuple[int, int], SelectionConstraint] = {}
+        self._constraints: dict[tuple[int, int, int | None], SelectionConstraint] = {}
 
     @property
     def eos_token_id(self) -> int:
@@ -71,10 +72,10 @@ class Prompter:
         """The template's text, saved beside a trained model so that serving asks as training did."""
         return self._template.source
 
-    def selector_prompt(self, question: Question, k: int) -> Prompt:
-        """The prompt that asks for exactly K of the question's candidates, numbered from 1."""
+    def selector_prompt(self, question: Question, k: int, least: int | None = None) -> Prompt:
+        """The prompt that asks for K of the question's candidates, numbered from 1, or for `least` to K of them."""
         example = format_selection(range(min(k, len(question.documents)), 0, -1))
-        return self._fit(question, question.documents, k=k, example=example)
+        return self._fit(question, question.documents, **asks_for(k, least), example=example)
 
     def generator_prompt(self, question: Question, numbers: Sequence[int]) -> Prompt:
         """The prompt that asks for the answer from the selected documents, in the selected order."""
@@ -85,13 +86,12 @@ class Prompter:
         ids = self.tokenizer(self._defused(text), add_special_tokens=False)["input_ids"]
         return (*ids, self.ends.written)
 
-    def constraint(self, num_documents: int, k: int) -> SelectionConstraint:
-        """What keeps a selection valid, made once for each N and K. It admits what `completion` writes."""
-        if (num_documents, k) not in self._constraints:
-            self._constraints[num_documents, k] = SelectionConstraint(
-                self.tokenizer, num_documents, k, self.ends.written
-            )
-        return self._constraints[num_documents, k]
+    def constraint(self, num_documents: int, k: int, least: int | None = None) -> SelectionConstraint:
+        """What keeps a selection valid, made once for each N, K and `least`. It admits what `completion` writes."""
+        which = num_documents, k, least
+        if which not in self._constraints:
+            self._constraints[which] = SelectionConstraint(self.tokenizer, num_documents, k, self.ends.written, least)
+        return self._constraints[which]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of sampled tokens, without special tokens but those that say what is thinking."""
@@ -162,6 +162,12 @@ class Prompter:
             f"a prompt has at most max_prompt_length = {self.max_prompt_length} tokens, and the question is never cut",
             "Raise max_prompt_length, or drop the question.",
         )
+
+
+def asks_for(k: int, least: int | None = None) -> dict[str, Any]:
+    """How many documents are asked for, as a template is told."""
+    spec = SelectionSpec(k if least is None else least, k)
+    return {"k": str(spec) if spec.chooses else k, "least": spec.least, "most": spec.most}
 
 
 def _even_cap(lengths: Sequence[int], excess: int) -> int:

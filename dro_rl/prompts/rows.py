@@ -13,7 +13,7 @@ from dro_rl.selection.constraint import SelectionConstraint, allowed_for
 
 def constraint_of(prompter: Prompter, question: Question, spec: SelectionSpec) -> SelectionConstraint | None:
     """What a question's selections are held to; None where they are free."""
-    return prompter.constraint(len(question.documents), spec.num_selected) if spec.constrained else None
+    return prompter.constraint(len(question.documents), spec.most, spec.least) if spec.constrained else None
 
 
 def selector_row(
@@ -21,7 +21,7 @@ def selector_row(
 ) -> Row:
     """The selector's prompt with samples as its completions, under the constraint where there is one."""
     allowed = allowed_for(constraint_of(prompter, question, spec), samples)
-    return Row(prompter.selector_prompt(question, spec.num_selected).ids, samples, allowed)
+    return Row(prompter.selector_prompt(question, spec.most, spec.least).ids, samples, allowed)
 
 
 def answer_row(prompter: Prompter, question: Question, numbers: Sequence[int], aliases: str) -> Row:

@@ -72,8 +72,8 @@ def _refusal(name: str, error: BaseException) -> InputError:
     return InputError(
         PLACE,
         name,
-        "a template renders from question and documents (id, title, text), the selector's from k and example too "
-        f"({first_line(error)})",
+        "a template renders from question and documents (id, title, text), the selector's from k, least, most and "
+        f"example too ({first_line(error)})",
         "Correct the template.",
     )
 

@@ -84,7 +84,7 @@ def read_keys(path: str | Path | None, overrides: Mapping[str, Any] | None = Non
         raise InputError(
             "output_dir", Phrase("missing"), "a run has a folder of its own", "Set output_dir: runs/<name>."
         )
-    if run.num_documents is not None and keys.num_selected > run.num_documents:
+    if run.num_documents is not None and keys.spec.most > run.num_documents:
         raise InputError(
             "num_selected",
             keys.num_selected,

@@ -252,6 +252,7 @@ class Summary:
         valid, clean: shares of the rollouts: a document is named; the selection is exactly as asked.
         duplicate: share of the repeatable rollouts that repeat an earlier selection of their question: 0 when all
             differ and 1 when all are the same, whatever m is.
+        documents: how many a valid rollout selects, mean.
         prompt_cut, all_tie, all_invalid: shares of the questions.
         temperature: mean sampling temperature.
         log_ratio_mean, log_ratio_max, ratio_mean: log p − log q in nats, and p/q.
@@ -282,6 +283,7 @@ class Summary:
     valid: float = _mean_over("rollouts", "rollouts/valid")
     clean: float = _mean_over("rollouts", "rollouts/clean")
     duplicate: float = _mean_over("repeatable", "rollouts/duplicate")
+    documents: float = _mean_over("valid_rollouts", "rollouts/documents")
     prompt_cut: float = _mean_over("questions", "rollouts/prompt_cut")
     all_tie: float = _mean_over("questions", "rollouts/all_tie")
     all_invalid: float = _mean_over("questions", "rollouts/all_invalid")
@@ -342,6 +344,7 @@ def summarize_groups(rollouts: Columns, groups: GroupFigures, *, max_log_ratio: 
             valid=_mean(rollouts.valid),
             clean=_mean(rollouts.clean),
             duplicate=_duplicate_share(groups.valid, groups.distinct),
+            documents=_mean(rollouts.length[rollouts.valid]),
             prompt_cut=_mean(rollouts.prompt_cut),
             all_tie=_mean(groups.tie),
             all_invalid=_mean(~valid),

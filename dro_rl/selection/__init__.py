@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from dro_rl.records import Selection
 from dro_rl.selection.thinking import without_thinking
@@ -17,10 +18,30 @@ _WELL_FORMED = re.compile(r"\[\s*[0-9]+\s*\](\s*>\s*\[\s*[0-9]+\s*\])*")
 
 @dataclass(frozen=True, slots=True)
 class SelectionSpec:
-    """What the selector is asked for: K documents, as distinct valid numbers by construction where constrained."""
+    """What the selector is asked for: from `least` to `most` documents, as distinct valid numbers by construction where
+    constrained. Where the two differ, the end of the list is part of what it chooses."""
 
-    num_selected: int
+    least: int
+    most: int
     constrained: bool = False
+
+    @classmethod
+    def of(cls, num_selected: int | Mapping[str, Any], constrained: bool = False) -> SelectionSpec:
+        """What a recipe's `num_selected` says: `5`, or `{min: 1, max: 5}`. Raises `ValueError` for what is neither."""
+        given = {"min": num_selected, "max": num_selected} if isinstance(num_selected, int) else num_selected
+        least, most = given.get("min"), given.get("max")
+        if len(given) != 2 or type(least) is not int or type(most) is not int or not 1 <= least <= most:
+            raise ValueError(f"{num_selected} is neither a number from 1 upward nor {{min: 1, max: 5}}")
+        return cls(least, most, constrained)
+
+    @property
+    def chooses(self) -> bool:
+        """Whether the selector decides how many."""
+        return self.least < self.most
+
+    def __str__(self) -> str:
+        """How many, as people say it: `5`, or `1 to 5`."""
+        return f"{self.least} to {self.most}" if self.chooses else str(self.most)
 
 
 def format_selection(numbers: Sequence[int]) -> str:
@@ -28,7 +49,7 @@ def format_selection(numbers: Sequence[int]) -> str:
     return SEPARATOR.join(f"[{number}]" for number in numbers)
 
 
-def parse_selection(text: str, num_documents: int, k: int) -> Selection:
+def parse_selection(text: str, num_documents: int, k: int, least: int | None = None) -> Selection:
     """Read a selector's text.
 
     What stands in a thinking block (`selection.thinking`) is not the selection. Numbers out of 1..`num_documents` are
@@ -38,7 +59,8 @@ def parse_selection(text: str, num_documents: int, k: int) -> Selection:
     Args:
         text: the selector's completion, without special tokens.
         num_documents: N, the number of candidates.
-        k: K, the number of documents asked for.
+        k: K, the number of documents asked for, at most.
+        least: the fewest that will do; K itself, unless told.
     """
     text = without_thinking(text)
     problems: list[str] = []
@@ -52,7 +74,7 @@ def parse_selection(text: str, num_documents: int, k: int) -> Selection:
         problems.append("out_of_range")
     if len(distinct) < len(in_range):
         problems.append("repeated")
-    if len(distinct) < k:
+    if len(distinct) < (k if least is None else least):
         problems.append("too_few")
     if len(distinct) > k:
         problems.append("too_many")

@@ -1,13 +1,14 @@
 """Selections that are valid by construction: which tokens may come next, for any tokenizer. Knows of no model.
 
-`SelectionConstraint(tokenizer, N, K)` admits exactly K distinct numbers of 1..N in the selection format, each list in
-one spelling, the tokenizer's own encoding of the text (what `Prompter.completion` gives, and what a warm-up teaches),
-and then their end. One selection is one sequence of tokens, so p(z|x) is the probability of a selection
-and not of a spelling, and the probabilities of all N!/(N−K)! of them sum to one.
+`SelectionConstraint(tokenizer, N, K)` admits exactly K distinct numbers of 1..N in the selection format, or, with
+`least`, from so many to K of them: each list in one spelling, the tokenizer's own encoding of the text (what
+`Prompter.completion` gives, and what a warm-up teaches), and then its end. One selection is one sequence of tokens, so
+p(z|x) is the probability of a selection and not of a spelling, and the probabilities of all N!/(N−K)! of them, of each
+length that there may be, sum to one.
 
 **How.** Nothing is enumerated. The text `[a] > [b] > [c]` is cut into stretches, `[a]`, ` > [b]`, ` > [c]`, and a token
 belongs to the stretch in which it ends. Merges reach over a cut (`] >`, ` [1`), so the tokens of a stretch depend on
-the number before and on the number after it, or on there being none. They are read off the tokenizer's encoding of
+the number before and on what comes after it, a number or the end. They are read off the tokenizer's encoding of
 those numbers. Numbers that make no difference when they come after are one class, so tables of about N² spellings,
 made as they are needed, serve all selections. What has been written is followed along all readings at once (is `[1`
 the number 1, or the beginning of 12?), as an automaton without determinism is.
@@ -40,13 +41,16 @@ KEPT_PREFIXES = 8192
 """Beginnings whose continuations are remembered; the others are followed again from the longest one that is."""
 
 VERIFIED_SELECTIONS = 1000
-"""Selections that `verify` compares with the tokenizer: all, when there are no more."""
+"""Selections of a length that `verify` compares with the tokenizer: all, when there are no more."""
+
+END = 1
+"""Among the followers of a number, as bits, the end of the list: where no document number is."""
 
 
 class _Reading(NamedTuple):
     """One way to read what has been written: `numbers` are chosen, `rest` is yet to be written of the last one.
 
-    `followers` are the numbers, as bits, that the spelling of the last one allows after it.
+    `followers` is what the spelling of the last one allows after it, as bits: numbers, and `END`.
     """
 
     numbers: tuple[int, ...]
@@ -60,18 +64,36 @@ class SelectionConstraint:
     Args:
         tokenizer: a fast tokenizer with an end-of-sequence token.
         num_documents: N, the number of candidates, at least 1.
-        k: K, the number of documents asked for; with fewer candidates, all of them.
+        k: K, the number of documents asked for, at most; with fewer candidates, all of them.
         end: the token that ends a selection; the tokenizer's end of sequence, unless told.
+        least: the fewest documents that will do, up to K; K itself, unless told.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, num_documents: int, k: int, end: int | None = None) -> None:
-        if num_documents < 1 or k < 1:
-            raise ValueError(f"there is nothing to select: {k} of {num_documents}")
-        self.num_documents, self.k = num_documents, min(k, num_documents)
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        num_documents: int,
+        k: int,
+        end: int | None = None,
+        least: int | None = None,
+    ) -> None:
+        least = k if least is None else least
+        if num_documents < 1 or not 1 <= least <= k:
+            raise ValueError(f"there is nothing to select: {least} to {k} of {num_documents}")
+        self.num_documents, self.k, self.least = num_documents, min(k, num_documents), min(least, num_documents)
         self.tokenizer, self.end = tokenizer, tokenizer.eos_token_id if end is None else end
         self._everything = (1 << (num_documents + 1)) - 2
         self._spellings, self._followers = cache(self._spell), cache(self._classify)
         self._continuations = lru_cache(KEPT_PREFIXES)(self._continue)
+
+    @property
+    def count(self) -> int:
+        """How many selections there are."""
+        return sum(math.perm(self.num_documents, length) for length in self._lengths)
+
+    @property
+    def _lengths(self) -> range:
+        return range(self.least, self.k + 1)
 
     def allowed(self, written: Sequence[int]) -> tuple[int, ...]:
         """Token ids that may come after the tokens written so far, ascending; none after the end of the sequence.
@@ -109,17 +131,17 @@ class SelectionConstraint:
         return self._choose(reading.numbers, reading.followers)
 
     def _choose(self, numbers: tuple[int, ...], candidates: int) -> list[_Reading]:
-        """The readings of what may come when `numbers` are written: one of the candidates, or the end."""
-        if len(numbers) == self.k:
-            return [_Reading(numbers, (self.end,), 0)]
+        """The readings of what may come when `numbers` are written: one of the candidates, which are as followers."""
+        readings = [_Reading(numbers, (self.end,), 0)] if candidates & END else []
+        if candidates == END:
+            return readings
         chosen = sum(1 << number for number in numbers)
-        readings: list[_Reading] = []
         for number, spellings in self._table(len(numbers), numbers[-1] if numbers else None).items():
             if not candidates >> number & 1 or chosen >> number & 1:
                 continue
             for tokens, followers in spellings:
                 free = followers & ~chosen
-                if followers and not free:
+                if not free:
                     continue
                 if tokens:
                     readings.append(_Reading((*numbers, number), tokens, free))
@@ -130,13 +152,17 @@ class SelectionConstraint:
     def _table(self, index: int, before: int | None) -> dict[int, list[tuple[tuple[int, ...], int]]]:
         """The spellings of each number at a place of the list, after the number that stands before it.
 
-        With each spelling come the numbers that may follow it, as bits.
+        With each spelling comes what may follow it, as bits.
         """
-        return self._spellings(min(index, 2), index == self.k - 1, before)
+        return self._spellings(min(index, 2), index + 1 >= self.least, index + 1 < self.k, before)
 
-    def _spell(self, index: int, last: bool, before: int | None) -> dict[int, list[tuple[tuple[int, ...], int]]]:
+    def _spell(
+        self, index: int, ends: bool, goes_on: bool, before: int | None
+    ) -> dict[int, list[tuple[tuple[int, ...], int]]]:
         numbers = [number for number in range(1, self.num_documents + 1) if number != before]
-        classes = {number: [(None, 0)] for number in numbers} if last else self._followers(index)
+        following = self._followers(index) if goes_on else {}
+        last: list[tuple[int | None, int]] = [(None, END)] if ends else []
+        classes = {number: [*following.get(number, []), *last] for number in numbers}
         places = [(number, after, members) for number in numbers for after, members in classes[number]]
         stretches = self._stretches([(before, number, after) for number, after, _ in places], index)
         spelled: dict[int, dict[tuple[int, ...], int]] = {number: {} for number in numbers}
@@ -186,15 +212,11 @@ class SelectionConstraint:
                 decoding.
         """
         n, k = self.num_documents, self.k
-        if math.perm(n, k) <= VERIFIED_SELECTIONS:
-            selections = list(itertools.permutations(range(1, n + 1), k))
-        else:  # every number in every place, its neighbours at random
-            orders = [Random(i).sample(range(1, n + 1), n) for i in range(math.ceil(VERIFIED_SELECTIONS / n))]
-            selections = [tuple([*order[i:], *order[:i]][:k]) for order in orders for i in range(n)]
+        selections = [selection for length in self._lengths for selection in self._verified(length)]
         texts = [format_selection(selection) for selection in selections]
         encoded = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
         for selection, text, ids in zip(selections, texts, encoded, strict=True):
-            read = parse_selection(str(self.tokenizer.decode(ids, skip_special_tokens=True)), n, k)
+            read = parse_selection(str(self.tokenizer.decode(ids, skip_special_tokens=True)), n, k, self.least)
             if self._encode(selection) != ids or read.numbers != selection or read.problems:
                 raise InputError(
                     "constrain_selection",
@@ -205,13 +227,21 @@ class SelectionConstraint:
                 )
         return self._max_length()
 
+    def _verified(self, length: int) -> list[tuple[int, ...]]:
+        """Selections of a length: all, or every number in every place, its neighbours at random."""
+        n = self.num_documents
+        if math.perm(n, length) <= VERIFIED_SELECTIONS:
+            return list(itertools.permutations(range(1, n + 1), length))
+        orders = [Random(i).sample(range(1, n + 1), n) for i in range(math.ceil(VERIFIED_SELECTIONS / n))]
+        return [tuple([*order[i:], *order[:i]][:length]) for order in orders for i in range(n)]
+
     def _encode(self, selection: Sequence[int]) -> list[int]:
         """A selection's tokens from the tables, without the end of the sequence."""
         ids: list[int] = []
         before: int | None = None
         for index, (number, after) in enumerate(itertools.zip_longest(selection, selection[1:])):
             for tokens, followers in self._table(index, before)[number]:
-                if after is None or followers >> after & 1:
+                if followers & (END if after is None else 1 << after):
                     ids += tokens
             before = number
         return ids

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 
-from dro_rl.evaluation.results import METRICS, NATS
+from dro_rl.evaluation.results import METRICS
 from dro_rl.rollouts.diagnostics import RECALL_AT, Summary
 
 TRAIN = "train/"
@@ -27,4 +27,4 @@ GRADIENTS = (
 )  # fmt: skip
 """What `dro-rl study gradients` measures: see `dro_rl.study.gradients.Moments`."""
 
-__all__ = ["GRADIENTS", "LOGGED", "METRICS", "NATS", "TRAIN"]
+__all__ = ["GRADIENTS", "LOGGED", "METRICS", "TRAIN"]
