@@ -17,6 +17,7 @@ from dro_rl.likelihood import Scoring
 from dro_rl.objective import Weighting
 from dro_rl.proposal import SamplingParams
 from dro_rl.rewards import Reward, parse_reward
+from dro_rl.roles import ROLES, Role
 
 
 @dataclass
@@ -165,6 +166,11 @@ class DROConfig(TrainingKeys, _BaseConfig):  # type: ignore[misc]  # keys take o
         return self.per_device_train_batch_size / self.num_generations
 
     @property
+    def roles(self) -> tuple[Role, ...]:
+        """The roles whose weights are here."""
+        return ROLES if self.generator_endpoint is None else ("selector",)
+
+    @property
     def reward_rule(self) -> Reward:
         """What rollouts are weighed by."""
         return replace(parse_reward(self.reward), document_cost=self.document_cost)
@@ -174,7 +180,7 @@ class DROConfig(TrainingKeys, _BaseConfig):  # type: ignore[misc]  # keys take o
         """How rollouts are weighed, and what the selector's gradient is made of."""
         return Weighting(
             self.objective,
-            self.generator_weights,
+            self.generator_weights if self.generator_endpoint is None else "uniform",  # nothing learns from them
             0.2 if self.epsilon is None else self.epsilon,
             self.reward_rule.is_likelihood,
             self.weighting,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -10,13 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import GenerationConfig
 
+from dro_rl.engines.answers import Answerer, ModelAnswerer
 from dro_rl.engines.decoding import Decoder
+from dro_rl.engines.endpoint import EndpointAnswerer, EndpointSettings
 from dro_rl.engines.protocol import GenerationRequest
 from dro_rl.errors import InputError, Phrase
-from dro_rl.files import written_whole
+from dro_rl.files import folder_written_whole, written_whole
 from dro_rl.keys.reference import KEYS
-from dro_rl.likelihood import Model
+from dro_rl.likelihood import Model, Scoring
 from dro_rl.models.loading import check_model, declared_ends, load_model, load_tokenizer
 from dro_rl.models.positions import positions_of
 from dro_rl.prompts import Prompter
@@ -27,11 +31,11 @@ from dro_rl.records import Document, Question, Selection
 from dro_rl.roles import ROLES, Role
 from dro_rl.rows.small import read_object, record
 from dro_rl.selection import SelectionSpec, parse_selection
-from dro_rl.selection.constraint import SelectionConstraint
-from dro_rl.selection.thinking import without_thinking
 
 if TYPE_CHECKING:
     from dro_rl.config import DROConfig
+
+logger = logging.getLogger(__name__)
 
 SETTINGS = "pipeline.json"
 PROMPT = "prompt.jinja"
@@ -59,6 +63,7 @@ class PipelineSettings:
     Args:
         num_selected: K, or {min: 1, max: 5}, as in the recipe.
         constrain_selection: the selector writes K distinct valid numbers and nothing else, as it was trained to.
+        generator_endpoint, generator_endpoint_model: where the generator is served; None where its weights are here.
         max_prompt_length, max_completion_length, max_answer_length: in tokens.
         chat_template_kwargs: as in the recipe.
     """
@@ -69,6 +74,8 @@ class PipelineSettings:
     max_answer_length: int
     chat_template_kwargs: dict[str, Any]
     constrain_selection: bool = False
+    generator_endpoint: str | None = None
+    generator_endpoint_model: str | None = None
 
     @property
     def spec(self) -> SelectionSpec:
@@ -85,6 +92,8 @@ class PipelineSettings:
             config.max_answer_length,
             dict(chat_template_kwargs),
             config.constrain_selection,
+            config.generator_endpoint,
+            config.generator_endpoint_model,
         )
 
 
@@ -97,6 +106,7 @@ class RAGPipeline:
         settings: lengths and K.
         batch_size: questions answered at once.
         shared_prefix: pack prompts without padding, where that is exact.
+        answerer: the generator, where it is another than the one that `open_role` opens.
     """
 
     def __init__(
@@ -106,9 +116,14 @@ class RAGPipeline:
         settings: PipelineSettings,
         batch_size: int = 8,
         shared_prefix: bool = True,
+        answerer: Answerer | None = None,
     ) -> None:
         self.open_role, self.prompters, self.settings = open_role, prompters, settings
         self.batch_size, self.shared_prefix = batch_size, shared_prefix
+        scoring = Scoring(shared_prefix=shared_prefix, prefix_tree=False)
+        self.answerer = answerer or ModelAnswerer(
+            lambda: open_role("generator"), prompters["generator"], scoring, batch_size
+        )
 
     @classmethod
     def from_pretrained(
@@ -141,13 +156,14 @@ class RAGPipeline:
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         models, prompters = {}, {}
         for role in roles:
-            folder = directory / role
-            check_model(str(folder), str(folder))
-            models[role] = (
-                load_model(str(folder), dtype=dtype or "auto", device_map=None).eval().to(torch.device(device))
-            )
+            folder, positions = directory / role, None
+            if role == "selector" or settings.generator_endpoint is None:
+                check_model(str(folder), str(folder))
+                models[role] = (
+                    load_model(str(folder), dtype=dtype or "auto", device_map=None).eval().to(torch.device(device))
+                )
+                positions, _ = positions_of(models[role].config)
             written = settings.max_completion_length if role == "selector" else settings.max_answer_length
-            positions, _ = positions_of(models[role].config)
             prompters[role] = Prompter(
                 load_tokenizer(str(folder)),
                 templates[role] if templates else str(folder / PROMPT),
@@ -155,7 +171,11 @@ class RAGPipeline:
                 settings.chat_template_kwargs,
                 declared_ends(str(folder)),
             )
-        return cls(lambda role: nullcontext(models[role]), prompters, settings, batch_size)
+        answerer = None
+        if settings.generator_endpoint is not None and "generator" in roles:
+            served = EndpointSettings(settings.generator_endpoint, settings.generator_endpoint_model)
+            answerer = EndpointAnswerer(served, prompters["generator"])
+        return cls(lambda role: nullcontext(models[role]), prompters, settings, batch_size, answerer=answerer)
 
     def leave_room(self, questions: Sequence[Question], aliases: str) -> None:
         """Cut the generator's prompts so that gold answers, which are scored whole, fit behind them too.
@@ -164,8 +184,7 @@ class RAGPipeline:
             InputError: `max_prompt_length` says how long prompts are, and leaves too little.
         """
         prompter, settings = self.prompters["generator"], self.settings
-        with self.open_role("generator") as model:
-            positions, what = positions_of(model.config)
+        positions, what = self.answerer.positions()
         if positions is None:
             return
         prompter.max_prompt_length = settings.max_prompt_length
@@ -189,11 +208,10 @@ class RAGPipeline:
             .ids
             for question, selection in zip(questions, selections, strict=True)
         ]
-        written = self._greedy("generator", prompts, self.settings.max_answer_length)
-        decode = self.prompters["generator"].decode
+        greedy = SamplingParams(self.settings.max_answer_length, temperature=0.0)
+        written = self.answerer.write(prompts, greedy, [0] * len(prompts))
         return [
-            Answer(without_thinking(decode(ids)).strip(), selection, logp)
-            for selection, (ids, logp) in zip(selections, written, strict=True)
+            Answer(answer.text, selection, answer.logp) for selection, answer in zip(selections, written, strict=True)
         ]
 
     def select_all(self, questions: Sequence[Question]) -> list[Selection]:
@@ -201,24 +219,14 @@ class RAGPipeline:
         spec, prompter = self.settings.spec, self.prompters["selector"]
         prompts = [prompter.selector_prompt(question, spec.most, spec.least).ids for question in questions]
         constraints = [each for question in questions if (each := constraint_of(prompter, question, spec))] or None
-        written = self._greedy("selector", prompts, self.settings.max_completion_length, constraints)
+        greedy = SamplingParams(self.settings.max_completion_length, temperature=0.0)
+        with self.open_role("selector") as model:
+            decoder = Decoder(model, prompter.ends.stops, self.batch_size, self.shared_prefix)
+            groups = decoder.generate(GenerationRequest(prompts, 1, greedy, [0] * len(prompts), constraints))
         return [
-            parse_selection(prompter.decode(ids), len(question.documents), spec.most, spec.least)
-            for question, (ids, _) in zip(questions, written, strict=True)
+            parse_selection(prompter.decode(written.ids), len(question.documents), spec.most, spec.least)
+            for question, (written,) in zip(questions, groups, strict=True)
         ]
-
-    def _greedy(
-        self,
-        role: Role,
-        prompts: Sequence[tuple[int, ...]],
-        length: int,
-        constraints: Sequence[SelectionConstraint] | None = None,
-    ) -> list[tuple[tuple[int, ...], float]]:
-        sampling = SamplingParams(length, temperature=0.0)
-        with self.open_role(role) as model:
-            decoder = Decoder(model, self.prompters[role].ends.stops, self.batch_size, self.shared_prefix)
-            groups = decoder.generate(GenerationRequest(prompts, 1, sampling, [0] * len(prompts), constraints))
-        return [(group[0].ids, sum(group[0].logps)) for group in groups]
 
 
 def read(selection: Selection, question: Question, most: int) -> tuple[int, ...]:
@@ -246,7 +254,13 @@ def read_settings(directory: Path) -> PipelineSettings:
     return settings
 
 
-def save_settings(directory: Path, settings: PipelineSettings) -> None:
-    """Write `pipeline.json`, whole."""
+def save_settings(directory: Path, settings: PipelineSettings, generator: Prompter | None = None) -> None:
+    """Write `pipeline.json`, whole, and of a generator behind an endpoint its tokenizer and its prompt."""
+    if settings.generator_endpoint is not None and generator is not None:
+        with folder_written_whole(directory / "generator") as beside:
+            generator.tokenizer.save_pretrained(beside)
+            GenerationConfig(eos_token_id=list(generator.ends.stops)).save_pretrained(beside)
+            (beside / PROMPT).write_text(generator.source, encoding="utf-8")
+        logger.info(f"generator/ has a tokenizer and a prompt alone: the model is at {settings.generator_endpoint}")
     with written_whole(directory / SETTINGS) as beside:
         beside.write_text(json.dumps(asdict(settings), indent=2) + "\n")

@@ -108,7 +108,7 @@ class DROTrainer(_BaseTrainer):
         self.schedule = Schedule.of(args, args.world_size, len(train_questions))
         args.num_train_epochs = 1  # one pass over the schedule, which holds every iteration
         args.ddp_find_unused_parameters = args.interleave == "alternate"
-        for role in ROLES:
+        for role in args.roles:
             if args.role_learning_rate(role) == 0:
                 model.freeze(role)
         self.method = Method.of(args)
@@ -120,9 +120,9 @@ class DROTrainer(_BaseTrainer):
         self._skipped = 0  # tokens of the selector's rows in the step that would have taught it nothing
         self._mismatch = EngineMismatch(self.method.sampling)
         self._drops_out = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()) or any(
-            getattr(getattr(model, role).config.get_text_config(), "attention_dropout", 0) for role in ROLES
+            getattr(getattr(model, role).config.get_text_config(), "attention_dropout", 0) for role in args.roles
         )
-        self._flops = {role: flops_per_token(getattr(model, role)) for role in ROLES}
+        self._flops = {role: flops_per_token(getattr(model, role)) for role in args.roles}
         self.peak_flops = peak_flops(args.device)
         self.clock = PhaseClock(args.device)
         say_at_the_start(args, train_questions)
@@ -159,15 +159,10 @@ class DROTrainer(_BaseTrainer):
                 self.run_dir,
             ),
         )
-        e_step = EStep(
-            self.engine,
-            self._open,
-            self._open_reference if self.reference is not None else None,
-            self.prompters,
-            self.method,
-            self.clock,
-            {role: flops.forward for role, flops in self._flops.items()},
-        )
+        opened = self._open_reference if self.reference is not None else None
+        flops = {role: each.forward for role, each in self._flops.items()}
+        answerer = engines.elsewhere(args, self.prompters["generator"])
+        e_step = EStep(self.engine, self._open, opened, self.prompters, self.method, self.clock, flops, answerer)
         self.iterations = Iterations(self.schedule, train_questions, e_step, self.run_dir, args, fused=self.fused)
         self._pipeline = RAGPipeline(
             self._open,
@@ -175,6 +170,7 @@ class DROTrainer(_BaseTrainer):
             self.pipeline_settings(),
             batch_size=args.per_device_eval_batch_size,
             shared_prefix=args.scoring.shared_prefix,
+            answerer=answerer,
         )
 
     @property
@@ -233,7 +229,7 @@ class DROTrainer(_BaseTrainer):
         self._done.clear()
         groups = rollouts.at(self.schedule.positions(step))
         drawn = [rollout for group in groups for rollout in group]
-        refuse_nonfinite_rollouts(drawn, step, self.run_dir)
+        refuse_nonfinite_rollouts(drawn, self.args.roles, step, self.run_dir)
         metrics = logged(self._summarize(groups))
         if not rollouts.on_policy:
             metrics |= self._mismatch.of_rollouts(drawn, stale=rollouts.staleness > 0)
@@ -408,7 +404,7 @@ class DROTrainer(_BaseTrainer):
             if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
                 return super()._clip_grad_norm(model)  # the engine clips, over all parameters
             self.accelerator.unscale_gradients()
-            norms = {role: clip(self._module(role), self.args.max_grad_norm) for role in ROLES}
+            norms = {role: clip(self._module(role), self.args.max_grad_norm) for role in self.args.roles}
         for role, norm in norms.items():
             if norm is not None:
                 self._step_metrics[f"{role}/grad_norm"].append(norm)
@@ -418,7 +414,7 @@ class DROTrainer(_BaseTrainer):
 
     def check_weights(self) -> None:
         """Raise `InputError` where a model holds a number that is not finite."""
-        for role in ROLES:
+        for role in self.args.roles:
             self._refuse_nonfinite(largest(self._module(role).parameters()), "a weight", role)
 
     def _refuse_nonfinite(self, value: float, what: str, role: Role) -> None:
@@ -544,7 +540,7 @@ class DROTrainer(_BaseTrainer):
         state = self._gathered_state()
         if not self.args.should_save:
             return
-        for role in ROLES:
+        for role in self.args.roles:
             own = of_role(role, state)
             model, prompter = getattr(self._unwrapped(), role), self.prompters[role]
             if _internal_call:
@@ -553,7 +549,7 @@ class DROTrainer(_BaseTrainer):
                 extra, ends = {PROMPT: prompter.source}, prompter.ends.stops
                 export_role(model, prompter.tokenizer, folder / role, own, extra, ends=ends)
         if not _internal_call:
-            save_settings(folder, self.pipeline_settings())
+            save_settings(folder, self.pipeline_settings(), self.prompters["generator"])
 
     def _gathered_state(self) -> dict[str, Tensor] | None:
         """The whole state of a sharded model, where this process writes files; None for one that is not sharded."""
@@ -567,7 +563,7 @@ class DROTrainer(_BaseTrainer):
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        for role in ROLES:
+        for role in self.args.roles:
             load_role(getattr(self._unwrapped(), role), Path(resume_from_checkpoint) / role)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

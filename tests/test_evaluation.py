@@ -172,7 +172,7 @@ from dro_rl.cli import app
 app(sys.argv[3:])
 """
 MOMENTS = {
-    "in the third part": ("dro_rl.evaluation.evaluator:score_rows", 3, 2),
+    "in the third part": ("dro_rl.engines.answers:ModelAnswerer.score", 3, 2),
     "after the rows are in place, before the parts are gone": ("after:dro_rl.evaluation.results:write_results", 4, 0),
 }
 """Where it is killed, in which call, and how many files of rows are still to be written then."""

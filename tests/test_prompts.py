@@ -290,26 +290,22 @@ class Recorder:
 
 
 @pytest.fixture
-def seen(monkeypatch) -> dict[str, list[tuple[int, ...]]]:
-    """What each caller scores or samples from, by caller; models are stubbed away."""
+def seen(monkeypatch) -> list[tuple[int, ...]]:
+    """What answers are scored after, in order; models are stubbed away."""
     import torch
 
-    import dro_rl.em.e_step as e_step
-    import dro_rl.evaluation.evaluator as evaluator
-    import dro_rl.pipeline as pipeline
+    from dro_rl import pipeline
+    from dro_rl.engines import answers
 
-    seen: dict[str, list[tuple[int, ...]]] = {}
+    seen: list[tuple[int, ...]] = []
 
-    def stub(caller: str):
-        def score_rows(model, rows, *options, **more):
-            seen.setdefault(caller, []).extend(tuple(row.prompt) for row in rows)
-            return [[torch.full((len(c),), -1.0) for c in row.completions] for row in rows]
+    def score_rows(model, rows, *options):
+        seen.extend(tuple(row.prompt) for row in rows)
+        return [[torch.full((len(c),), -1.0) for c in row.completions] for row in rows]
 
-        return score_rows
-
-    monkeypatch.setattr(e_step, "score_rows", stub("e-step scoring"))
-    monkeypatch.setattr(evaluator, "score_rows", stub("evaluation scoring"))
-    monkeypatch.setattr(pipeline, "Decoder", lambda model, eos, batch_size, shared_prefix: model)
+    monkeypatch.setattr(answers, "score_rows", score_rows)
+    for module in (answers, pipeline):
+        monkeypatch.setattr(module, "Decoder", lambda model, eos, batch_size, shared_prefix: model)
     return seen
 
 
@@ -336,6 +332,8 @@ def test_sampling_scoring_training_evaluation_and_warm_up_ask_with_the_same_toke
     method, asked = Method.of(config), Asked(range(4), questions, range(4), 1.0)
     e_step = EStep(engine, lambda role: engine, None, prompters, method)
     rollouts = e_step.weigh(asked, e_step.sample(asked, 0))
+    assert seen == expected_generator
+    seen.clear()
     groups = [Group(rollouts[2 * i : 2 * i + 2], (0, 1), questions[i], prompters, method, ROLES) for i in range(4)]
     trained = MicroBatch(groups, method, ROLES, on_policy=True, unmoved=False, eos_token_id=base.eos_token_id)
     pipeline = RAGPipeline(lambda role: writer, prompters, PipelineSettings(K, 900, 16, 16, {}))
@@ -347,8 +345,7 @@ def test_sampling_scoring_training_evaluation_and_warm_up_ask_with_the_same_toke
         expected_selector
     )
     assert writer.prompts == expected_selector + expected_generator
-    assert seen["e-step scoring"] == expected_generator
-    assert seen["evaluation scoring"] == expected_generator
+    assert seen == expected_generator  # in evaluation
     assert [tuple(row.prompt) for row in trained.rows("generator")] == expected_generator
     assert [prompt for prompt, _ in generator_examples(questions, prompters["generator"], run, config)] == (
         expected_generator

@@ -12,7 +12,7 @@ import torch
 from dro_rl.em.method import Method
 from dro_rl.em.timing import PhaseClock
 from dro_rl.em.weighing import weigh
-from dro_rl.engines.decoding import Decoder
+from dro_rl.engines.answers import Answerer, ModelAnswerer
 from dro_rl.engines.protocol import GenerationRequest, RolloutEngine
 from dro_rl.likelihood import Model, answer_logps, score_rows
 from dro_rl.likelihood.packing import Row
@@ -23,7 +23,6 @@ from dro_rl.records import Question, Rollout, Sample
 from dro_rl.rewards import Read, score
 from dro_rl.roles import Role
 from dro_rl.selection import parse_selection
-from dro_rl.selection.thinking import without_thinking
 
 OpenRole = Callable[[Role], AbstractContextManager[Model]]
 """Opens a role for scoring, without gradient."""
@@ -65,6 +64,7 @@ class EStep:
         method: what is asked, sampled, scored and weighed.
         clock: told when sampling (`rollout`) and scoring begin and end, and how many tokens went through.
         flops: operations a token of a forward pass, by role.
+        answerer: the generator, where it is another than the one that `open_role` opens.
     """
 
     def __init__(
@@ -76,10 +76,14 @@ class EStep:
         method: Method,
         clock: PhaseClock | None = None,
         flops: Mapping[Role, float] | None = None,
+        answerer: Answerer | None = None,
     ) -> None:
         self.engine, self.open_role, self.open_reference = engine, open_role, open_reference
         self.prompters, self.method = prompters, method
-        self.clock, self.flops = clock or PhaseClock(), flops or {"selector": 0.0, "generator": 0.0}
+        self.clock, self.flops = clock or PhaseClock(), flops or {}
+        self.answerer = answerer or ModelAnswerer(
+            lambda: open_role("generator"), prompters["generator"], method.scoring
+        )
 
     def request(self, asked: Asked) -> tuple[GenerationRequest, list[bool]]:
         """What the engine is asked for the rollouts of some questions, and which prompts were cut to fit."""
@@ -120,7 +124,7 @@ class EStep:
             on_policy: whether log q is log p.
         """
         tokens = sum(map(len, request.prompts)) + sum(len(each.ids) for group in groups for each in group)
-        self.clock.count("rollout", tokens, tokens * self.flops["selector"])
+        self.clock.count("rollout", tokens, tokens * self.flops.get("selector", 0.0))
         prompter, spec = self.prompters["selector"], self.method.spec
         samples = []
         for index, question, group, was_cut in zip(asked.indices, asked.questions, groups, cut, strict=True):
@@ -170,23 +174,18 @@ class EStep:
         for i, sample in enumerate(samples):
             if sample.selection.valid:
                 distinct.setdefault(keys[i], i)
-        request = GenerationRequest(
-            [prompter.generator_prompt(asked.questions[q], z).ids for q, z in distinct],
-            1,
-            self.method.answering,
-            [rollout_seed(asked.seeds[q], "answer", *z) for q, z in distinct],
-        )
-        with self.clock.phase("answers"), self.open_role("generator") as model:
-            decoder = Decoder(model, prompter.ends.stops, shared_prefix=self.method.scoring.shared_prefix)
-            written = decoder.generate(request)
+        prompts = [prompter.generator_prompt(asked.questions[q], z).ids for q, z in distinct]
+        seeds = [rollout_seed(asked.seeds[q], "answer", *z) for q, z in distinct]
+        with self.clock.phase("answers"):
+            written = self.answerer.write(prompts, self.method.answering, seeds)
         read = [
             Read(
                 asked.questions[q],
                 tuple(asked.questions[q].documents[number - 1] for number in z),
-                without_thinking(prompter.decode(completion.ids)).strip(),
+                answer.text,
                 samples[place].answer_logp_as(self.method.scoring.answer_likelihood),
             )
-            for ((q, z), place), (completion,) in zip(distinct.items(), written, strict=True)
+            for ((q, z), place), answer in zip(distinct.items(), written, strict=True)
         ]
         rewards = dict(zip(distinct, zip(read, score(self.method.reward.others, read), strict=True), strict=True))
         return [
@@ -213,7 +212,7 @@ class EStep:
         ]
         logps = {
             (i, completion): logp.sum().item()
-            for i, (row, scored) in enumerate(zip(rows, self._score("selector", open_model, rows), strict=True))
+            for i, (row, scored) in enumerate(zip(rows, self._score_selections(open_model, rows), strict=True))
             for completion, logp in zip(row.completions, scored, strict=True)
         }
         return self._matrix([logps[i // m, sample.token_ids] for i, sample in enumerate(samples)])
@@ -224,7 +223,9 @@ class EStep:
         numbers = [sample.selection.numbers for sample in samples]
         keys = list(dict.fromkeys((i // m, numbers[i]) for i, each in enumerate(samples) if each.selection.valid))
         rows = [answer_row(prompter, questions[i], z, scoring.answer_aliases) for i, z in keys]
-        scored = self._score("generator", lambda: self.open_role("generator"), rows)
+        self._count("generator", rows)
+        with self.clock.phase("scoring"):
+            scored = self.answerer.score(rows)
         logps = {
             key: answer_logps(logps, scoring.answer_aliases).tolist() for key, logps in zip(keys, scored, strict=True)
         }
@@ -235,11 +236,15 @@ class EStep:
             for sample, (total, mean) in zip(samples, both, strict=True)
         ]
 
-    def _score(
-        self, role: Role, open_model: Callable[[], AbstractContextManager[Model]], rows: Sequence[Row]
+    def _count(self, role: Role, rows: Sequence[Row]) -> None:
+        tokens = sum(map(len, rows))
+        self.clock.count("scoring", tokens, tokens * self.flops.get(role, 0.0))
+
+    def _score_selections(
+        self, open_model: Callable[[], AbstractContextManager[Model]], rows: Sequence[Row]
     ) -> list[list[torch.Tensor]]:
-        scoring, tokens = self.method.scoring, sum(map(len, rows))
-        self.clock.count("scoring", tokens, tokens * self.flops[role])
+        scoring = self.method.scoring
+        self._count("selector", rows)
         with self.clock.phase("scoring"), open_model() as model:
             return score_rows(model, rows, scoring.tokens, scoring.shared_prefix, scoring.prefix_tree)
 

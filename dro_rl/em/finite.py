@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import torch
@@ -44,9 +44,10 @@ def largest(parameters: Iterable[nn.Parameter]) -> float:
         return nn.utils.get_total_norm([part for part in parts if part.numel()], norm_type=math.inf).item()
 
 
-def refuse_nonfinite_rollouts(rollouts: Iterable[Rollout], step: int, run: Path) -> None:
-    """`refuse_nonfinite` for what both models think of the rollouts that name a document."""
+def refuse_nonfinite_rollouts(rollouts: Iterable[Rollout], roles: Collection[Role], step: int, run: Path) -> None:
+    """`refuse_nonfinite` for what the models that are here think of the rollouts that name a document."""
     for rollout in rollouts:
         if rollout.selection.valid:
-            refuse_nonfinite(rollout.answer_logp, "the answer's log-probability", "generator", step, run)
+            if "generator" in roles:
+                refuse_nonfinite(rollout.answer_logp, "the answer's log-probability", "generator", step, run)
             refuse_nonfinite(rollout.selection_logp, "a selection's log-probability", "selector", step, run)

@@ -10,7 +10,9 @@ from dro_rl.errors import InputError
 
 if TYPE_CHECKING:
     from dro_rl.config import DROConfig
+    from dro_rl.engines.endpoint import EndpointAnswerer
     from dro_rl.engines.protocol import EngineKind, RolloutEngine, TrainedSelector
+    from dro_rl.prompts import Prompter
 
 ENGINES: dict[str, str] = {
     "transformers": "dro_rl.engines.transformers_engine:TransformersEngine",
@@ -28,6 +30,17 @@ def check(config: DROConfig) -> None:
 def start(config: DROConfig, selector: TrainedSelector) -> RolloutEngine:
     """The engine that a recipe names, for the selector that trains. All processes call together."""
     return _engine(config.engine).start(config, selector)
+
+
+def elsewhere(config: DROConfig, prompter: Prompter) -> EndpointAnswerer | None:
+    """The generator behind a recipe's endpoint; None where its weights are here."""
+    from dro_rl.engines.endpoint import EndpointAnswerer, EndpointSettings
+
+    settings = EndpointSettings.of(config)
+    if settings is None:
+        return None
+    needed = "likelihood" in config.reward_rule.names or config.metric_for_best_model == "answer_logp"
+    return EndpointAnswerer(settings, prompter, needs_likelihoods=needed)
 
 
 def _engine(name: str) -> EngineKind:

@@ -25,7 +25,7 @@ from dro_rl.evaluation.results import (
     write_results,
 )
 from dro_rl.evaluation.stages import read_stages, summary_path, with_stage, write_stages
-from dro_rl.likelihood import answer_logp, score_rows
+from dro_rl.likelihood import answer_logp
 from dro_rl.metrics import answer_recall_at_k, exact_match, f1, precision_at_k, precision_of, recall_at_k, rouge_l
 from dro_rl.pipeline import RAGPipeline, read
 from dro_rl.progress import Progress
@@ -54,8 +54,7 @@ def evaluate(
         answer_row(pipeline.prompters["generator"], question, read(answer.selection, question, most), aliases)
         for question, answer in zip(questions, answers, strict=True)
     ]
-    with pipeline.open_role("generator") as model:
-        scored = score_rows(model, rows, shared_prefix=pipeline.shared_prefix)
+    scored = pipeline.answerer.score(rows)
     return [
         QuestionResult(
             id=question.id,

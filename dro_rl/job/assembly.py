@@ -13,6 +13,7 @@ from accelerate import PartialState
 from torch import nn
 from transformers import PreTrainedModel
 
+from dro_rl import engines
 from dro_rl.errors import InputError
 from dro_rl.evaluation.evaluator import evaluate_stage
 from dro_rl.evaluation.stages import read_stages
@@ -81,7 +82,7 @@ def warm_up_models(recipe: Recipe, train: Sequence[Question], prompters: dict[Ro
     """Where each role starts from: the recipe's model, or its warmed-up copy in the cache."""
     run, training = recipe.run, recipe.training
     sources: dict[Role, str] = {}
-    for role in ROLES:
+    for role in training.roles:
         sources[role] = run.of(role).model
         if run.of(role).warms:
             job = WarmUp(
@@ -120,7 +121,9 @@ def load_models(recipe: Recipe, sources: dict[Role, str]) -> SelectorGenerator:
 def _bases(recipe: Recipe, sources: dict[Role, str]) -> dict[Role, PreTrainedModel]:
     """What each role is before its adapters. A shared one is the recipe's model: a warm-up moved adapters alone."""
     if not recipe.run.share_base:
-        return {role: load_model(sources[role], **_source_kwargs(recipe, role, sources)) for role in ROLES}
+        return {
+            role: load_model(sources[role], **_source_kwargs(recipe, role, sources)) for role in recipe.training.roles
+        }
     first, *others = ROLES
     base = load_model(recipe.run.of(first).model, **model_kwargs(recipe.run, first)).requires_grad_(False)
     return {first: base} | {role: twin(base) for role in others}
@@ -173,7 +176,12 @@ def evaluate_base(recipe: Recipe, dev: Sequence[Question], prompters: dict[Role,
 
     settings = PipelineSettings.of(training, run.chat_template_kwargs)
     pipeline = RAGPipeline(
-        open_role, prompters, settings, training.per_device_eval_batch_size, training.scoring.shared_prefix
+        open_role,
+        prompters,
+        settings,
+        training.per_device_eval_batch_size,
+        training.scoring.shared_prefix,
+        engines.elsewhere(training, prompters["generator"]),
     )
     logger.info(f"evaluation of the base models: {len(dev)} dev questions")
     evaluate_stage(

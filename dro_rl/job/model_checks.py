@@ -32,10 +32,10 @@ TRAINABLE = frozenset({"F64", "F32", "F16", "BF16"})
 
 
 def check_models(recipe: Recipe) -> dict[Role, PreTrainedModel]:
-    """Both roles' models against the recipe.
+    """Both roles' models against the recipe; of a generator elsewhere the tokenizer and the config alone.
 
     Returns:
-        the models as their configs describe them, on no device.
+        the models that are loaded, as their configs describe them, on no device.
 
     Raises:
         InputError: naming the recipe's key.
@@ -46,7 +46,10 @@ def check_models(recipe: Recipe) -> dict[Role, PreTrainedModel]:
     for role in ROLES:
         asked, place = run.of(role), f"{role}_model_name_or_path"
         load_template(asked.prompt_template)
-        check_model(asked.model, place, revision=asked.revision, trust_remote_code=run.trust_remote_code)
+        here = role in recipe.training.roles
+        check_model(asked.model, place, revision=asked.revision, trust_remote_code=run.trust_remote_code, loaded=here)
+        if not here:
+            continue
         model = models[role] = without_weights(run, role)
         if Path(asked.model).is_dir():
             check_weights(Path(asked.model), model, place)

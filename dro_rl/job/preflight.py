@@ -28,6 +28,8 @@ from dro_rl.job.prompt_checks import check_prompts
 from dro_rl.job.warmup import selection_order
 from dro_rl.keys.run import RunConfig
 from dro_rl.prompts import Prompter
+from dro_rl.prompts.lengths import check_answers
+from dro_rl.prompts.rows import answer_row
 from dro_rl.recipe import Recipe
 from dro_rl.records import Question
 from dro_rl.rewards import check_functions
@@ -63,7 +65,29 @@ def prepare(recipe: Recipe, processes: int) -> Prepared:
     disk = check(recipe, train, dev)
     prompters = build_prompters(recipe)
     check_prompts(recipe, [*train, *dev], prompters)
+    check_endpoint(recipe.training, [*train, *dev], prompters["generator"])
     return Prepared(train, dev, prompters, schedule, disk)
+
+
+def check_endpoint(training: DROConfig, questions: Sequence[Question], prompter: Prompter) -> None:
+    """Refuse a generator elsewhere that does not answer, or not as the recipe needs it, or not so many tokens."""
+    answerer = engines.elsewhere(training, prompter)
+    if answerer is None:
+        return
+    numbers = range(1, min(training.spec.most, len(questions[0].documents)) + 1)
+    answerer.check(answer_row(prompter, questions[0], numbers, training.answer_aliases))
+    positions, what = answerer.positions()
+    if positions is None:
+        return
+    longest = check_answers(questions, prompter, training.answer_aliases, positions, what)
+    written = max(longest, training.max_answer_length)
+    if (training.max_prompt_length or 0) + written > positions:
+        raise InputError(
+            "max_prompt_length",
+            training.max_prompt_length,
+            f"with {written} tokens to write this is at most the generator's {positions} {what}",
+            "Lower it, or serve the generator with more.",
+        )
 
 
 def read_splits(recipe: Recipe) -> tuple[list[Question], list[Question]]:
@@ -232,7 +256,7 @@ def check_disk(recipe: Recipe, models: Mapping[Role, PreTrainedModel]) -> int:
     """
     run, training = recipe.run, recipe.training
     weights = moments = 0
-    for role in ROLES:
+    for role in models:
         size = 4 * models[role].num_parameters()
         weights += size
         adapted = run.of(role).lora_r > 0

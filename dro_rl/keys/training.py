@@ -55,6 +55,18 @@ def _is_address(url: str) -> bool:
         return False
 
 
+def _is_api(url: str) -> bool:
+    """Whether this is an address of an API: no name and password in it, and nothing after its path."""
+    parts = re.fullmatch(r"(https?://[^/\s?#@]+)(/[^\s?#]*)?", url)
+    return parts is not None and _is_address(parts[1])
+
+
+API = Rule(
+    "a scheme, a host and a port, and the path of an API in OpenAI's style",
+    "Use http://127.0.0.1:8001/v1; a key goes into DRO_RL_ENDPOINT_KEY in the environment.",
+    _is_api,
+)
+
 ADDRESSES = Rule(
     "a server as a scheme, a host and a port, or a list of them",
     "Use http://127.0.0.1:8000.",
@@ -216,6 +228,25 @@ class TrainingKeys:
         "Port of the group that weights travel in (vllm_weight_sync: nccl).",
         within("[1, 65535]", "Use 51216."),
         resumes=True,
+    )
+
+    generator_endpoint: str | None = option(
+        None,
+        "Where a frozen generator is served in OpenAI's style, http://127.0.0.1:8001/v1: it scores and writes answers, "
+        "and none of its weights are loaded here. generator_model_name_or_path names its tokenizer.",
+        API,
+        resumes=True,
+        group="A generator elsewhere",
+    )
+    generator_endpoint_model: str | None = option(None, "Its name there; unset: the only one that is served.")
+    generator_endpoint_timeout: float = option(
+        240.0, "Seconds to go on asking an endpoint that is away or has too much to do.", above(0), resumes=True
+    )
+    generator_endpoint_request_timeout: float = option(
+        120.0, "Seconds that the endpoint may take over one request.", above(0), resumes=True
+    )
+    generator_endpoint_concurrency: int = option(
+        32, "Requests that a process has in flight at once.", at_least(1), resumes=True
     )
 
     objective: Literal["dro", "grpo", "rloo", "maxrl", "best_of_m"] = option(
@@ -414,6 +445,18 @@ class TrainingKeys:
             "Use 0 to switch it off.",
         )
         self._check_objective()
+        self._require(
+            "generator_endpoint_model",
+            self.generator_endpoint is not None or self.generator_endpoint_model is None,
+            "this names a model of generator_endpoint, which is not given",
+            "Give its address, or leave this out.",
+        )
+        self._require(
+            "generator_learning_rate",
+            self.generator_endpoint is None or not self.generator_learning_rate,
+            "a generator behind generator_endpoint is frozen",
+            "Leave it out, or load the generator's weights.",
+        )
         rates = [self.role_learning_rate(role) for role in ("selector", "generator")]
         self._require(
             "learning_rate" if self.generator_learning_rate is None else "generator_learning_rate",
@@ -508,5 +551,7 @@ class TrainingKeys:
 
     def role_learning_rate(self, role: str) -> float:
         """The learning rate of `selector` or `generator`, in the optimizer's units."""
+        if role == "generator" and self.generator_endpoint is not None:
+            return 0.0
         own = getattr(self, f"{role}_learning_rate")
         return self.learning_rate if own is None else own

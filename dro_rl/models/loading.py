@@ -26,8 +26,13 @@ from dro_rl.errors import InputError, Phrase, first_line
 from dro_rl.hub import look_up
 
 
-def check_model(name: str, place: str, *, revision: str | None = None, trust_remote_code: bool = False) -> None:
+def check_model(
+    name: str, place: str, *, revision: str | None = None, trust_remote_code: bool = False, loaded: bool = True
+) -> None:
     """Refuse what is not a causal LM with a tokenizer that fits it, before anything large is read.
+
+    Args:
+        loaded: its weights will be: they are whole, and not quantised.
 
     Raises:
         InputError: naming `place`, the recipe key.
@@ -61,7 +66,7 @@ def check_model(name: str, place: str, *, revision: str | None = None, trust_rem
             "Use a decoder-only model.",
         )
     quantised = getattr(config, "quantization_config", None)
-    if quantised is not None:
+    if loaded and quantised is not None:
         method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else quantised.quant_method
         raise _quantised(place, Phrase(f"{name} ({getattr(method, 'value', method)})"))
     try:

@@ -53,7 +53,7 @@ class SelectorGenerator(nn.Module):
     """A selector and a generator, as one module.
 
     Args:
-        models: causal LMs, or PEFT models around them, by role.
+        models: causal LMs, or PEFT models around them, by role; no generator where it is frozen elsewhere.
     """
 
     selector: PreTrainedModel
@@ -61,7 +61,8 @@ class SelectorGenerator(nn.Module):
 
     def __init__(self, **models: PreTrainedModel) -> None:
         super().__init__()
-        for role in ROLES:
+        self.roles = tuple(role for role in ROLES if role in models)
+        for role in self.roles:
             setattr(self, role, models[role])
 
     @property
@@ -110,7 +111,7 @@ class SelectorGenerator(nn.Module):
 
     def gradient_checkpointing_enable(self, **options: Any) -> None:
         """Trade compute for activation memory in every role that trains. `options` are the models' own."""
-        for role in ROLES:
+        for role in self.roles:
             model = getattr(self, role)
             if any(parameter.requires_grad for parameter in model.parameters()):
                 model.gradient_checkpointing_enable(**options)
@@ -118,7 +119,7 @@ class SelectorGenerator(nn.Module):
                 model.enable_input_require_grads()
 
     def gradient_checkpointing_disable(self) -> None:
-        for role in ROLES:
+        for role in self.roles:
             getattr(self, role).gradient_checkpointing_disable()
 
     def freeze(self, role: Role) -> None:

@@ -91,6 +91,12 @@ def read_keys(path: str | Path | None, overrides: Mapping[str, Any] | None = Non
             f"num_documents: {run.num_documents} are there to select from",
             "Lower num_selected, or raise num_documents.",
         )
+    if keys.generator_endpoint is not None:
+        frozen, fix = "a generator behind generator_endpoint is frozen, and not loaded", "Leave it out."
+        if run.of("generator").warms:
+            raise InputError("warmup", run.warmup, frozen, "Use none or selector.")
+        if run.generator_lora_r:
+            raise InputError("generator_lora_r", run.generator_lora_r, frozen, fix)
     return run, keys
 
 

@@ -185,7 +185,8 @@ def measure(recipe: Recipe, repeats: int = REPEATS) -> dict[str, Any]:
     engine = engines.start(training, selector)
     # Where training starts, the selector is its own reference.
     reference = partial(opened, "selector") if training.beta else None
-    e_step = EStep(engine, opened, reference, job.prompters, Method.of(training))
+    answerer = engines.elsewhere(training, job.prompters["generator"])
+    e_step = EStep(engine, opened, reference, job.prompters, Method.of(training), answerer=answerer)
     questions = [job.train[index] for index in job.schedule.questions(0)]
     with autocast():
         found = moments(
