@@ -443,6 +443,53 @@ def test_missed_are_labelled_questions_whose_gold_nobody_selects(tmp_path: Path)
     assert found(tmp_path, "--only", "missed") == ["a"]
 
 
+def test_unselected_are_questions_whose_heaviest_rollout_leaves_gold_out(tmp_path: Path) -> None:
+    """Gold is among the candidates; another rollout may have found it."""
+    write(
+        tmp_path, 1, 0, 0, 0,
+        [rollouts(0, [[2], [1]], [-1.0, -2.0], [0.7, 0.3]), rollouts(3, [[4], [1]], [-1.0, -2.0], [0.7, 0.3]),
+         rollouts(1, [[2], [4]], [-1.0, -2.0], [0.7, 0.3])],
+    )  # fmt: skip
+    assert found(tmp_path, "--only", "unselected") == ["a"]
+    assert found(tmp_path, "--only", "missed") == []
+
+
+@pytest.mark.parametrize(
+    ("options", "ids"),
+    [
+        (("--min-weight", 0.5), "a"),
+        (("--max-weight", 0.3), "cb"),
+        (("--min-weight", 0.2, "--max-weight", 0.3), "b"),
+        (("--question", "b"), "b"),
+        (("--question", "b", "--only", "invalid"), ""),
+        (("--split", "train"), "cab"),
+    ],
+)
+def test_top_filters_by_weight_question_and_split(run: Path, options: tuple[object, ...], ids: str) -> None:
+    assert found(run, "--iteration", 1, *options) == list(ids)
+
+
+@pytest.mark.parametrize(
+    ("iteration", "ids"), [("all", "cab é東"), ("1-2", "cab é東"), ("2", " é東"), ("2-2", " é東"), ("1", "cab")]
+)
+def test_top_looks_into_one_iteration_several_or_all(run: Path, iteration: str, ids: str) -> None:
+    """A question that is sampled in several has a line for each."""
+    first, _, second = ids.partition(" ")
+    assert sorted(found(run, "--iteration", iteration)) == sorted([*first, *([second] if second else [])])
+
+
+@pytest.mark.parametrize("iteration", ["0", "7", "1-7", "2-1", "one", "-1", "1-", "١"])
+def test_an_iteration_that_is_none_is_refused(run: Path, iteration: str) -> None:
+    if iteration in ("1-", "١"):  # to whom digits are digits
+        assert found(run, f"--iteration={iteration}") == found(run, "--iteration", 1)
+    else:
+        assert "iteration" in refusal("rollouts", "top", run, f"--iteration={iteration}")
+
+
+def test_another_split_was_not_sampled(run: Path) -> None:
+    assert "rollouts are of the split that is trained on, train" in refusal("rollouts", "top", run, "--split", "dev")
+
+
 def test_top_says_what_a_question_is_in_a_line(run: Path) -> None:
     (first,) = document("rollouts", "top", run, "--iteration", 1, "--sort", "weight", "--limit", 1)["questions"]
     assert (first["selection"], first["weight"]) == ("[1] > [3]", 0.5)
@@ -479,6 +526,44 @@ def test_diff_compares_questions_that_were_sampled_twice(changed: Path) -> None:
     best = document("rollouts", "diff", changed, "--sort", "improved", "--limit", 1)["questions"]
     assert [item["after"]["question_id"] for item in best] == ["a"]
     assert "-2.00 → -4.00" in invoke("rollouts", "diff", changed, columns=120).stdout
+
+
+@pytest.fixture
+def thrice(changed: Path) -> Path:
+    """A third time: a becomes worse than ever, b recovers in part; within a tie is no change."""
+    half = [0.5, 0.5]
+    groups = [rollouts(0, [[1], [2]], [-3.0, -3.0], half), rollouts(1, [[1], [2]], [-2.97, -2.97], half)]
+    write(changed, 3, 0, 2, 0, groups)
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("options", "ids"),
+    [
+        (("--only", "worse"), "ab"),  # the last time against the first
+        (("--only", "worse", "--since", 2), "a"),
+        (("--only", "improved", "--since", 2), "b"),
+        (("--sort", "improved", "--since", 2), "ba"),
+        (("--sort", "worse", "--since", 2), "ab"),
+        (("--sort", "worse", "--since", 1, "--limit", 1), "a"),
+        (("--only", "improved"), ""),
+        (("--since", 2, "--sort", "worse", "--text", "which"), "b"),
+        (("--since", 2, "--sort", "worse", "--only", "collapsed"), ""),
+    ],
+)
+def test_answers_got_worse_or_better_since_an_iteration(thrice: Path, options: tuple[object, ...], ids: str) -> None:
+    assert found(thrice, *options) == list(ids)
+
+
+def test_within_a_tie_is_neither_worse_nor_better(changed: Path) -> None:
+    group = rollouts(1, [[1], [2]], [-4.04, -4.04], [0.5, 0.5])
+    write(changed, 3, 0, 2, 0, [group])
+    assert found(changed, "--only", "worse", "--since", 2) == []
+
+
+@pytest.mark.parametrize("iteration", [9, 3])
+def test_nothing_comes_after_the_last_iteration(thrice: Path, iteration: int) -> None:
+    assert "was sampled after it" in refusal("rollouts", "top", thrice, "--only", "worse", "--since", iteration)
 
 
 def test_diff_compares_two_runs(changed: Path, run: Path) -> None:

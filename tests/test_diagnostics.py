@@ -19,7 +19,7 @@ from dro_rl.metrics import recall_at_k
 from dro_rl.objective import effective_sample_size, evidence_bound, importance_weights, weight_entropy
 from dro_rl.records import Document, Question, Rollout, Selection
 from dro_rl.rollouts import log
-from dro_rl.rollouts.diagnostics import Columns, Summary, columns, diagnose, logged, pooled, summarize
+from dro_rl.rollouts.diagnostics import Columns, GroupFigures, Summary, columns, logged, pooled, summarize
 from dro_rl.rollouts.read import columns_of, summarize_iteration
 
 QUESTION = Question("q", "?", ("a",), tuple(Document(f"d{n}", "", "text") for n in (1, 2, 3, 4)), ("d2",))
@@ -84,7 +84,7 @@ def test_the_bounds_exponential_has_expectation_p_of_the_answer(m: int, temperat
     for drawn in itertools.product(range(4), repeat=m):
         probability = float(np.prod(proposal[list(drawn)]))
         group = rollouts(drawn, proposal)
-        expected += probability * math.exp(diagnose(columns([group], [QUESTION])).evidence_bound[0])
+        expected += probability * math.exp(GroupFigures(columns([group], [QUESTION])).evidence_bound[0])
         uncorrected += probability * float(np.nansum(ANSWERS[list(drawn)])) / m
     assert expected == pytest.approx(evidence, rel=1e-12)
     if temperature != 1:
@@ -122,7 +122,7 @@ def test_on_policy_the_bound_is_that_of_the_objective() -> None:
     valid[0] = False
     zeros = np.zeros(300)
     rows = np.flatnonzero(valid.numpy().ravel())
-    found = diagnose(
+    found = GroupFigures(
         Columns(
             size=np.full(50, 6), num_documents=np.full(50, 4), num_supporting=np.zeros(50, int), ess=np.ones(50),
             weight_temperature=np.ones(50), prompt_cut=np.zeros(50, bool), valid=valid.numpy().ravel(),
@@ -235,8 +235,7 @@ def test_pooled_summaries_are_the_summary_of_all() -> None:
     whole, parts = summary(*groups, max_log_ratio=0.1), [summary(*groups[:2], max_log_ratio=0.1)]
     parts += [summary(group, max_log_ratio=0.1) for group in groups[2:]]
     for name, value in asdict(pooled(parts)).items():
-        if name != "answer_logp":  # by the policy's share of what is valid, which parts do not keep
-            assert value == pytest.approx(getattr(whole, name), nan_ok=True), name
+        assert value == pytest.approx(getattr(whole, name), nan_ok=True), name
 
 
 def test_the_step_log_has_every_name_once() -> None:

@@ -12,9 +12,10 @@ from rich.padding import Padding
 from rich.table import Table
 
 from dro_rl.cli.output import TABLE_WIDTH, bar, number, percent, plain, print_rows
+from dro_rl.rollouts.changes import Change
 from dro_rl.rollouts.diagnostics import Summary
 from dro_rl.rollouts.explain import Group
-from dro_rl.rollouts.find import Brief, Change
+from dro_rl.rollouts.places import Brief
 from dro_rl.rollouts.signals import Iteration, Signal, reading
 from dro_rl.selection import format_selection
 

@@ -3,32 +3,61 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from dro_rl.rollouts.diagnostics import Summary
+    from dro_rl.rollouts.signals import Iteration
 
 app = typer.Typer(help="Look into the rollouts of a run.", no_args_is_help=True, rich_markup_mode=None)
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="The run's output_dir.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Last = Annotated[int | None, typer.Option("--last", min=1, help="The last so many iterations only.")]
-InIteration = Annotated[int | None, typer.Option("--iteration", help="1-based. Without it, the last one there is.")]
+InIteration = Annotated[
+    str | None,
+    typer.Option(
+        "--iteration", metavar="N|N-M|all", help="1-based, one or several. Without it, the last one there is."
+    ),
+]
 Sort = Annotated[
-    Literal["weight", "evidence", "ess", "uncertain"],
+    Literal["weight", "evidence", "ess", "uncertain", "worse", "improved"],
     typer.Option(
         "--sort",
         help="First come: weight, the most decided; evidence, the hardest; ess, the least spread; uncertain, those of "
-        "the highest entropy.",
+        "the highest entropy; worse and improved, those whose answer is explained less well, or better, than it was.",
     ),
 ]
 Kind = Annotated[
-    Literal["missed", "tie", "collapsed", "invalid"] | None,
+    Literal["missed", "unselected", "tie", "collapsed", "invalid", "worse", "improved"] | None,
     typer.Option(
         "--only",
-        help="Questions whose supporting documents no rollout selects; whose rollouts tie; whose rollouts all select "
-        "the same; with a rollout that names no document.",
+        help="missed: gold is among the candidates, and no rollout selects any; unselected: the heaviest does not; "
+        "tie: all explain the answer alike; collapsed: all select the same; invalid: one names no document; worse, "
+        "improved: by more than a tie, see --since.",
     ),
 ]
+Since = Annotated[
+    int | None,
+    typer.Option(
+        "--since",
+        min=1,
+        help="For worse and improved: the last time of a question after this iteration, against its last one by then. "
+        "Without it, its last time against its first.",
+    ),
+]
+Question = Annotated[str | None, typer.Option("--question", metavar="ID", help="The question of this id.")]
+MinWeight = Annotated[
+    float | None, typer.Option("--min-weight", min=0, max=1, help="Questions whose largest weight is at least this.")
+]
+MaxWeight = Annotated[
+    float | None, typer.Option("--max-weight", min=0, max=1, help="Questions whose largest weight is at most this.")
+]
+Split = Annotated[str | None, typer.Option("--split", help="The split that the rollouts are of: the training split.")]
 Problem = Annotated[
     Literal["format", "out_of_range", "repeated", "too_few", "too_many"] | None,
     typer.Option("--problem", help="Questions with a rollout that has this problem."),
@@ -51,11 +80,44 @@ TOP_LEGEND = (
 )
 
 
+def iterations_of(run: Path, given: str | None) -> list[int] | None:
+    """What --iteration says: `7`, `3-9` or `all`."""
+    from dro_rl.errors import InputError
+    from dro_rl.rollouts.read import iterations
+
+    if given is None:
+        return None
+    if given == "all":
+        return iterations(run)
+    first, _, last = given.partition("-")
+    if not (
+        first.isdecimal() and (last or first).isdecimal() and int(first) <= int(last or first) <= int(first) + 10**6
+    ):
+        raise InputError("--iteration", given, "this is a number, several as 3-9, or all", "Correct it.")
+    return list(range(int(first), int(last or first) + 1))
+
+
+def _latest(found: Sequence[Iteration]) -> tuple[Summary, str]:
+    """The latest window as one, and which that is."""
+    from dro_rl.rollouts.diagnostics import pooled
+    from dro_rl.rollouts.signals import span, windows
+
+    window = windows(found, 1)[-1]
+    latest = pooled([iteration.rollouts for iteration in window])
+    return latest, f"{span(window[0].number, window[-1].number)} ({latest.questions} questions)"
+
+
 @app.command("ls")
 def list_iterations(run: Run, last: Last = None, json: Json = False) -> None:
-    """List the iterations of a run, in the order of time, with their diagnostics."""
+    """List the iterations of a run, in the order of time, with their diagnostics.
+
+    \b
+    Examples:
+      dro-rl rollouts ls runs/musique
+      dro-rl rollouts ls runs/musique --last 10 --json
+    """
     from dro_rl.cli.output import console, print_json
-    from dro_rl.cli.rollout_tables import iteration_document, print_iterations
+    from dro_rl.cli.rollout_tables import iteration_document, print_iterations, print_places
     from dro_rl.rollouts.read import history
 
     found = history(run, last)
@@ -64,6 +126,7 @@ def list_iterations(run: Run, last: Last = None, json: Json = False) -> None:
         return
     out = console()
     print_iterations(out, found)
+    print_places(out, *_latest(found))
     out.print(LEGEND, style="dim")
 
 
@@ -77,17 +140,30 @@ def show(
     iteration: InIteration = None,
     sort: Sort = "weight",
     only: Kind = None,
+    since: Since = None,
     problem: Problem = None,
     text: Text = None,
+    min_weight: MinWeight = None,
+    max_weight: MaxWeight = None,
+    split: Split = None,
     limit: Annotated[int, typer.Option("--limit", min=1, help="Questions at most.")] = 3,
     json: Json = False,
 ) -> None:
-    """Show questions with their rollouts in the order of weight, and why the first one won."""
+    """Show questions with their rollouts in the order of weight, and why the first one won.
+
+    \b
+    Examples:
+      dro-rl rollouts show runs/musique 2hop__482757_12019
+      dro-rl rollouts show runs/musique --only missed --sort uncertain --limit 1
+      dro-rl rollouts show runs/musique --iteration 3-9 --text "who wrote"
+      dro-rl rollouts show runs/musique --sort worse --since 5
+    """
     from dro_rl.cli.output import console, print_json
     from dro_rl.cli.rollout_tables import print_group
     from dro_rl.rollouts.find import Wanted, find, find_groups
 
-    found = find(run, question_id, iteration=iteration, sort=sort, wanted=Wanted(only, problem, text))
+    wanted = Wanted(only, problem, text, min_weight, max_weight, since, split)
+    found = find(run, question_id, iteration=iterations_of(run, iteration), sort=sort, wanted=wanted)
     groups = find_groups(found, limit)
     if json:
         print_json({"run": run, "questions": groups})
@@ -97,7 +173,7 @@ def show(
         if place:
             out.print()
         print_group(out, group)
-    out.print(SHOW_LEGEND if groups else f"no such question in iteration {found.iteration}", style="dim")
+    out.print(SHOW_LEGEND if groups else f"no such question in {found.where}", style="dim")
 
 
 @app.command("top")
@@ -106,24 +182,38 @@ def top(
     iteration: InIteration = None,
     sort: Sort = "evidence",
     only: Kind = None,
+    since: Since = None,
+    question: Question = None,
     problem: Problem = None,
     text: Text = None,
+    min_weight: MinWeight = None,
+    max_weight: MaxWeight = None,
+    split: Split = None,
     limit: Annotated[int, typer.Option("--limit", min=1, help="Questions at most.")] = 20,
     json: Json = False,
 ) -> None:
-    """List questions of an iteration, a line each: the hardest first, or by --sort."""
+    """List questions of an iteration, a line each: the hardest first, or by --sort.
+
+    \b
+    Examples:
+      dro-rl rollouts top runs/musique --only missed
+      dro-rl rollouts top runs/musique --iteration all --only collapsed --min-weight 0.9
+      dro-rl rollouts top runs/musique --sort improved --since 3
+      dro-rl rollouts top runs/musique --problem too_many --text tokyo --json
+    """
     from dro_rl.cli.output import console, print_json
     from dro_rl.cli.rollout_tables import print_briefs
     from dro_rl.rollouts.find import Wanted, briefly, find
 
-    found = find(run, iteration=iteration, sort=sort, wanted=Wanted(only, problem, text))
+    wanted = Wanted(only, problem, text, min_weight, max_weight, since, split)
+    found = find(run, question, iteration=iterations_of(run, iteration), sort=sort, wanted=wanted)
     briefs = briefly(found, limit)
     if json:
-        print_json({"run": run, "iteration": found.iteration, "found": len(found.places), "questions": briefs})
+        print_json({"run": run, "iterations": found.iterations, "found": len(found.places), "questions": briefs})
         return
     out = console()
     print_briefs(out, briefs)
-    out.print(f"{len(briefs)} of {len(found.places)} questions, iteration {found.iteration}. {TOP_LEGEND}", style="dim")
+    out.print(f"{len(briefs)} of {len(found.places)} questions, {found.where}. {TOP_LEGEND}", style="dim")
 
 
 @app.command("diff")
@@ -144,33 +234,45 @@ def diff(
     limit: Annotated[int, typer.Option("--limit", min=1, help="Questions at most.")] = 20,
     json: Json = False,
 ) -> None:
-    """Compare questions that were sampled twice: which answers are explained worse, or better, than they were."""
+    """Compare questions that were sampled twice: which answers are explained worse, or better, than they were.
+
+    \b
+    Examples:
+      dro-rl rollouts diff runs/musique --sort improved
+      dro-rl rollouts diff runs/musique --from 1 --to 5
+      dro-rl rollouts diff runs/seed-0 runs/seed-1
+    """
     from dro_rl.cli.output import console, print_json
     from dro_rl.cli.rollout_tables import print_changes
-    from dro_rl.rollouts.find import changes
+    from dro_rl.rollouts.changes import compare
 
-    found = changes(run, other, first=first, last=last)
-    shown = (found if sort == "worse" else found[::-1])[:limit]
-    better, worse = (sum(sign * change.evidence > 0 for change in found) for sign in (1, -1))
+    found = compare(run, other, first=first, last=last, improved_first=sort == "improved", limit=limit)
     if json:
-        counts = {"compared": len(found), "improved": better, "worse": worse}
+        counts = {"compared": found.compared, "improved": found.improved, "worse": found.worse}
         items = [
-            {"evidence_change": change.evidence, "before": change.before, "after": change.after} for change in shown
+            {"evidence_change": change.evidence, "before": change.before, "after": change.after}
+            for change in found.shown
         ]
         print_json({"run": run, "other": other, **counts, "questions": items})
         return
     out = console()
-    print_changes(out, shown)
+    print_changes(out, found.shown)
     out.print(
-        f"{len(shown)} of {len(found)} questions that were sampled twice: {better} explained better, {worse} worse. "
-        "bound: evidence bound in nats, before and after; the selections are those of the largest weight.",
+        f"{len(found.shown)} of {found.compared} questions that were sampled twice: {found.improved} explained better, "
+        f"{found.worse} worse. bound: evidence bound in nats, before and after; the selections are the heaviest.",
         style="dim",
     )
 
 
 @app.command("stats")
 def stats(run: Run, last: Last = None, json: Json = False) -> None:
-    """Diagnostics over time, problems and places of the selections, and signals that something needs a change."""
+    """Diagnostics over time, problems and places of the selections, and signals that something needs a change.
+
+    \b
+    Examples:
+      dro-rl rollouts stats runs/musique
+      dro-rl rollouts stats runs/musique --last 5
+    """
     from dro_rl.cli.output import console, print_json
     from dro_rl.cli.rollout_tables import (
         iteration_document,
@@ -181,7 +283,7 @@ def stats(run: Run, last: Last = None, json: Json = False) -> None:
     )
     from dro_rl.rollouts.diagnostics import pooled
     from dro_rl.rollouts.read import history
-    from dro_rl.rollouts.signals import of_iteration, span, windows
+    from dro_rl.rollouts.signals import of_iteration
 
     found = history(run)
     shown = found[-last:] if last else found
@@ -206,9 +308,8 @@ def stats(run: Run, last: Last = None, json: Json = False) -> None:
     if not whole.problems:
         out.print("  none")
     out.print()
-    latest = windows(found, 1)[-1]
-    over = f"{span(latest[0].number, latest[-1].number)} ({signals[0].questions} questions)"
-    print_places(out, pooled([iteration.rollouts for iteration in latest]), over)
+    latest, over = _latest(found)
+    print_places(out, latest, over)
     print_signals(out, signals, over)
 
 
@@ -216,18 +317,32 @@ def stats(run: Run, last: Last = None, json: Json = False) -> None:
 def export(
     run: Run,
     output: Annotated[Path, typer.Option("--output", help="A .jsonl, .jsonl.gz or .parquet file.")],
-    iteration: Annotated[int | None, typer.Option("--iteration", help="1-based. Without it, all of them.")] = None,
+    iteration: Annotated[
+        str | None, typer.Option("--iteration", metavar="N|N-M", help="1-based, one or several. Without it, all.")
+    ] = None,
     only: Kind = None,
+    since: Since = None,
+    question: Question = None,
     problem: Problem = None,
     text: Text = None,
+    min_weight: MinWeight = None,
+    max_weight: MaxWeight = None,
+    split: Split = None,
     json: Json = False,
 ) -> None:
-    """Write the rollouts of the questions that are asked for, with all columns of the log."""
+    """Write the rollouts of the questions that are asked for, with all columns of the log.
+
+    \b
+    Examples:
+      dro-rl rollouts export runs/musique --output rollouts.jsonl.gz
+      dro-rl rollouts export runs/musique --output ties.parquet --only tie --iteration 3-5
+    """
     from dro_rl.cli.output import console, print_json
     from dro_rl.rollouts.find import Wanted, rows_of
     from dro_rl.rollouts.log import export_rows
 
-    count = export_rows(rows_of(run, iteration, Wanted(only, problem, text)), output)
+    wanted = Wanted(only, problem, text, min_weight, max_weight, since, split)
+    count = export_rows(rows_of(run, iterations_of(run, iteration), wanted, question), output)
     if json:
         print_json({"run": run, "output": output, "rollouts": count})
     else:
@@ -241,7 +356,13 @@ def sql(
     limit: Annotated[int, typer.Option("--limit", min=1, help="Rows at most.")] = 100,
     json: Json = False,
 ) -> None:
-    """Ask the log in SQL, by DuckDB: "select iteration, avg(weight) from rollouts where valid group by 1"."""
+    """Ask the log in SQL, by DuckDB. The table is rollouts, its columns are those of the log.
+
+    \b
+    Examples:
+      dro-rl rollouts sql runs/musique "select iteration, avg(weight) from rollouts where valid group by 1 order by 1"
+      dro-rl rollouts sql runs/musique "select problems, count(*) from rollouts group by 1" --json
+    """
     from dro_rl.cli.output import console, print_json, print_rows
     from dro_rl.rollouts.query import query
 
@@ -259,7 +380,13 @@ def watch(
     every: Annotated[float, typer.Option("--every", min=0.1, help="Seconds between two looks.")] = 5.0,
     until: Annotated[int | None, typer.Option("--until", min=1, help="Leave after this iteration.")] = None,
 ) -> None:
-    """Follow a run: each iteration when it has been sampled, and its signals. Leave with Ctrl-C."""
+    """Follow a run: each iteration when it has been sampled, and its signals. Leave with Ctrl-C.
+
+    \b
+    Examples:
+      dro-rl rollouts watch runs/musique
+      dro-rl rollouts watch runs/musique --every 60 --until 5
+    """
     import time
 
     from dro_rl.cli.output import console

@@ -14,6 +14,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -128,72 +129,110 @@ def columns(groups: Sequence[Sequence[Rollout]], questions: Sequence[Question]) 
 # One question -----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
 class GroupFigures:
-    """Arrays of (questions,).
+    """Arrays of (questions,), each computed when it is first asked for, of the columns that it takes.
 
     Args:
-        valid: rollouts that name a document.
-        distinct: different selections that these make; order counts.
-        tie: there is a valid rollout, and the rewards of all valid ones lie within `TIE`: comparing them says nothing.
-        max_weight: largest weight, 0..1.
-        weight_entropy: −Σ w log w, nats.
-        evidence_bound: log((1/m) Σ p/q p(y|x,d_z)), nats; −inf where no rollout is valid.
-        answer_logp: mean of log p(y|x,d_z) under p over what is valid, nats; NaN where nothing is.
-        policy_valid: probability under p that a rollout is valid.
-        selector_entropy: −Σ p log p, nats.
-        kl: from the initial selector, nats; NaN where that was not asked.
-        recall, weighted_recall: by k, the share of the supporting documents among the first k selected, under p and by
-            weight; an invalid rollout counts as 0. NaN without labels.
+        rollouts: the questions' rollouts.
     """
 
-    valid: np.ndarray
-    distinct: np.ndarray
-    tie: np.ndarray
-    max_weight: np.ndarray
-    weight_entropy: np.ndarray
-    evidence_bound: np.ndarray
-    answer_logp: np.ndarray
-    policy_valid: np.ndarray
-    selector_entropy: np.ndarray
-    kl: np.ndarray
-    recall: dict[int, np.ndarray]
-    weighted_recall: dict[int, np.ndarray]
+    def __init__(self, rollouts: Columns) -> None:
+        self._of = rollouts
+        self._start, self._group = rollouts.start, rollouts.group
 
+    @cached_property
+    def valid(self) -> np.ndarray:
+        """How many rollouts name a document."""
+        return self._total(self._of.valid).astype(int)
 
-def diagnose(rollouts: Columns) -> GroupFigures:
-    """The figures of each question."""
-    start, group, valid = rollouts.start, rollouts.group, rollouts.valid
+    @cached_property
+    def distinct(self) -> np.ndarray:
+        """How many different selections these make; order counts."""
+        return _distinct(self._of.size, self._of.length, self._of.numbers)
 
-    def total(values: np.ndarray) -> np.ndarray:
-        return np.add.reduceat(values, start, dtype=float)
+    @cached_property
+    def tie(self) -> np.ndarray:
+        """Whether the rewards of all valid rollouts, of which there is one, lie within `TIE`."""
+        valid, reward = self._of.valid, self._of.reward
+        highest = np.maximum.reduceat(np.where(valid, reward, -np.inf), self._start)
+        lowest = np.minimum.reduceat(np.where(valid, reward, np.inf), self._start)
+        with np.errstate(invalid="ignore"):
+            return (self.valid > 0) & ((highest == lowest) | (highest - lowest <= TIE))
 
-    log_ratio = rollouts.selection_logp - rollouts.proposal_logp
-    policy = np.exp(log_ratio - np.maximum.reduceat(log_ratio, start)[group])
-    policy /= total(policy)[group]
-    answers = np.where(valid, rollouts.answer_logp, -np.inf)
-    highest = np.maximum.reduceat(np.where(valid, rollouts.reward, -np.inf), start)
-    lowest = np.minimum.reduceat(np.where(valid, rollouts.reward, np.inf), start)
-    entropies = -rollouts.weight * np.log(np.where(rollouts.weight > 0, rollouts.weight, 1.0))
-    hits = {k: np.bincount(rollouts.row[rollouts.supporting & (rollouts.place < k)], minlength=len(group))
-            for k in RECALL_AT}  # fmt: skip
-    some = total(valid) > 0
-    with np.errstate(invalid="ignore", divide="ignore"):
-        policy_valid = total(np.where(valid, policy, 0.0))
-        return GroupFigures(
-            valid=total(valid).astype(int),
-            distinct=_distinct(rollouts.size, rollouts.length, rollouts.numbers),
-            tie=some & ((highest == lowest) | (highest - lowest <= TIE)),
-            max_weight=np.maximum.reduceat(rollouts.weight, start),
-            weight_entropy=total(entropies),
-            evidence_bound=_log_sums(np.where(valid, log_ratio + answers, -np.inf), start) - np.log(rollouts.size),
-            answer_logp=total(np.where(valid & (policy > 0), policy * answers, 0.0)) / policy_valid,
-            policy_valid=policy_valid,
-            selector_entropy=-total(policy * rollouts.selection_logp),
-            kl=total(policy * (rollouts.selection_logp - rollouts.reference_logp)),
-            recall={k: total(policy * hits[k]) / rollouts.num_supporting for k in RECALL_AT},
-            weighted_recall={k: total(rollouts.weight * hits[k]) / rollouts.num_supporting for k in RECALL_AT},
-        )
+    @cached_property
+    def max_weight(self) -> np.ndarray:
+        """The largest weight, 0..1."""
+        return np.maximum.reduceat(self._of.weight, self._start)
+
+    @cached_property
+    def weight_entropy(self) -> np.ndarray:
+        """−Σ w log w, nats."""
+        weight = self._of.weight
+        return self._total(-weight * np.log(np.where(weight > 0, weight, 1.0)))
+
+    @cached_property
+    def evidence_bound(self) -> np.ndarray:
+        """log((1/m) Σ p/q p(y|x,d_z)), nats; −inf where no rollout is valid."""
+        with np.errstate(invalid="ignore"):
+            terms = np.where(self._of.valid, self._log_ratio + self._answers, -np.inf)
+        return _log_sums(terms, self._start) - np.log(self._of.size)
+
+    @cached_property
+    def answer_logp(self) -> np.ndarray:
+        """Mean of log p(y|x,d_z) under p over what is valid, nats; NaN where nothing is."""
+        weighed = np.where(self._of.valid & (self._policy > 0), self._policy * self._answers, 0.0)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return self._total(weighed) / self.policy_valid
+
+    @cached_property
+    def policy_valid(self) -> np.ndarray:
+        """Probability under p that a rollout is valid."""
+        return self._total(np.where(self._of.valid, self._policy, 0.0))
+
+    @cached_property
+    def selector_entropy(self) -> np.ndarray:
+        """−Σ p log p, nats."""
+        return -self._total(self._policy * self._of.selection_logp)
+
+    @cached_property
+    def kl(self) -> np.ndarray:
+        """Divergence from the initial selector, nats; NaN where that was not asked."""
+        return self._total(self._policy * (self._of.selection_logp - self._of.reference_logp))
+
+    @cached_property
+    def recall(self) -> dict[int, np.ndarray]:
+        """By k: the share of the supporting documents among the first k selected, under p; NaN without labels.
+
+        An invalid rollout counts as 0.
+        """
+        return {k: self._found(self._policy, k) for k in RECALL_AT}
+
+    @cached_property
+    def weighted_recall(self) -> dict[int, np.ndarray]:
+        """The same by weight."""
+        return {k: self._found(self._of.weight, k) for k in RECALL_AT}
+
+    @cached_property
+    def _log_ratio(self) -> np.ndarray:
+        return self._of.selection_logp - self._of.proposal_logp
+
+    @cached_property
+    def _policy(self) -> np.ndarray:
+        """(rollouts,) p/q, normalised over each question."""
+        policy = np.exp(self._log_ratio - np.maximum.reduceat(self._log_ratio, self._start)[self._group])
+        return policy / self._total(policy)[self._group]
+
+    @cached_property
+    def _answers(self) -> np.ndarray:
+        return np.where(self._of.valid, self._of.answer_logp, -np.inf)
+
+    def _found(self, share: np.ndarray, k: int) -> np.ndarray:
+        hits = np.bincount(self._of.row[self._of.supporting & (self._of.place < k)], minlength=len(self._group))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return self._total(share * hits) / self._of.num_supporting
+
+    def _total(self, values: np.ndarray) -> np.ndarray:
+        return np.add.reduceat(values, self._start, dtype=float)
 
 
 def _log_sums(values: np.ndarray, start: np.ndarray) -> np.ndarray:
@@ -243,8 +282,9 @@ class Summary:
         questions, rollouts, valid_rollouts, valid_questions, repeatable, labelled: how many; valid rollouts name a
             document, valid questions have one, repeatable rollouts are valid and not the first such of their question,
             labelled questions have supporting documents among their candidates.
+        likely_rollouts: how many would be valid, were all drawn from the policy.
         evidence_bound, evidence_bound_sd: nats, mean and standard deviation over the valid questions.
-        answer_logp: nats, mean over the valid rollouts.
+        answer_logp: nats, mean over the likely rollouts.
         ess, ess_share: effective sample size in rollouts, 0..m, and over m; means over questions.
         weight_entropy, weight_temperature: mean over questions; the first in nats.
         selector_entropy: nats, mean over questions.
@@ -271,9 +311,10 @@ class Summary:
     valid_questions: int
     repeatable: int
     labelled: int
+    likely_rollouts: float = field(metadata={"sum": True})
     evidence_bound: float = _mean_over("valid_questions", "evidence_bound")
     evidence_bound_sd: float
-    answer_logp: float = _mean_over("valid_rollouts", "answer_logp")
+    answer_logp: float = _mean_over("likely_rollouts", "answer_logp")
     ess: float = _mean_over("questions", "ess")
     ess_share: float = _mean_over("questions", "ess_share")
     weight_entropy: float = _mean_over("questions", "weight_entropy")
@@ -309,11 +350,11 @@ def summarize(rollouts: Columns, *, max_log_ratio: float = math.nan, min_weight:
         max_log_ratio: where the ratios were truncated, nats; NaN where that is not known, and neither is `truncated`.
         min_weight: the least weight that the generator learned from.
     """
-    return summarize_groups(rollouts, diagnose(rollouts), max_log_ratio=max_log_ratio, min_weight=min_weight)
+    return summarize_groups(rollouts, GroupFigures(rollouts), max_log_ratio=max_log_ratio, min_weight=min_weight)
 
 
 def summarize_groups(rollouts: Columns, groups: GroupFigures, *, max_log_ratio: float, min_weight: float) -> Summary:
-    """`summarize`, of what `diagnose` has found."""
+    """`summarize`, of figures that there are."""
     valid = groups.valid > 0
     count = {
         "questions": len(rollouts.size),
@@ -332,6 +373,7 @@ def summarize_groups(rollouts: Columns, groups: GroupFigures, *, max_log_ratio: 
         return Summary(
             **count,
             repeatable=count["valid_rollouts"] - count["valid_questions"],
+            likely_rollouts=float(likely[valid].sum()),
             evidence_bound=_mean(bound),
             evidence_bound_sd=_deviation(bound),
             answer_logp=_ratio((likely * groups.answer_logp)[valid].sum(), likely[valid].sum()),
@@ -369,7 +411,7 @@ def pooled(summaries: Sequence[Summary]) -> Summary:
     merged: dict[str, Any] = {}
     for item in fields(Summary):
         values = [getattr(summary, item.name) for summary in summaries]
-        if item.type == "int":
+        if item.type == "int" or "sum" in item.metadata:
             merged[item.name] = sum(values)
         elif "count" in item.metadata:
             merged[item.name] = _pool(values, [getattr(summary, item.metadata["count"]) for summary in summaries])

@@ -1,39 +1,55 @@
-"""Which questions of a log to look at: filters, orders, and what changed between two times that one was sampled.
+"""Which questions of a log to look at: filters and orders.
 
-One iteration is in memory at a time.
+One file is in memory at a time, and of it the columns that the filters and the order take.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import yaml
 
-from dro_rl.errors import InputError
+from dro_rl.errors import InputError, Phrase
 from dro_rl.rollouts import log
-from dro_rl.rollouts.diagnostics import Columns, GroupFigures, diagnose
-from dro_rl.rollouts.explain import Group, GroupRollout, SelectedDocument, explain
-from dro_rl.rollouts.read import COLUMNS, columns_of, in_order, iterations, ranges, read_iteration
-from dro_rl.selection import format_selection
+from dro_rl.rollouts.changes import BOUND, Pair, since
+from dro_rl.rollouts.diagnostics import TIE, Columns, GroupFigures
+from dro_rl.rollouts.explain import Group
+from dro_rl.rollouts.places import Brief, Place, briefs_at, groups_at, rows_at
+from dro_rl.rollouts.read import chosen_parts, column, columns_of, in_order, parts_of, ranges
 
-Order = Literal["weight", "evidence", "ess", "uncertain"]
+Order = Literal["weight", "evidence", "ess", "uncertain", "worse", "improved"]
 """What comes first: the largest weight, which is the most decided; the lowest evidence bound, which is the hardest; the
-smallest ESS/m, which is the least spread; the highest entropy of the selector."""
+smallest ESS/m, which is the least spread; the highest entropy of the selector; the bound that fell, or rose, most."""
 
-Only = Literal["missed", "tie", "collapsed", "invalid"]
-"""Questions whose supporting documents no rollout selected; whose rollouts tie; whose rollouts all select the same;
-with a rollout that names no document."""
-
+Only = Literal["missed", "unselected", "tie", "collapsed", "invalid", "worse", "improved"]
+"""Questions whose supporting documents no rollout selected, or not the heaviest; whose rollouts tie; whose rollouts all
+select the same; with a rollout that names no document; whose answer is explained worse, or better, than it was."""
 
 CLOSEST_OF = 5000
 """Ids among which one like a mistyped one is looked for."""
+CHANGES: tuple[Only | Order, ...] = ("worse", "improved")
+"""What compares two times."""
+NEEDS: Mapping[str, Sequence[str]] = {
+    "weight": ("weight",),
+    "evidence": BOUND,
+    "ess": ("ess",),
+    "uncertain": ("selection_logp", "proposal_logp"),
+    "missed": ("selection", "supporting", "num_supporting"),
+    "unselected": ("selection", "supporting", "num_supporting", "weight"),
+    "tie": ("valid", "reward"),
+    "collapsed": ("valid", "selection"),
+    "invalid": ("valid",),
+    "problem": ("problems",),
+    "text": ("question_id", "question", "text"),
+}
+"""The columns that each order and filter takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,293 +60,224 @@ class Wanted:
         only: a kind of question.
         problem: a rollout has it.
         text: stands in the question, its id, or what a rollout wrote, in any case of letters.
+        min_weight, max_weight: of its largest weight.
+        since: compare its last time with its last one up to this iteration; None with its first one.
+        split: of the data; rollouts are of the training split alone.
+        question_id: its id.
     """
 
     only: Only | None = None
     problem: str | None = None
     text: str | None = None
+    min_weight: float | None = None
+    max_weight: float | None = None
+    since: int | None = None
+    split: str | None = None
+    question_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """Questions of one iteration.
+    """Questions of a log.
 
     Args:
-        run, iteration: where they were found.
-        table: the rows of the iteration in order, without the longer columns.
-        rollouts, figures: of its questions.
-        places: of those that were asked for, among its questions, best first.
+        iterations: where was looked.
+        places: where they stand, best first.
+        changes: by place, two times of each, where those were compared.
     """
 
-    run: str | Path
-    iteration: int
-    table: pa.Table
-    rollouts: Columns
-    figures: GroupFigures
-    places: list[int]
-
-
-@dataclass(frozen=True, slots=True)
-class Brief:
-    """A question in a line.
-
-    Args:
-        selection: the one with the largest weight.
-        distinct, rollouts: different selections that the rollouts make, of how many.
-        ess: effective sample size, 0..m.
-        evidence_bound, selector_entropy: nats.
-        recall: at 5, under the selector; NaN without labels.
-    """
-
-    question_id: str
-    question: str
-    iteration: int
-    selection: str
-    weight: float
-    distinct: int
-    rollouts: int
-    ess: float
-    evidence_bound: float
-    selector_entropy: float
-    recall: float
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """A question that was sampled twice."""
-
-    before: Brief
-    after: Brief
+    iterations: Sequence[int]
+    places: Sequence[Place]
+    changes: Mapping[Place, Pair]
 
     @property
-    def evidence(self) -> float:
-        """How much better the answer is explained, nats; 0 where neither time anything was valid."""
-        change = self.after.evidence_bound - self.before.evidence_bound
-        return 0.0 if math.isnan(change) else change
+    def where(self) -> str:
+        """The iterations, in words."""
+        return ranges(self.iterations)
 
 
 def find(
     run: str | Path,
     question_id: str | None = None,
     *,
-    iteration: int | None = None,
+    iteration: int | Sequence[int] | None = None,
     sort: Order = "weight",
     wanted: Wanted | None = None,
 ) -> Found:
-    """Questions of one iteration, in an order.
+    """Questions of a log, in an order.
 
     Args:
         run: the run's `output_dir`.
         question_id: one question, or None for all that are `wanted`.
-        iteration: 1-based; None for the last one, or the last one that sampled `question_id`.
+        iteration: 1-based, or several; None for the last one, or the last one that sampled `question_id`. Where two
+            times are compared, the last time of each question.
         sort: what comes first.
 
     Raises:
         InputError: no such run, iteration or question, or a broken part.
     """
-    number, wanted = _iteration(run, question_id, iteration), wanted or Wanted()
-    text = [] if wanted.text is None else ["text"]
-    table = in_order(read_iteration(run, number, [*COLUMNS, "question_id", "question", *text]))
-    if question_id is not None:
-        table = table.filter(pc.equal(table["question_id"], question_id))
-    rollouts = columns_of(table)
-    figures = diagnose(rollouts)
-    key = {
-        "weight": -figures.max_weight,
-        "evidence": figures.evidence_bound,
-        "ess": rollouts.ess / rollouts.size,
-        "uncertain": -figures.selector_entropy,
-    }[sort]
-    meets = _meets(table, rollouts, figures, wanted)
-    places = [int(place) for place in np.argsort(key, kind="stable") if meets[place]]
-    return Found(run, number, table, rollouts, figures, places)
+    wanted = replace(wanted or Wanted(), question_id=question_id or (wanted.question_id if wanted else None))
+    _check_split(run, wanted.split)
+    pairs: Mapping[str, Pair] = {}
+    chosen: Mapping[int, Sequence[Path]]
+    twice = wanted.since is not None or wanted.only in CHANGES or sort in CHANGES
+    if twice:
+        pairs = since(run, wanted.since)
+        chosen = parts_of(run)
+    elif question_id is not None:
+        chosen = _sampled(run, question_id, iteration)
+    else:
+        chosen = chosen_parts(run, iteration)
+    changes = {pair.after.place: pair for pair in pairs.values()}
+    files = {place.path for place in changes}
+    keys: list[float] = []
+    places: list[Place] = []
+    for path in (path for paths in chosen.values() for path in paths):
+        if twice and path not in files:
+            continue
+        for place, key in _scan(path, sort, wanted):
+            if not twice or place in changes:
+                keys.append(key if sort not in CHANGES else _signed(changes[place], sort))
+                places.append(place)
+    order = np.argsort(np.array(keys), kind="stable")
+    if twice:
+        order = np.array([i for i in order if _changed(changes[places[i]], wanted.only)], dtype=int)
+    return Found(list(chosen), [places[i] for i in order], changes)
 
 
 def find_groups(found: Found, limit: int | None = None) -> list[Group]:
     """Questions with their rollouts, and why the first one won."""
-    start = found.rollouts.start
-    position = found.table["position"].to_numpy()[start]
-    rows: dict[int, list[dict[str, Any]]] = {int(position[place]): [] for place in found.places[:limit]}
-    for row in _whole_rows(found, list(rows)).to_pylist():
-        rows[row["position"]].append(row)
-    return [
-        _group(rows[int(position[place])], float(found.figures.evidence_bound[place])) for place in found.places[:limit]
-    ]
+    return groups_at(found.places[:limit])
 
 
 def briefly(found: Found, limit: int | None = None) -> list[Brief]:
     """Questions in a line each."""
-    places = np.array(found.places[:limit], dtype=int)
-    heaviest = _heaviest(found.rollouts)[places]
-    rows = found.table.select(["question_id", "question", "iteration", "selection", "weight"]).take(heaviest)
-    figures, size = found.figures, found.rollouts.size
-    return [
-        Brief(
-            question_id=row["question_id"],
-            question=row["question"],
-            iteration=row["iteration"],
-            selection=format_selection(row["selection"]),
-            weight=row["weight"],
-            distinct=int(figures.distinct[place]),
-            rollouts=int(size[place]),
-            ess=float(found.rollouts.ess[place]),
-            evidence_bound=float(figures.evidence_bound[place]),
-            selector_entropy=float(figures.selector_entropy[place]),
-            recall=float(figures.recall[5][place]),
-        )
-        for place, row in zip(places.tolist(), rows.to_pylist(), strict=True)
-    ]
+    return briefs_at(found.places[:limit])
 
 
-def changes(
-    run: str | Path, other: str | Path | None = None, *, first: int | None = None, last: int | None = None
-) -> list[Change]:
-    """Questions that were sampled twice, the one that became worst first.
-
-    Args:
-        run: the run.
-        other: another one, whose last times are compared with the last times of `run`; None compares within `run`.
-        first, last: the iterations to compare; None takes the first and the last time of each question.
-    """
-    if other is not None:
-        before, after = _times(run, first)[1], _times(other, last)[1]
-    elif first is None and last is None:
-        before, after = _times(run, None)
-    else:
-        before, after = _times(run, first)[0], _times(run, last)[1]
-    both = [Change(before[i], after[i]) for i in before if i in after]
-    twice = [change for change in both if other is not None or change.before.iteration < change.after.iteration]
-    return sorted(twice, key=lambda change: change.evidence)
+def rows_of(
+    run: str | Path, iteration: int | Sequence[int] | None, wanted: Wanted, question_id: str | None = None
+) -> Iterator[pa.Table]:
+    """The rows of the questions that are wanted, of some iterations, or of all, in the order of the log."""
+    numbers = list(parts_of(run)) if iteration is None else iteration
+    if question_id is not None:
+        _sampled(run, question_id, numbers)
+    return rows_at(sorted(find(run, iteration=numbers, wanted=replace(wanted, question_id=question_id)).places))
 
 
-def rows_of(run: str | Path, iteration: int | None, wanted: Wanted) -> Iterator[pa.Table]:
-    """The rows of the questions that are wanted: of one iteration, or of all, one after another."""
-    for number in iterations(run) if iteration is None else [iteration]:
-        found = find(run, iteration=number, wanted=wanted)
-        position = found.table["position"].to_numpy()[found.rollouts.start]
-        yield in_order(_whole_rows(found, position[found.places].tolist()))
-
-
-def _times(run: str | Path, iteration: int | None) -> tuple[dict[str, Brief], dict[str, Brief]]:
-    """Each question the first and the last time that it was sampled: in an iteration, or in all."""
-    first: dict[str, Brief] = {}
-    last: dict[str, Brief] = {}
-    for number in iterations(run) if iteration is None else [iteration]:
-        for brief in briefly(find(run, iteration=number)):
-            first.setdefault(brief.question_id, brief)
-            last[brief.question_id] = brief
-    return first, last
-
-
-def _whole_rows(found: Found, positions: Sequence[int]) -> pa.Table:
-    """All columns of some questions, by their positions in the iteration: one part is in memory at a time."""
-    if not positions:
-        return log.SCHEMA.empty_table()
-    wanted = pa.array(positions, pa.int32())
-    parts = (log.read([path]) for path in log.part_paths(found.run, found.iteration))
-    return pa.concat_tables([part.filter(pc.is_in(part["position"], wanted)) for part in parts])
-
-
-def _iteration(run: str | Path, question_id: str | None, iteration: int | None) -> int:
-    """The iteration asked for, or the last one, or the last one that sampled a question."""
-    searched = [iteration] if iteration is not None else iterations(run)
-    if question_id is None:
-        return searched[-1]
-    for candidate in reversed(searched):
-        ids = read_iteration(run, candidate, ["question_id"])["question_id"]
-        if pc.any(pc.equal(ids, question_id)).as_py():
-            return candidate
-    some = ids.unique().to_pylist()[:CLOSEST_OF]
-    known = get_close_matches(question_id, some, 3, 0.4) or some[:1]
-    raise InputError(
-        f"{run}: question id",
-        question_id,
-        f"this id was sampled in none of {ranges(searched)}",
-        f"Leave the id out to see some; ones that were sampled are {', '.join(map(repr, known))}.",
-    )
+def _scan(path: Path, sort: Order, wanted: Wanted) -> Iterator[tuple[Place, float]]:
+    """The questions of a file that are wanted, with the key of the order, in the order of sampling."""
+    filters = {"problem": wanted.problem, "text": wanted.text, wanted.only or "": wanted.only}
+    needed = {"position", "sample", *NEEDS.get(sort, ())}
+    needed.update(name for kind, value in filters.items() if value is not None for name in NEEDS.get(kind, ()))
+    if wanted.min_weight is not None or wanted.max_weight is not None:
+        needed.add("weight")
+    if wanted.question_id is not None:
+        ids = log.read([path], ["question_id"])["question_id"]
+        if not pc.any(pc.equal(ids, wanted.question_id)).as_py():
+            return
+        needed.add("question_id")
+    table = in_order(log.read([path], sorted(needed)))
+    if wanted.question_id is not None:
+        table = table.filter(pc.equal(table["question_id"], wanted.question_id))
+    if not table.num_rows:
+        return
+    rollouts = columns_of(table)
+    figures = GroupFigures(rollouts)
+    keys: dict[str, Callable[[], np.ndarray]] = {
+        "weight": lambda: -figures.max_weight,
+        "evidence": lambda: figures.evidence_bound,
+        "ess": lambda: rollouts.ess / rollouts.size,
+        "uncertain": lambda: -figures.selector_entropy,
+    }
+    key = keys[sort]() if sort in keys else np.zeros(len(rollouts.size))
+    position = column(table, "position")[rollouts.start]
+    for i in np.flatnonzero(_meets(table, rollouts, figures, wanted)).tolist():
+        yield Place(path, int(position[i])), float(key[i])
 
 
 def _meets(table: pa.Table, rollouts: Columns, figures: GroupFigures, wanted: Wanted) -> np.ndarray:
     """(questions,) whether each is wanted."""
 
     def has(rows: pa.ChunkedArray) -> np.ndarray:
-        return np.logical_or.reduceat(rows.to_numpy().astype(bool), rollouts.start)
+        found = np.from_dlpack(rows.combine_chunks().cast(pa.uint8()))
+        return np.logical_or.reduceat(found.astype(bool), rollouts.start)
 
     meets = np.ones(len(rollouts.size), dtype=bool)
-    if wanted.only is not None:
-        kinds: dict[Only, Callable[[], np.ndarray]] = {
-            "missed": lambda: (
-                (rollouts.num_supporting > 0)
-                & (np.bincount(rollouts.group[rollouts.row], rollouts.supporting, len(meets)) == 0)
-            ),
+    if wanted.only is not None and wanted.only not in CHANGES:
+        kinds: dict[str, Callable[[], np.ndarray]] = {
+            "missed": lambda: _without_gold(rollouts, np.ones(len(rollouts.length), dtype=bool)),
+            "unselected": lambda: _without_gold(rollouts, rollouts.weight == figures.max_weight[rollouts.group]),
             "tie": lambda: figures.tie,
             "collapsed": lambda: (figures.distinct == 1) & (figures.valid > 1),
             "invalid": lambda: figures.valid < rollouts.size,
         }
-        assert set(kinds) == set(get_args(Only))
+        assert {*kinds, *CHANGES} == set(get_args(Only))
         meets &= kinds[wanted.only]()
     if wanted.problem is not None:
         joined = pc.binary_join(table["problems"].combine_chunks(), ",")
         meets &= has(pa.chunked_array([pc.match_substring(joined, wanted.problem)]))
     if wanted.text is not None:
-        anywhere = [
-            pc.match_substring(table[name], wanted.text, ignore_case=True)
-            for name in ("question_id", "question", "text")
-        ]
+        anywhere = [pc.match_substring(table[name], wanted.text, ignore_case=True) for name in NEEDS["text"]]
         meets &= has(pc.or_(pc.or_(*anywhere[:2]), anywhere[2]))
+    if wanted.min_weight is not None:
+        meets &= figures.max_weight >= wanted.min_weight
+    if wanted.max_weight is not None:
+        meets &= figures.max_weight <= wanted.max_weight
     return meets
 
 
-def _heaviest(rollouts: Columns) -> np.ndarray:
-    """(questions,) the row of each question's largest weight, the first of equals."""
-    highest = np.maximum.reduceat(rollouts.weight, rollouts.start)
-    rows = np.flatnonzero(rollouts.weight == highest[rollouts.group])
-    return rows[np.unique(rollouts.group[rows], return_index=True)[1]]
+def _without_gold(rollouts: Columns, looked_at: np.ndarray) -> np.ndarray:
+    """(questions,) whether gold is among the candidates, and none of the rollouts looked at selects any.
+
+    Args:
+        looked_at: (rollouts,).
+    """
+    hits = rollouts.supporting & looked_at[rollouts.row]
+    return (rollouts.num_supporting > 0) & (np.bincount(rollouts.group[rollouts.row], hits, len(rollouts.size)) == 0)
 
 
-def _group(rows: list[dict[str, Any]], bound: float) -> Group:
-    rollouts = [
-        GroupRollout(
-            sample=row["sample"],
-            weight=row["weight"],
-            documents=tuple(
-                SelectedDocument(number, identifier, title, supporting)
-                for number, identifier, title, supporting in zip(
-                    row["selection"],
-                    row["document_ids"],
-                    row["document_titles"],
-                    row["supporting"],
-                    strict=True,
-                )
-            ),
-            valid=row["valid"],
-            problems=tuple(row["problems"]),
-            text=row["text"],
-            answer_logp=row["answer_logp"],
-            selection_logp=row["selection_logp"],
-            proposal_logp=row["proposal_logp"],
-            answer_logp_sum=row["answer_logp_sum"],
-            answer_logp_mean=row["answer_logp_mean"],
-            answer=row["answer"],
-            rewards=dict(row["rewards"]),
-            reward=row["reward"],
-            advantage=row["advantage"],
-        )
-        for row in rows
-    ]
-    rollouts.sort(key=lambda rollout: (-rollout.weight, not rollout.valid, rollout.sample))
-    head = rows[0]
-    return Group(
-        question_id=head["question_id"],
-        question=head["question"],
-        answers=tuple(head["answers"]),
-        iteration=head["iteration"],
-        step=head["step"],
-        position=head["position"],
-        num_supporting=head["num_supporting"],
-        ess=head["ess"],
-        weight_temperature=head["weight_temperature"],
-        evidence_bound=bound,
-        rollouts=tuple(rollouts),
-        why=explain(rollouts, head["weight_temperature"]),
+def _signed(pair: Pair, sort: Order) -> float:
+    return pair.change if sort == "worse" else -pair.change
+
+
+def _changed(pair: Pair, only: Only | None) -> bool:
+    """Whether a change is of the kind; within a tie it is of neither."""
+    return not (only == "worse" and pair.change >= -TIE) and not (only == "improved" and pair.change <= TIE)
+
+
+def _sampled(run: str | Path, question_id: str, iteration: int | Sequence[int] | None) -> Mapping[int, Sequence[Path]]:
+    """The last iteration that sampled a question: of all, or of those asked for."""
+    searched = parts_of(run) if iteration is None else chosen_parts(run, iteration)
+    some: dict[str, None] = {}
+    for number, paths in reversed(searched.items()):
+        for path in paths:
+            ids = log.read([path], ["question_id"])["question_id"]
+            if pc.any(pc.equal(ids, question_id)).as_py():
+                return {number: paths}
+            if len(some) < CLOSEST_OF:
+                some.update(dict.fromkeys(ids.unique().to_pylist()))
+    known = get_close_matches(question_id, list(some)[:CLOSEST_OF], 3, 0.4) or list(some)[:3]
+    raise InputError(
+        f"{run}: question id",
+        question_id,
+        f"this id was sampled in none of {ranges(list(searched))}",
+        f"Leave the id out to see some; ones that were sampled are {', '.join(map(repr, known))}.",
     )
+
+
+def _check_split(run: str | Path, split: str | None) -> None:
+    """Refuse a split that the run did not sample."""
+    if split is None:
+        return
+    try:
+        sampled = yaml.safe_load((Path(run) / "recipe.yaml").read_text(encoding="utf-8"))["dataset_train_split"]
+    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
+        sampled = "train"
+    if split != sampled:
+        raise InputError(
+            f"{run}: split",
+            split,
+            Phrase(f"rollouts are of the split that is trained on, {sampled}"),
+            "`dro-rl compare` shows the questions of evaluated splits.",
+        )

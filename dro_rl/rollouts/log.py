@@ -7,6 +7,7 @@ version, and a reader refuses another one.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,15 @@ def part_paths(output_dir: str | Path, iteration: int | None = None) -> list[Pat
     return sorted((Path(output_dir) / "rollouts").glob(pattern))
 
 
+def parts(output_dir: str | Path) -> dict[int, list[Path]]:
+    """The parts on disk by iteration, both in order."""
+    found: dict[int, list[Path]] = {}
+    for path in part_paths(output_dir):
+        if name := re.match(r"iteration-(\d+)-part-", path.name):
+            found.setdefault(int(name[1]), []).append(path)
+    return found
+
+
 def to_table(
     rollouts: Sequence[Rollout], questions: Sequence[Question], iteration: int, step: int, first_position: int, m: int
 ) -> pa.Table:
@@ -145,7 +155,7 @@ def read(paths: Sequence[Path], columns: Sequence[str] | None = None) -> pa.Tabl
     """Read parts into one table.
 
     Raises:
-        InputError: for a file that is not Parquet, or not of this version.
+        InputError: for a file that is not Parquet, not of this version, or not a log's.
     """
     tables = []
     for path in paths:
@@ -159,8 +169,15 @@ def read(paths: Sequence[Path], columns: Sequence[str] | None = None) -> pa.Tabl
                     f"this release reads version {VERSION}",
                     "Use the release that wrote it.",
                 )
+            if not file.schema_arrow.equals(SCHEMA):
+                raise InputError(
+                    str(path),
+                    Phrase("other columns"),
+                    "a rollout file has the columns of docs/rollout-log.md",
+                    "Delete it and resume.",
+                )
             tables.append(file.read(columns=None if columns is None else list(columns), use_threads=False))
-        except (pa.ArrowInvalid, OSError) as error:
+        except (pa.ArrowException, OSError) as error:
             raise InputError(
                 str(path),
                 Phrase(first_line(error)),

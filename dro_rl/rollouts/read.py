@@ -1,12 +1,11 @@
 """Reading a run's rollout log: which iterations there are, and their figures.
 
-One iteration is in memory at a time, and of it the columns that are asked for.
+One file is in memory at a time, and of it the columns that are asked for.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import yaml
 
 from dro_rl.errors import InputError, Phrase
 from dro_rl.rollouts import log
-from dro_rl.rollouts.diagnostics import Columns, summarize
+from dro_rl.rollouts.diagnostics import Columns, pooled, summarize
 from dro_rl.rollouts.signals import Iteration
 
 COLUMNS = (
@@ -45,8 +44,8 @@ COLUMNS = (
 """What the figures of an iteration are made of."""
 
 
-def iterations(run: str | Path) -> list[int]:
-    """The iterations that a run has logged, ascending.
+def parts_of(run: str | Path) -> dict[int, list[Path]]:
+    """The files of a run's log, by iteration, ascending.
 
     Args:
         run: the run's `output_dir`.
@@ -57,8 +56,7 @@ def iterations(run: str | Path) -> list[int]:
     run = Path(run)
     if not run.is_dir():
         raise InputError(str(run), Phrase("no such folder"), "a run is the output_dir of a training", "Check the path.")
-    names = (re.match(r"iteration-(\d+)-part-", path.name) for path in log.part_paths(run))
-    found = sorted({int(name[1]) for name in names if name})
+    found = log.parts(run)
     if not found:
         if log.part_paths(run.parent):
             fix = f"Pass the folder above it: {run.parent}"
@@ -73,21 +71,34 @@ def iterations(run: str | Path) -> list[int]:
     return found
 
 
+def iterations(run: str | Path) -> list[int]:
+    """The iterations that a run has logged, ascending. Arguments and errors as in `parts_of`."""
+    return list(parts_of(run))
+
+
 def read_iteration(run: str | Path, iteration: int, columns: Sequence[str] | None = None) -> pa.Table:
     """All rows of one iteration.
 
     Raises:
         InputError: the iteration was not logged, or a part of it is broken.
     """
-    logged = iterations(run)
-    if iteration not in logged:
-        raise InputError(
-            f"{run}: iteration",
-            iteration,
-            f"this run has logged {ranges(logged)}",
-            "Choose one of them.",
-        )
-    return log.read(log.part_paths(run, iteration), columns)
+    return log.read(chosen_parts(run, iteration)[iteration], columns)
+
+
+def chosen_parts(run: str | Path, iteration: int | Sequence[int] | None) -> dict[int, list[Path]]:
+    """The files of the iterations that are asked for: one, several, or the last.
+
+    Raises:
+        InputError: see `parts_of`; or one was not logged.
+    """
+    logged = parts_of(run)
+    wanted = [max(logged)] if iteration is None else [iteration] if isinstance(iteration, int) else list(iteration)
+    for number in wanted:
+        if number not in logged:
+            raise InputError(
+                f"{run}: iteration", number, f"this run has logged {ranges(list(logged))}", "Choose one of them."
+            )
+    return {number: logged[number] for number in wanted}
 
 
 def history(run: str | Path, last: int | None = None) -> list[Iteration]:
@@ -96,10 +107,24 @@ def history(run: str | Path, last: int | None = None) -> list[Iteration]:
     Raises:
         InputError: see `iterations` and `dro_rl.rollouts.log.read`.
     """
-    chosen = iterations(run)[-last:] if last else iterations(run)
-    tables = (log.read(log.part_paths(run, iteration), COLUMNS) for iteration in chosen)
+    logged = list(parts_of(run).values())
     limit = _max_log_ratio(Path(run) / "recipe.yaml")
-    return [summarize_iteration(table, limit) for table in tables if table.num_rows]
+    found = (_summarize_parts(paths, limit) for paths in (logged[-last:] if last else logged))
+    return [iteration for iteration in found if iteration is not None]
+
+
+def _summarize_parts(paths: Sequence[Path], max_log_ratio: float) -> Iteration | None:
+    """An iteration's figures, a file after another; None where it has no rows. Groups are whole in a file."""
+    tables = (log.read([path], COLUMNS) for path in paths)
+    found = [summarize_iteration(table, max_log_ratio) for table in tables if table.num_rows]
+    if len(found) < 2:
+        return found[0] if found else None
+    return Iteration(
+        number=found[0].number,
+        first_step=min(part.first_step for part in found),
+        last_step=max(part.last_step for part in found),
+        rollouts=pooled([part.rollouts for part in found]),
+    )
 
 
 def follow(run: str | Path, pause: Callable[[], None]) -> Iterator[Iteration]:
@@ -113,13 +138,13 @@ def follow(run: str | Path, pause: Callable[[], None]) -> Iterator[Iteration]:
     limit = _max_log_ratio(Path(run) / "recipe.yaml")
     done, before = 0, -1
     while True:
-        logged = [number for number in iterations(run) if number > done]
-        for number in logged:
-            parts = log.part_paths(run, number)
-            if number == logged[-1] and len(parts) != before:
+        logged = {number: parts for number, parts in parts_of(run).items() if number > done}
+        for number, parts in logged.items():
+            if number == max(logged) and len(parts) != before:
                 before = len(parts)
                 break
-            yield summarize_iteration(log.read(parts, COLUMNS), limit)
+            if (iteration := _summarize_parts(parts, limit)) is not None:
+                yield iteration
             done, before = number, -1
         pause()
 
@@ -134,9 +159,9 @@ def _max_log_ratio(recipe: Path) -> float:
 
 def summarize_iteration(table: pa.Table, max_log_ratio: float = math.nan) -> Iteration:
     """One iteration's figures. `table` has its rows, in any order, and at least `COLUMNS`."""
-    steps = _numbers(table, "step")
+    steps = column(table, "step")
     return Iteration(
-        number=int(_numbers(table, "iteration")[0]),
+        number=int(column(table, "iteration")[0]),
         first_step=int(steps.min()),
         last_step=int(steps.max()),
         rollouts=summarize(columns_of(in_order(table)), max_log_ratio=max_log_ratio),
@@ -145,50 +170,72 @@ def summarize_iteration(table: pa.Table, max_log_ratio: float = math.nan) -> Ite
 
 def in_order(table: pa.Table) -> pa.Table:
     """The rows of one iteration with groups together, in the order of sampling."""
-    position = _numbers(table, "position")
+    position = column(table, "position")
     if (position[1:] >= position[:-1]).all():
         return table
     return table.sort_by([("position", "ascending"), ("sample", "ascending")])
 
 
 def columns_of(table: pa.Table) -> Columns:
-    """Rows of the log, `in_order`, as `dro_rl.rollouts.diagnostics` takes them."""
-    position = _numbers(table, "position")
+    """Rows of the log, `in_order`, as `dro_rl.rollouts.diagnostics` takes them; what is not there is empty."""
+    position = column(table, "position")
     start = np.flatnonzero(np.diff(position, prepend=position[:1] - 1))
-    counted = pc.value_counts(_flat(table, "problems")).to_pylist()
-    length = pc.list_value_length(table["selection"]).to_numpy()
+    problems = _flat(table, "problems")
+
+    def a_rollout(name: str) -> np.ndarray:
+        return column(table, name) if name in table.column_names else np.empty(0)
+
+    def a_question(name: str) -> np.ndarray:
+        return column(table, name)[start] if name in table.column_names else np.empty(0)
+
     return Columns(
         size=np.diff(start, append=len(position)),
-        num_documents=_numbers(table, "num_documents")[start],
-        num_supporting=_numbers(table, "num_supporting")[start],
-        ess=_numbers(table, "ess")[start],
-        weight_temperature=_numbers(table, "weight_temperature")[start],
-        prompt_cut=_numbers(table, "prompt_cut")[start],
-        valid=_numbers(table, "valid"),
-        clean=pc.list_value_length(table["problems"]).to_numpy() == 0,
-        answer_logp=_numbers(table, "answer_logp"),
-        selection_logp=_numbers(table, "selection_logp"),
-        proposal_logp=_numbers(table, "proposal_logp"),
-        reference_logp=_numbers(table, "reference_logp"),
-        reward=_numbers(table, "reward"),
-        weight=_numbers(table, "weight"),
-        temperature=_numbers(table, "temperature"),
-        length=length,
-        numbers=_flat(table, "selection").to_numpy(),
-        supporting=_flat(table, "supporting").to_numpy(zero_copy_only=False).astype(bool),
-        problems={item["values"]: item["counts"] for item in counted},
+        num_documents=a_question("num_documents"),
+        num_supporting=a_question("num_supporting"),
+        ess=a_question("ess"),
+        weight_temperature=a_question("weight_temperature"),
+        prompt_cut=a_question("prompt_cut"),
+        valid=a_rollout("valid"),
+        clean=_lengths(table, "problems") == 0,
+        answer_logp=a_rollout("answer_logp"),
+        selection_logp=a_rollout("selection_logp"),
+        proposal_logp=a_rollout("proposal_logp"),
+        reference_logp=a_rollout("reference_logp"),
+        reward=a_rollout("reward"),
+        weight=a_rollout("weight"),
+        temperature=a_rollout("temperature"),
+        length=_lengths(table, "selection"),
+        numbers=_as_numpy(_flat(table, "selection")),
+        supporting=_as_numpy(_flat(table, "supporting")).astype(bool),
+        problems={item["values"]: item["counts"] for item in pc.value_counts(problems).to_pylist()},
     )
 
 
 # Columns ----------------------------------------------------------------------------------------------------
 
 
-def _numbers(table: pa.Table, name: str) -> np.ndarray:
-    return table[name].to_numpy()
+def column(table: pa.Table, name: str) -> np.ndarray:
+    """A column of numbers, or of true and false."""
+    return _as_numpy(table[name].combine_chunks())
+
+
+def _as_numpy(array: pa.Array) -> np.ndarray:
+    """The array as numpy has it. `to_numpy` would import pandas, if it is there: seconds for a table on a terminal."""
+    if pa.types.is_boolean(array.type):
+        return np.from_dlpack(array.cast(pa.uint8())).astype(bool)
+    return np.from_dlpack(array)
 
 
 def _flat(table: pa.Table, name: str) -> pa.Array:
+    if name not in table.column_names:
+        return pa.array([], log.SCHEMA.field(name).type.value_type)
     return pc.list_flatten(table[name].combine_chunks())
+
+
+def _lengths(table: pa.Table, name: str) -> np.ndarray:
+    if name not in table.column_names:
+        return np.empty(0, dtype=int)
+    return _as_numpy(pc.list_value_length(table[name].combine_chunks()))
 
 
 def ranges(numbers: Sequence[int]) -> str:

@@ -1,0 +1,157 @@
+"""Questions that were sampled twice: how much better, or worse, their answers are explained than they were."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from dro_rl.errors import InputError, Phrase
+from dro_rl.rollouts import log
+from dro_rl.rollouts.diagnostics import GroupFigures
+from dro_rl.rollouts.places import Brief, Place, briefs_at
+from dro_rl.rollouts.read import chosen_parts, column, columns_of, in_order, parts_of, ranges
+
+BOUND = ("position", "sample", "valid", "answer_logp", "selection_logp", "proposal_logp")
+"""What the evidence bound is made of."""
+
+
+class Time(NamedTuple):
+    """A time that a question was sampled: the iteration, the evidence bound in nats, and where it stands."""
+
+    iteration: int
+    bound: float
+    place: Place
+
+
+class Pair(NamedTuple):
+    """Two times of a question."""
+
+    before: Time
+    after: Time
+
+    @property
+    def change(self) -> float:
+        """How much better the answer is explained, nats; 0 where neither time anything was valid."""
+        change = self.after.bound - self.before.bound
+        return 0.0 if math.isnan(change) else change
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A question that was sampled twice, in two lines."""
+
+    before: Brief
+    after: Brief
+    evidence: float
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What became of the questions that were sampled twice.
+
+    Args:
+        compared, improved, worse: how many there are, and for how many the evidence bound rose, and fell.
+        shown: those that were asked for.
+    """
+
+    compared: int
+    improved: int
+    worse: int
+    shown: Sequence[Change]
+
+
+def compare(
+    run: str | Path,
+    other: str | Path | None = None,
+    *,
+    first: int | None = None,
+    last: int | None = None,
+    improved_first: bool = False,
+    limit: int | None = None,
+) -> Changes:
+    """Compare two times of each question.
+
+    Args:
+        run: the run.
+        other: another one, whose last times are compared with the last times of `run`; None compares within `run`.
+        first, last: the iterations to compare; None takes the first and the last time of each question.
+        improved_first: show what improved most; else what became worst.
+        limit: so many are shown, at most.
+    """
+    if other is not None:
+        pairs = _pairs(_last_times(run, first), _last_times(other, last))
+    else:
+        pairs = _later(_first_times(run, first), _last_times(run, last))
+    ordered = sorted(pairs.values(), key=lambda pair: -pair.change if improved_first else pair.change)[:limit]
+    before, after = (briefs_at([pair[i].place for pair in ordered]) for i in (0, 1))
+    return Changes(
+        compared=len(pairs),
+        improved=sum(pair.change > 0 for pair in pairs.values()),
+        worse=sum(pair.change < 0 for pair in pairs.values()),
+        shown=[Change(b, a, pair.change) for b, a, pair in zip(before, after, ordered, strict=True)],
+    )
+
+
+def since(run: str | Path, iteration: int | None) -> dict[str, Pair]:
+    """The last time of each question against its last one up to an iteration, which it came after; by id.
+
+    Args:
+        iteration: None compares with the first time.
+
+    Raises:
+        InputError: nothing was sampled by then.
+    """
+    if iteration is None:
+        return _later(_first_times(run, None), _last_times(run, None))
+    logged = parts_of(run)
+    early = [number for number in logged if number <= iteration]
+    if not early:
+        raise InputError(
+            f"{run}: --since", iteration, f"this run has logged {ranges(list(logged))}", "Choose one of them."
+        )
+    late = [number for number in logged if number > iteration]
+    if not late:
+        raise InputError(
+            f"{run}: --since", iteration, Phrase("something was sampled after it"), f"Use less than {max(logged)}."
+        )
+    return _pairs(_last_times(run, early), _last_times(run, late))
+
+
+def _pairs(before: Mapping[str, Time], after: Mapping[str, Time]) -> dict[str, Pair]:
+    return {name: Pair(before[name], after[name]) for name in before if name in after}
+
+
+def _later(before: Mapping[str, Time], after: Mapping[str, Time]) -> dict[str, Pair]:
+    pairs = _pairs(before, after)
+    return {name: pair for name, pair in pairs.items() if pair.before.iteration < pair.after.iteration}
+
+
+def _first_times(run: str | Path, iterations: int | Sequence[int] | None) -> dict[str, Time]:
+    found: dict[str, Time] = {}
+    for name, time in _times(run, iterations):
+        found.setdefault(name, time)
+    return found
+
+
+def _last_times(run: str | Path, iterations: int | Sequence[int] | None) -> dict[str, Time]:
+    return dict(_times(run, iterations))
+
+
+def _times(run: str | Path, iterations: int | Sequence[int] | None) -> Iterator[tuple[str, Time]]:
+    """Every question as it was sampled in some iterations, or in all, in the order of time."""
+    chosen = parts_of(run) if iterations is None else chosen_parts(run, iterations)
+    for number, paths in chosen.items():
+        for path in paths:
+            table = in_order(log.read([path], [*BOUND, "question_id"]))
+            if not table.num_rows:
+                continue
+            rollouts = columns_of(table)
+            names = table["question_id"].take(rollouts.start).to_pylist()
+            positions = column(table, "position")[rollouts.start].tolist()
+            for name, position, bound in zip(
+                names, positions, GroupFigures(rollouts).evidence_bound.tolist(), strict=True
+            ):
+                yield name, Time(number, bound, Place(path, position))
