@@ -11,9 +11,9 @@ import torch
 from transformers.utils import is_torch_tf32_available
 from trl.trainer.base_config import _BaseConfig
 
-from dro_rl.errors import InputError
+from dro_rl.errors import InputError, Phrase
 from dro_rl.keys.training import TrainingKeys
-from dro_rl.likelihood import Scoring
+from dro_rl.likelihood import TOKENS_PER_PASS, Scoring
 from dro_rl.objective import Weighting
 from dro_rl.proposal import SamplingParams
 from dro_rl.rewards import Reward, parse_reward
@@ -107,7 +107,14 @@ class DROConfig(TrainingKeys, _BaseConfig):  # type: ignore[misc]  # keys take o
         return "vllm" if suits and importlib.util.find_spec("vllm") is not None else "transformers"
 
     def check_batch(self, processes: int, num_questions: int) -> None:
-        """Raise `InputError` unless steps hold whole questions and iterations whole steps."""
+        """Raise `InputError` unless each process has one device, steps hold whole questions, iterations whole steps."""
+        if self.n_gpu > 1:
+            raise InputError(
+                "accelerate launch",
+                Phrase(f"one process sees {self.n_gpu} GPUs"),
+                "each process has one",
+                f"Use accelerate launch --num_processes {self.n_gpu}, or show it one with CUDA_VISIBLE_DEVICES.",
+            )
         rollouts = self.per_device_train_batch_size * processes * self.gradient_accumulation_steps
         self._require(
             "per_device_train_batch_size",
@@ -157,7 +164,7 @@ class DROConfig(TrainingKeys, _BaseConfig):  # type: ignore[misc]  # keys take o
             self.answer_aliases,
             self.shared_prefix != "off",
             self.prefix_tree,
-            self.tokens_per_microbatch,
+            TOKENS_PER_PASS if isinstance(self.tokens_per_microbatch, str) else self.tokens_per_microbatch,
         )
 
     @property

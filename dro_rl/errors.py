@@ -74,6 +74,19 @@ def from_system(error: BaseException) -> InputError | None:
     )
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: Python's, torch's error of its own, or the words that its allocators have for it."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    signs = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+
+
+def as_size(count: int) -> str:
+    """Bytes as people say them."""
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
 def is_full_disk(error: BaseException) -> bool:
     """Whether a write found no room: as the system says it, as safetensors repeats it, as torch's archive writer fails.
 

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from dro_rl.errors import InputError, Phrase, first_line, from_system, is_full_disk
+from dro_rl.errors import InputError, Phrase, first_line, from_system, is_full_disk, is_out_of_memory
 from dro_rl.job.stopping import LAUNCHED, Stopped, say_stopped, stop_on_signals, stop_with_launcher
 from dro_rl.keys.reference import keys_text
 from dro_rl.recipe import parse_command_line, read_keys
@@ -64,6 +64,16 @@ def _refusing(arguments: Sequence[str]) -> int:
                     Phrase(f"full ({first_line(error)})"),
                     "a run has room for its files; checkpoints that are in place are whole",
                     "Free some, and give the same command with --resume_from_checkpoint auto.",
+                )
+            )
+        if is_out_of_memory(error):
+            return _refuse(
+                InputError(
+                    "memory",
+                    Phrase(f"full ({first_line(error)})"),
+                    "what a job loads has room",
+                    "Load less, with dtype: bfloat16 and adapters over a base that is shared or quantised (share_base, "
+                    "quantization); in a warm-up, lower warmup_batch_size.",
                 )
             )
         found = from_system(error)

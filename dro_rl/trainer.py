@@ -31,19 +31,21 @@ from dro_rl.em.e_step import EStep
 from dro_rl.em.fast_path import FastPath
 from dro_rl.em.finite import largest, refuse_nonfinite, refuse_nonfinite_rollouts
 from dro_rl.em.iteration import Iterations, Rollouts
-from dro_rl.em.m_step import Group, MicroBatch
+from dro_rl.em.m_step import MicroBatch
+from dro_rl.em.memory import KEYS, TOKENS, held, out_of_memory, to_come
 from dro_rl.em.method import Method
 from dro_rl.em.mismatch import EngineMismatch
 from dro_rl.em.optimizer import align, clip, parameter_groups, role_factors
+from dro_rl.em.passes import Passes
 from dro_rl.em.progress import LineProgress, SignalWatch, say_at_the_start
 from dro_rl.em.schedule import Schedule, Slots, SlotSampler
 from dro_rl.em.timing import PhaseClock, flops_per_token, peak_flops, rates
 from dro_rl.engines.protocol import TrainedSelector
-from dro_rl.errors import InputError, Phrase
+from dro_rl.errors import InputError, is_out_of_memory
 from dro_rl.evaluation.evaluator import evaluate_stage
 from dro_rl.evaluation.results import UNITS
 from dro_rl.evaluation.stages import with_stage
-from dro_rl.likelihood import passes
+from dro_rl.likelihood.room import Room
 from dro_rl.models.module import SelectorGenerator
 from dro_rl.models.saving import export_role, load_role, of_role, save_role
 from dro_rl.models.sharding import inference
@@ -95,13 +97,6 @@ class DROTrainer(_BaseTrainer):
         reference: nn.Module | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
-        if args.n_gpu > 1:
-            raise InputError(
-                "accelerate launch",
-                Phrase(f"one process sees {args.n_gpu} GPUs"),
-                "each process has one",
-                f"Use accelerate launch --num_processes {args.n_gpu}, or show it one with CUDA_VISIBLE_DEVICES.",
-            )
         args.check_batch(args.world_size, len(train_questions))
         self.train_questions, self.eval_questions = train_questions, eval_questions
         self.prompters, self.eval_split, self.initial_stage = dict(prompters), eval_split, initial_stage
@@ -114,6 +109,7 @@ class DROTrainer(_BaseTrainer):
         self.method = Method.of(args)
         self._rollouts: Rollouts | None = None
         self._done: dict[int, Rollout] = {}  # by slot, those of the step that have been through the models here
+        self._slots: list[Sequence[int]] = []  # of the step, as the Trainer has handed them out so far
         self._group_roles: list[Role] = []  # whose each group of the optimizer is
         self._step_metrics: dict[str, list[float]] = defaultdict(list)
         self._losses: dict[str, float] = defaultdict(float)
@@ -148,6 +144,11 @@ class DROTrainer(_BaseTrainer):
         self.fast_path = FastPath(
             args, self._module, self._open, sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled
         )
+        self.passes = Passes(
+            self.schedule, train_questions, self.prompters, self.method, self.fast_path,
+            Room(args.tokens_per_microbatch), self._unwrapped, lambda: to_come(self.optimizer, args.optim),
+            self.accelerator, self.clock,
+        )  # fmt: skip
         self.engine = engines.start(
             args,
             TrainedSelector(
@@ -162,7 +163,8 @@ class DROTrainer(_BaseTrainer):
         opened = self._open_reference if self.reference is not None else None
         flops = {role: each.forward for role, each in self._flops.items()}
         answerer = engines.elsewhere(args, self.prompters["generator"])
-        e_step = EStep(self.engine, self._open, opened, self.prompters, self.method, self.clock, flops, answerer)
+        told = (self.prompters, self.method, self.clock, flops, answerer, self.passes.room)
+        e_step = EStep(self.engine, self._open, opened, *told)
         self.iterations = Iterations(self.schedule, train_questions, e_step, self.run_dir, args, fused=self.fused)
         self._pipeline = RAGPipeline(
             self._open,
@@ -203,9 +205,26 @@ class DROTrainer(_BaseTrainer):
     def m_step(self, model: nn.Module, rollouts: Rollouts, slots: Sequence[int]) -> Tensor:
         """Forward and backward of both models over some rollouts, in passes that `tokens_per_microbatch` has room for.
 
+        Where `auto` has overestimated that, the step begins again with smaller ones.
+
         Returns:
             Their loss, detached.
         """
+        self._slots.append(slots)
+        todo = [slots]
+        while True:
+            try:
+                return [self._pass_through(model, rollouts, each) for each in todo][-1]
+            except Exception as error:
+                if not (is_out_of_memory(error) and self.passes.lower()):
+                    raise
+            model.zero_grad()
+            self._losses.clear()
+            self._done.clear()
+            self._skipped, todo = 0, [*self._slots]
+            self.clock.switch("other")
+
+    def _pass_through(self, model: nn.Module, rollouts: Rollouts, slots: Sequence[int]) -> Tensor:
         loss = torch.zeros((), device=self.args.device)
         micro_batches = self._micro_batches(rollouts, slots)
         for micro_batch in micro_batches:
@@ -222,6 +241,7 @@ class DROTrainer(_BaseTrainer):
         for name, value in self._losses.items():
             self._step_metrics[name].append(value / self.current_gradient_accumulation_steps)
         self._losses.clear()
+        self._slots.clear()
         self._step_metrics["selector/tokens_skipped"].append(float(self._skipped))
         self._skipped = 0
         if not rollouts.weighed:
@@ -327,33 +347,9 @@ class DROTrainer(_BaseTrainer):
             state._set_sync_gradients(before)
 
     def _micro_batches(self, rollouts: Rollouts, slots: Sequence[int]) -> list[MicroBatch]:
-        """Slots as what the models score: whole groups in the order of the slots, as many at once as have room.
-
-        Every process has as many, since those that shard parameters meet in each pass.
-        """
-        roles = self._active()
+        unmoved = self.schedule.begins_iteration(self.state.global_step) and not self._drops_out
         with self.clock.phase("inputs"):
-            groups = []
-            for position, places in self.schedule.places(slots).items():
-                whole = rollouts.groups[position]
-                question = self.train_questions[whole[0].question]
-                groups.append(Group(whole, places, question, self.prompters, self.method, roles))
-            packed = {role: self.fast_path.takes(role, max(group.depth(role) for group in groups)) for role in roles}
-            sizes = [group.tokens(packed) for group in groups]
-            batches = [[groups[i] for i in run] for run in passes(sizes, self.args.tokens_per_microbatch)]
-            most = int(self.accelerator.gather(torch.tensor([len(batches)], device=self.args.device)).max())
-            batches += [[] for _ in range(most - len(batches))]
-            return [
-                MicroBatch(
-                    batch,
-                    self.method,
-                    roles,
-                    on_policy=rollouts.on_policy,
-                    unmoved=self.schedule.begins_iteration(self.state.global_step) and not self._drops_out,
-                    eos_token_id=self.prompters["generator"].eos_token_id,
-                )
-                for batch in batches
-            ]
+            return self.passes.of(rollouts, slots, self._active(), unmoved=unmoved)
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -521,10 +517,21 @@ class DROTrainer(_BaseTrainer):
         kept, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             result = super().train(resume_from_checkpoint, *args, **kwargs)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise self._out_of_memory(error) from None
+            raise
         finally:
             self.args.save_total_limit = kept
         self.iterations.close()
         return result
+
+    def _out_of_memory(self, error: Exception) -> InputError:
+        phase = self.clock.failed or self.clock.now
+        holders = held(
+            {role: self._module(role) for role in self.args.roles} | {"reference": self.reference}, self.optimizer
+        )
+        return out_of_memory(error, phase, getattr(self.args, KEYS.get(phase, TOKENS)), holders, self.passes.room.alone)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         written = self.checkpoints.written(self.state, self.control, self.stages)

@@ -16,6 +16,7 @@ from dro_rl.engines.answers import Answerer, ModelAnswerer
 from dro_rl.engines.protocol import GenerationRequest, RolloutEngine
 from dro_rl.likelihood import Model, answer_logps, score_rows
 from dro_rl.likelihood.packing import Row
+from dro_rl.likelihood.room import Room
 from dro_rl.prompts import Prompter
 from dro_rl.prompts.rows import answer_row, constraint_of, selector_row
 from dro_rl.proposal import Completion, rollout_seed
@@ -65,6 +66,7 @@ class EStep:
         clock: told when sampling (`rollout`) and scoring begin and end, and how many tokens went through.
         flops: operations a token of a forward pass, by role.
         answerer: the generator, where it is another than the one that `open_role` opens.
+        room: for how many tokens a pass has room, where that is found out on the way.
     """
 
     def __init__(
@@ -77,12 +79,14 @@ class EStep:
         clock: PhaseClock | None = None,
         flops: Mapping[Role, float] | None = None,
         answerer: Answerer | None = None,
+        room: Room | None = None,
     ) -> None:
         self.engine, self.open_role, self.open_reference = engine, open_role, open_reference
         self.prompters, self.method = prompters, method
         self.clock, self.flops = clock or PhaseClock(), flops or {}
+        self.room = room or Room(method.scoring.tokens)
         self.answerer = answerer or ModelAnswerer(
-            lambda: open_role("generator"), prompters["generator"], method.scoring
+            lambda: open_role("generator"), prompters["generator"], method.scoring, room=self.room
         )
 
     def request(self, asked: Asked) -> tuple[GenerationRequest, list[bool]]:
@@ -246,7 +250,10 @@ class EStep:
         scoring = self.method.scoring
         self._count("selector", rows)
         with self.clock.phase("scoring"), open_model() as model:
-            return score_rows(model, rows, scoring.tokens, scoring.shared_prefix, scoring.prefix_tree)
+            return self.room.within(
+                lambda tokens: score_rows(model, rows, tokens, scoring.shared_prefix, scoring.prefix_tree),
+                map(len, rows),
+            )
 
     def _matrix(self, values: Sequence[float]) -> torch.Tensor:
         """(questions, m) float64, also of no questions: a process may have none in the last part of an E-step."""

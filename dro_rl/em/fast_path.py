@@ -72,12 +72,12 @@ class FastPath:
         """Compare it with the plain path on a role's first rows. Raises `InputError` where they differ."""
         if not self.config.verify_fast_path or role in self._verified:
             return
-        self._verified.add(role)
         if self.sharded:
             with self.open_role(role) as model:
                 found = difference(model, rows, self.config.scoring, gradients=False)
         else:
             found = difference(self.module(role), rows, self.config.scoring, gradients=True)
+        self._verified.add(role)  # not before: memory may have run out
         if found is None:
             return
         half = torch.bfloat16 if self.config.bf16 else torch.float16 if self.config.fp16 else None

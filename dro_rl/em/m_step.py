@@ -47,7 +47,7 @@ class Group:
         method: Method,
         roles: Collection[Role],
     ) -> None:
-        self.whole, self.mine = whole, mine
+        self.whole, self.mine, self.question = whole, mine, question
         own = [whole[place] for place in mine]
         self.samples = list(dict.fromkeys(sample.token_ids for sample in own))
         """Distinct samples: the completions of the selector's row."""
@@ -70,7 +70,13 @@ class Group:
 
     def tokens(self, packed: Mapping[Role, bool]) -> int:
         """Tokens of all rows, as the models take them: each prompt once where a role packs, else once a completion."""
-        return sum(len(row) if packed[role] else unshared(row) for role, rows in self.rows.items() for row in rows)
+        return sum(self.by_role(packed).values())
+
+    def by_role(self, packed: Mapping[Role, bool]) -> dict[Role, int]:
+        """`tokens` of each role."""
+        return {
+            role: sum(len(row) if packed[role] else unshared(row) for row in rows) for role, rows in self.rows.items()
+        }
 
     def depth(self, role: Role) -> int:
         """Tokens of a role's longest prompt with its longest completion; 0 without rows."""

@@ -50,6 +50,8 @@ class PhaseClock:
     """Since the last log."""
     total: dict[str, Phase] = field(default_factory=lambda: defaultdict(Phase))
     """Of all logs before."""
+    failed: str | None = None
+    """In which phase the error arose that is on its way up."""
 
     def switch(self, name: str) -> str:
         """Give the seconds since the last change to the phase that was open; return its name and open another."""
@@ -66,6 +68,9 @@ class PhaseClock:
         before = self.switch(name)
         try:
             yield
+        except BaseException:
+            self.failed = self.failed or self.now
+            raise
         finally:
             self.switch(before)
 

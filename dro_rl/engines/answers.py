@@ -13,6 +13,7 @@ from dro_rl.engines.decoding import Decoder
 from dro_rl.engines.protocol import GenerationRequest
 from dro_rl.likelihood import Model, Scoring, score_rows
 from dro_rl.likelihood.packing import Row
+from dro_rl.likelihood.room import Room
 from dro_rl.models.positions import positions_of
 from dro_rl.prompts import Prompter
 from dro_rl.proposal import SamplingParams
@@ -56,6 +57,7 @@ class ModelAnswerer:
         prompter: its prompts and its tokenizer.
         scoring: how rows are scored.
         batch_size: answers written at once.
+        room: for how many tokens a pass has room; what `scoring` says, unless told.
     """
 
     def __init__(
@@ -64,14 +66,19 @@ class ModelAnswerer:
         prompter: Prompter,
         scoring: Scoring,
         batch_size: int = 8,
+        room: Room | None = None,
     ) -> None:
         self._open, self._prompter, self._scoring, self._batch_size = open, prompter, scoring, batch_size
+        self._room = room or Room(scoring.tokens)
 
     def score(self, rows: Sequence[Row]) -> list[list[Tensor]]:
         """See `Answerer.score`."""
         scoring = self._scoring
         with self._open() as model:
-            return score_rows(model, rows, scoring.tokens, scoring.shared_prefix, scoring.prefix_tree)
+            return self._room.within(
+                lambda tokens: score_rows(model, rows, tokens, scoring.shared_prefix, scoring.prefix_tree),
+                map(len, rows),
+            )
 
     def write(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, seeds: Sequence[int]) -> list[Written]:
         """See `Answerer.write`."""

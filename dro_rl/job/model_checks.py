@@ -41,7 +41,7 @@ def check_models(recipe: Recipe) -> dict[Role, PreTrainedModel]:
         InputError: naming the recipe's key.
     """
     run = recipe.run
-    check_layout(run)
+    check_layout(recipe)
     models: dict[Role, PreTrainedModel] = {}
     for role in ROLES:
         asked, place = run.of(role), f"{role}_model_name_or_path"
@@ -61,10 +61,23 @@ def check_models(recipe: Recipe) -> dict[Role, PreTrainedModel]:
     return models
 
 
-def check_layout(run: RunConfig) -> None:
-    """Refuse to share a base where processes hold weights in parts of their own."""
+def check_layout(recipe: Recipe) -> None:
+    """Refuse what needs whole weights in each process where processes hold parts of them."""
+    if recipe.run.share_base and len(recipe.training.roles) < len(ROLES):
+        raise InputError(
+            "share_base", True, "two models are here to share a base, and the generator is elsewhere", "Leave it out."
+        )
     layout = launched_to_shard()
-    if run.share_base and layout is not None:
+    if layout is None:
+        return
+    if recipe.training.tokens_per_microbatch == "auto":
+        raise InputError(
+            "tokens_per_microbatch",
+            Phrase(f"auto, under {layout}"),
+            f"under {layout} processes meet in every pass, and one that runs out of memory leaves the others waiting",
+            "Use a number.",
+        )
+    if recipe.run.share_base:
         raise InputError(
             "share_base",
             Phrase(f"true, under {layout}"),

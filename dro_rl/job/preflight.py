@@ -20,7 +20,7 @@ from dro_rl.data import dev_beside, load_questions
 from dro_rl.data.candidates import shape_candidates
 from dro_rl.em.optimizer import role_factors
 from dro_rl.em.schedule import Schedule
-from dro_rl.errors import InputError, Phrase, first_line
+from dro_rl.errors import InputError, Phrase, as_size, first_line
 from dro_rl.evaluation.results import METRICS
 from dro_rl.job.assembly import build_prompters
 from dro_rl.job.model_checks import check_models
@@ -271,16 +271,11 @@ def check_disk(recipe: Recipe, models: Mapping[Role, PreTrainedModel]) -> int:
     if free < more:
         raise InputError(
             "output_dir",
-            Phrase(f"{_size(free)} free at {place}"),
-            f"checkpoints of both models take about {_size(more)} more",
+            Phrase(f"{as_size(free)} free at {place}"),
+            f"checkpoints of both models take about {as_size(more)} more",
             "Free some, lower save_total_limit, or use another disk.",
         )
     return needed
-
-
-def _size(count: int) -> str:
-    """Bytes as people say them."""
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
 def _nearest(path: Path) -> Path:

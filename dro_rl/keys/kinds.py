@@ -76,7 +76,8 @@ def name_of_kind(kind: Any) -> str:
         return "null"
     origin = typing.get_origin(kind)
     if origin is Literal:
-        return "one of " + ", ".join(map(str, typing.get_args(kind)))
+        values = [str(value) for value in typing.get_args(kind)]
+        return values[0] if len(values) == 1 else "one of " + ", ".join(values)
     if origin is list:
         return f"a list of {name_of_kind(typing.get_args(kind)[0])}"
     if kind is dict or origin is dict:

@@ -332,10 +332,11 @@ class TrainingKeys:
     torch_empty_cache_steps: int | None = option(
         None, "Steps after which torch's cache of GPU memory is emptied; unset: never.", at_least(1)
     )
-    tokens_per_microbatch: int = option(
+    tokens_per_microbatch: int | Literal["auto"] = option(
         16384,
-        "Tokens that go through the models at once: bounds memory. A longer question goes alone.",
-        at_least(1),
+        "Tokens that go through the models at once: bounds memory. A longer question goes alone. auto tries how many "
+        "fit, and takes fewer where memory runs out.",
+        Rule("at least 1, or auto", "Use 16384, or auto.", lambda value: value == "auto" or value >= 1),
     )
     shared_prefix: Literal["auto", "on", "off"] = option(
         "auto", "Compute each prompt once for all its completions: auto where that is exact, on to insist, off never."
