@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import random
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +48,26 @@ def rollout_seed(*parts: int | str) -> int:
     """A seed made of its parts alone (run seed, iteration, position), so that no generator state need be kept."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
+
+
+def candidate_orders(seed: int, num_documents: int, count: int) -> list[tuple[int, ...]]:
+    """Orders in which a selector is shown a question's candidates, each the numbers of the documents.
+
+    Each alone is any permutation, with equal probability. Together they are one that is drawn, begun at `count` places
+    round the circle: while there are as many documents as orders, no document stands twice at the same place, so that
+    a preference for a place names another document in each.
+
+    Args:
+        seed: of the question in the iteration.
+        num_documents: N.
+        count: how many; for one, the question's own order, which is written as an empty one.
+    """
+    if count == 1:
+        return [()]
+    drawn = list(range(1, num_documents + 1))
+    random.Random(rollout_seed(seed, "orders")).shuffle(drawn)
+    starts = [turn * num_documents // count for turn in range(count)]
+    return [(*drawn[start:], *drawn[:start]) for start in starts]
 
 
 def uniforms(seed: int, count: int, length: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -60,6 +60,10 @@ class Question:
         wanted = set(self.supporting)
         return tuple(n for n, document in enumerate(self.documents, start=1) if document.id in wanted)
 
+    def shown(self, order: Sequence[int]) -> Question:
+        """The question with its candidates in another order, given by their numbers; an empty one changes nothing."""
+        return replace(self, documents=tuple(self.documents[number - 1] for number in order)) if order else self
+
 
 @dataclass(frozen=True, slots=True)
 class Selection:
@@ -77,6 +81,10 @@ class Selection:
     problems: tuple[str, ...] = ()
 
 
+Written = tuple[tuple[int, ...], tuple[int, ...]]
+"""The order that a selector was shown, and the tokens that it wrote."""
+
+
 @dataclass(frozen=True, slots=True)
 class Sample:
     """One selection drawn for one question, not scored or weighed yet.
@@ -87,7 +95,8 @@ class Sample:
         token_ids: the sampled tokens, end-of-sequence included when it was reached.
         proposal_logps: log q of each token under the distribution it was drawn from, nats.
         text: the decoded tokens.
-        selection: what the text says.
+        selection: what the text says, in the question's own numbers.
+        order: numbers of the candidates as the selector was shown them; empty for the question's own order.
         reference_logp: log p(z|x) under the initial selector, nats; NaN without `beta`.
         prompt_cut: whether the selector read documents cut to fit `max_prompt_length`.
         temperature: what it was sampled at.
@@ -103,6 +112,7 @@ class Sample:
     proposal_logps: tuple[float, ...]
     text: str
     selection: Selection
+    order: tuple[int, ...] = ()
     reference_logp: float = math.nan
     prompt_cut: bool = False
     temperature: float = 1.0
@@ -119,6 +129,11 @@ class Sample:
     def answer_logp_as(self, likelihood: str) -> float:
         """log p(y|x, d_z) as `sum` or as `mean` over the answer's tokens, nats."""
         return self.answer_logp_sum if likelihood == "sum" else self.answer_logp_mean
+
+    @property
+    def written(self) -> Written:
+        """The completion that it is: samples of a question with the same have the same log p."""
+        return self.order, self.token_ids
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

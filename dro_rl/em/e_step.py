@@ -18,9 +18,9 @@ from dro_rl.likelihood import Model, answer_logps, score_rows
 from dro_rl.likelihood.packing import Row
 from dro_rl.likelihood.room import Room
 from dro_rl.prompts import Prompter
-from dro_rl.prompts.rows import answer_row, constraint_of, selector_row
-from dro_rl.proposal import Completion, rollout_seed
-from dro_rl.records import Question, Rollout, Sample
+from dro_rl.prompts.rows import answer_row, constraint_of, selector_rows
+from dro_rl.proposal import Completion, candidate_orders, rollout_seed
+from dro_rl.records import Question, Rollout, Sample, Selection
 from dro_rl.rewards import Read, score
 from dro_rl.roles import Role
 from dro_rl.selection import parse_selection
@@ -90,18 +90,33 @@ class EStep:
         )
 
     def request(self, asked: Asked) -> tuple[GenerationRequest, list[bool]]:
-        """What the engine is asked for the rollouts of some questions, and which prompts were cut to fit."""
-        prompter, spec = self.prompters["selector"], self.method.spec
-        prompts = [prompter.selector_prompt(question, spec.most, spec.least) for question in asked.questions]
-        constraints = [constraint_of(prompter, question, spec) for question in asked.questions]
+        """What the engine is asked for the rollouts of some questions, and which prompts were cut to fit.
+
+        Each question is asked once for each order of its candidates.
+        """
+        prompter, spec, count = self.prompters["selector"], self.method.spec, self.method.candidate_orders
+        shown = [
+            question.shown(order)
+            for question, orders in zip(asked.questions, self._orders(asked), strict=True)
+            for order in orders
+        ]
+        prompts = [prompter.selector_prompt(question, spec.most, spec.least) for question in shown]
+        constraints = [constraint_of(prompter, question, spec) for question in shown]
         request = GenerationRequest(
             [prompt.ids for prompt in prompts],
-            self.method.num_generations,
+            self.method.num_generations // count,
             replace(self.method.sampling, temperature=asked.temperature),
-            asked.seeds,
+            asked.seeds if count == 1 else [rollout_seed(seed, n) for seed in asked.seeds for n in range(count)],
             [each for each in constraints if each is not None] if spec.constrained else None,
         )
         return request, [prompt.cut for prompt in prompts]
+
+    def _orders(self, asked: Asked) -> list[list[tuple[int, ...]]]:
+        """Of each question, the orders that its candidates are shown in."""
+        return [
+            candidate_orders(seed, len(question.documents), self.method.candidate_orders)
+            for seed, question in zip(asked.seeds, asked.questions, strict=True)
+        ]
 
     def sample(self, asked: Asked, step: int) -> Sampled:
         """Samples of the weights after `step` updates."""
@@ -130,9 +145,12 @@ class EStep:
         tokens = sum(map(len, request.prompts)) + sum(len(each.ids) for group in groups for each in group)
         self.clock.count("rollout", tokens, tokens * self.flops.get("selector", 0.0))
         prompter, spec = self.prompters["selector"], self.method.spec
+        answered = iter(zip(groups, cut, strict=True))
         samples = []
-        for index, question, group, was_cut in zip(asked.indices, asked.questions, groups, cut, strict=True):
-            for number, completion in enumerate(group):
+        for index, question, orders in zip(asked.indices, asked.questions, self._orders(asked), strict=True):
+            drawn = [(order, *next(answered)) for order in orders]
+            completions = [(order, was_cut, completion) for order, group, was_cut in drawn for completion in group]
+            for number, (order, was_cut, completion) in enumerate(completions):
                 text = prompter.decode(completion.ids)
                 samples.append(
                     Sample(
@@ -141,7 +159,8 @@ class EStep:
                         completion.ids,
                         completion.logps,
                         text,
-                        parse_selection(text, len(question.documents), spec.most, spec.least),
+                        _named(parse_selection(text, len(question.documents), spec.most, spec.least), order),
+                        order,
                         prompt_cut=was_cut,
                         temperature=request.sampling.temperature,
                     )
@@ -205,21 +224,14 @@ class EStep:
     ) -> torch.Tensor:
         """(questions, m) log p of the sampled tokens at temperature 1, under the constraint where there is one."""
         m, prompter = self.method.num_generations, self.prompters["selector"]
-        rows = [
-            selector_row(
-                prompter,
-                question,
-                list(dict.fromkeys(sample.token_ids for sample in samples[i * m : (i + 1) * m])),
-                self.method.spec,
-            )
-            for i, question in enumerate(questions)
-        ]
-        logps = {
-            (i, completion): logp.sum().item()
-            for i, (row, scored) in enumerate(zip(rows, self._score_selections(open_model, rows), strict=True))
-            for completion, logp in zip(row.completions, scored, strict=True)
-        }
-        return self._matrix([logps[i // m, sample.token_ids] for i, sample in enumerate(samples)])
+        rows, keys = [], []
+        for i, question in enumerate(questions):
+            own, written = selector_rows(prompter, question, samples[i * m : (i + 1) * m], self.method.spec)
+            rows += own
+            keys += [(i, each) for each in written]
+        scored = [logp.sum().item() for row in self._score_selections(open_model, rows) for logp in row]
+        logps = dict(zip(keys, scored, strict=True))
+        return self._matrix([logps[i // m, sample.written] for i, sample in enumerate(samples)])
 
     def _scored(self, questions: Sequence[Question], samples: Sequence[Sample]) -> list[Sample]:
         """The samples with log p(y|x, d_z), each distinct selection scored once; the invalid have none."""
@@ -258,3 +270,8 @@ class EStep:
     def _matrix(self, values: Sequence[float]) -> torch.Tensor:
         """(questions, m) float64, also of no questions: a process may have none in the last part of an E-step."""
         return torch.tensor(values, dtype=torch.float64).reshape(-1, self.method.num_generations)
+
+
+def _named(read: Selection, order: Sequence[int]) -> Selection:
+    """A selection in the question's own numbers, of one that was read in an order's."""
+    return replace(read, numbers=tuple(order[place - 1] for place in read.numbers)) if order else read

@@ -18,8 +18,8 @@ from dro_rl.likelihood import depth, unshared
 from dro_rl.likelihood.packing import Row
 from dro_rl.objective import ADVANTAGES, selector_coefficients
 from dro_rl.prompts import Prompter
-from dro_rl.prompts.rows import answer_row, selector_row
-from dro_rl.records import Question, Rollout, Sample
+from dro_rl.prompts.rows import answer_row, selector_rows
+from dro_rl.records import Question, Rollout, Sample, Written
 from dro_rl.roles import POLICIES, Role
 
 NOTHING = 1e-12
@@ -49,8 +49,8 @@ class Group:
     ) -> None:
         self.whole, self.mine, self.question = whole, mine, question
         own = [whole[place] for place in mine]
-        self.samples = list(dict.fromkeys(sample.token_ids for sample in own))
-        """Distinct samples: the completions of the selector's row."""
+        self.samples: list[Written] = []
+        """Distinct samples: the completions of the selector's rows, in their order."""
         self.selections = list(
             dict.fromkeys(
                 sample.selection.numbers
@@ -61,7 +61,7 @@ class Group:
         """Distinct selections that the generator reads: a row each."""
         self.rows: dict[Role, list[Row]] = {role: [] for role in roles}
         if "selector" in roles:
-            self.rows["selector"] = [selector_row(prompters["selector"], question, self.samples, method.spec)]
+            self.rows["selector"], self.samples = selector_rows(prompters["selector"], question, own, method.spec)
         if "generator" in roles:
             self.rows["generator"] = [
                 answer_row(prompters["generator"], question, numbers, method.scoring.answer_aliases)
@@ -194,7 +194,7 @@ class MicroBatch:
             at = {key: place for place, key in enumerate(keys, self._counts[role])}
             own = [group.whole[place] for place in group.mine]
             self._places[role] += [
-                at.get(sample.token_ids if role in POLICIES else sample.selection.numbers) for sample in own
+                at.get(sample.written if role in POLICIES else sample.selection.numbers) for sample in own
             ]
             self._counts[role] += len(at)
 
@@ -235,9 +235,9 @@ class MicroBatch:
             return [False] * len(self.groups)
         values, idle = iter(self._selector_coefficients(None)), []
         for group in self.groups:
-            summed: dict[tuple[int, ...], float] = defaultdict(float)
+            summed: dict[Written, float] = defaultdict(float)
             for place in group.mine:
-                summed[group.whole[place].token_ids] += next(values)
+                summed[group.whole[place].written] += next(values)
             idle.append(all(abs(value) < NOTHING for value in summed.values()))
         return idle
 

@@ -24,6 +24,7 @@ class Method:
         weighting: how samples are weighed, and what the selector's gradient is made of.
         reward: what they are weighed by.
         answering: how the generator writes the answers that rewards look at.
+        candidate_orders: how many orders of a question's candidates its samples are split over.
     """
 
     spec: SelectionSpec
@@ -33,6 +34,7 @@ class Method:
     weighting: Weighting
     reward: Reward = Reward()
     answering: SamplingParams = SamplingParams(64, temperature=0.0)
+    candidate_orders: int = 1
 
     @classmethod
     def of(cls, config: DROConfig) -> Method:
@@ -45,4 +47,5 @@ class Method:
             config.weighting_rule,
             config.reward_rule,
             SamplingParams(config.max_answer_length, config.answer_temperature),
+            config.candidate_orders,
         )

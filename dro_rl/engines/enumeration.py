@@ -83,7 +83,7 @@ def _listed(constraint: SelectionConstraint, m: int) -> list[Completion]:
             m,
             f"rollout_engine: enumeration lists all {count} selections of {asked} of "
             f"{constraint.num_documents} documents",
-            f"Use {count}, with as many documents for every question, or another engine.",
+            f"Use {count} for each of candidate_orders, with as many documents for every question, or another engine.",
         )
     # log q of the whole stands at its end: of listed tokens none has a probability of its own.
     return [Completion(ids, (*[0.0] * (len(ids) - 1), -math.log(count))) for ids in _walk(constraint, ())]

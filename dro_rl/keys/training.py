@@ -118,6 +118,12 @@ class TrainingKeys:
     generator_steps: int = option(1, "Consecutive generator steps of a turn (interleave: alternate).", at_least(1))
 
     num_generations: int = option(8, "Rollouts sampled for a question (m).", at_least(1), group="Rollouts")
+    candidate_orders: int = option(
+        1,
+        "Orders of its candidates that a question's rollouts are split over, drawn anew each time; 1: as they stand. "
+        "From 2 on a preference for a place in the list earns nothing.",
+        at_least(1),
+    )
     allow_single_generation: bool = option(
         False, "Accept num_generations: 1, whose weights are all one: no selection signal, a control."
     )
@@ -418,6 +424,12 @@ class TrainingKeys:
             self.num_generations > 1 or self.allow_single_generation,
             "one rollout has weight one whatever it is, and gives no selection signal",
             "Use 2 or more, or set allow_single_generation: true for the control.",
+        )
+        self._require(
+            "candidate_orders",
+            self.num_generations % self.candidate_orders == 0,
+            f"each order has as many of the num_generations = {self.num_generations} rollouts of a question",
+            "Use a divisor of it.",
         )
         highest = max(self.temperature, self.temperature_end or 0.0)
         self._require(

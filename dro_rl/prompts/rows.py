@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from dro_rl.likelihood.packing import Row
 from dro_rl.prompts import Prompter
-from dro_rl.records import Question
+from dro_rl.records import Question, Sample, Written
 from dro_rl.selection import SelectionSpec
 from dro_rl.selection.constraint import SelectionConstraint, allowed_for
 
@@ -16,12 +16,27 @@ def constraint_of(prompter: Prompter, question: Question, spec: SelectionSpec) -
     return prompter.constraint(len(question.documents), spec.most, spec.least) if spec.constrained else None
 
 
-def selector_row(
-    prompter: Prompter, question: Question, samples: Sequence[tuple[int, ...]], spec: SelectionSpec
-) -> Row:
-    """The selector's prompt with samples as its completions, under the constraint where there is one."""
-    allowed = allowed_for(constraint_of(prompter, question, spec), samples)
-    return Row(prompter.selector_prompt(question, spec.most, spec.least).ids, samples, allowed)
+def selector_rows(
+    prompter: Prompter, question: Question, samples: Iterable[Sample], spec: SelectionSpec
+) -> tuple[list[Row], list[Written]]:
+    """The selector's prompts with distinct samples as their completions, under the constraint where there is one.
+
+    Returns:
+        A row for each order that the samples' selector was shown, and what its completions are, row after row.
+    """
+    by_order: dict[tuple[int, ...], dict[tuple[int, ...], None]] = {}
+    for sample in samples:
+        by_order.setdefault(sample.order, {})[sample.token_ids] = None
+    constraint = constraint_of(prompter, question, spec)
+    rows = [
+        Row(
+            prompter.selector_prompt(question.shown(order), spec.most, spec.least).ids,
+            list(completions),
+            allowed_for(constraint, list(completions)),
+        )
+        for order, completions in by_order.items()
+    ]
+    return rows, [(order, ids) for order, completions in by_order.items() for ids in completions]
 
 
 def answer_row(prompter: Prompter, question: Question, numbers: Sequence[int], aliases: str) -> Row:

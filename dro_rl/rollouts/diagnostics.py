@@ -42,6 +42,7 @@ class Columns:
         length: (rollouts,) documents selected.
         numbers, supporting: (documents selected,) the selections one after another: 1-based numbers, best first, and
             whether each is labelled as supporting.
+        shown: (documents selected,) the place of each in the list that the selector saw, from 1.
         problems: how many rollouts have each problem.
     """
 
@@ -63,6 +64,7 @@ class Columns:
     length: np.ndarray
     numbers: np.ndarray
     supporting: np.ndarray
+    shown: np.ndarray
     problems: Mapping[str, int]
 
     @property
@@ -122,8 +124,15 @@ def columns(groups: Sequence[Sequence[Rollout]], questions: Sequence[Question]) 
         length=of_rollout(lambda r: len(r.selection.numbers), int),
         numbers=np.array([n for r in everything for n in r.selection.numbers], dtype=int),
         supporting=np.array([n in gold[r.question] for r in everything for n in r.selection.numbers], dtype=bool),
+        shown=np.array([place for r in everything for place in _places(r)], dtype=int),
         problems=Counter(problem for rollout in everything for problem in rollout.selection.problems),
     )
+
+
+def _places(rollout: Rollout) -> Sequence[int]:
+    """The places, from 1, in the list that the selector saw, of what it selected."""
+    numbers = rollout.selection.numbers
+    return [rollout.order.index(number) + 1 for number in numbers] if rollout.order else numbers
 
 
 # One question -----------------------------------------------------------------------------------------------
@@ -299,9 +308,9 @@ class Summary:
         truncated: share of the rollouts whose ratio was truncated.
         dropped_mass: weight that the generator does not learn from (`min_weight`), mean over questions.
         recall, recall_sd, weighted_recall: by k, over the labelled questions; see `GroupFigures`.
-        first, selected: for each document number, in order, the share of the valid rollouts that name it first, and at
-            all.
-        first_chance: what the share of a number would be if it were drawn at random: the mean of 1/N.
+        first, selected: for each place in the list that the selector saw, in order, the share of the valid rollouts
+            that name it first, and at all.
+        first_chance: what the share of a place would be if it were drawn at random: the mean of 1/N.
         problems: how many rollouts have each problem, the most frequent first.
     """
 
@@ -457,9 +466,9 @@ def _ratio(total: float, count: float) -> float:
 
 
 def _shares(rollouts: Columns, which: np.ndarray, of: int) -> tuple[float, ...]:
-    """For each document number, how many of the documents selected, of those asked for, bear it, over `of`."""
+    """For each place in the list, how many of the documents selected, of those asked for, stood there, over `of`."""
     most = int(rollouts.num_documents.max(initial=0))
-    counts = np.bincount(rollouts.numbers[which], minlength=most + 1)[1:]
+    counts = np.bincount(rollouts.shown[which], minlength=most + 1)[1:]
     return tuple((counts / of).tolist()) if of else ()
 
 
@@ -468,7 +477,7 @@ def _most_first(problems: Mapping[str, int]) -> dict[str, int]:
 
 
 def _pool(values: Sequence[Any], counts: Sequence[int]) -> Any:
-    """The mean of means: numbers, or by k, or by document number, where a missing one is 0."""
+    """The mean of means: numbers, or by k, or by place in the list, where a missing one is 0."""
     if isinstance(values[0], dict):
         return {k: _pool([value[k] for value in values], counts) for k in values[0]}
     if isinstance(values[0], tuple):

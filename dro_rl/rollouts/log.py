@@ -19,7 +19,7 @@ from dro_rl.errors import InputError, Phrase, first_line
 from dro_rl.files import write_json_lines, written_whole
 from dro_rl.records import Question, Rollout, Selection
 
-VERSION = "5"
+VERSION = "6"
 
 
 def _column(name: str, kind: pa.DataType, description: str) -> pa.Field:
@@ -39,6 +39,9 @@ SCHEMA = pa.schema(
         _column("text", pa.string(), "what the selector wrote, without special tokens"),
         _column("token_ids", pa.list_(pa.int32()), "the sampled tokens, end-of-sequence included when reached"),
         _column("selection", pa.list_(pa.int32()), "1-based document numbers, best first"),
+        _column(
+            "order", pa.list_(pa.int32()), "document numbers as the selector was shown them; empty: in their order"
+        ),
         _column("valid", pa.bool_(), "at least one valid document is named"),
         _column("problems", pa.list_(pa.string()), "format, out_of_range, repeated, too_few, too_many"),
         _column("document_ids", pa.list_(pa.string()), "ids of the selected documents"),
@@ -116,6 +119,7 @@ def to_table(
                 "text": rollout.text,
                 "token_ids": rollout.token_ids,
                 "selection": rollout.selection.numbers,
+                "order": rollout.order,
                 "valid": rollout.selection.valid,
                 "problems": rollout.selection.problems,
                 "document_ids": [document.id for document in selected],
@@ -226,6 +230,7 @@ def to_rollouts(table: pa.Table) -> list[Rollout]:
             proposal_logps=tuple(row["proposal_logps"]),
             text=row["text"],
             selection=Selection(tuple(row["selection"]), row["valid"], tuple(row["problems"])),
+            order=tuple(row["order"]),
             selection_logp=row["selection_logp"],
             reference_logp=row["reference_logp"],
             answer_logp=row["answer_logp"],

@@ -25,6 +25,7 @@ COLUMNS = (
     "position",
     "sample",
     "selection",
+    "order",
     "valid",
     "problems",
     "supporting",
@@ -206,6 +207,7 @@ def columns_of(table: pa.Table) -> Columns:
         temperature=a_rollout("temperature"),
         length=_lengths(table, "selection"),
         numbers=_as_numpy(_flat(table, "selection")),
+        shown=_shown(table),
         supporting=_as_numpy(_flat(table, "supporting")).astype(bool),
         problems={item["values"]: item["counts"] for item in pc.value_counts(problems).to_pylist()},
     )
@@ -224,6 +226,21 @@ def _as_numpy(array: pa.Array) -> np.ndarray:
     if pa.types.is_boolean(array.type):
         return np.from_dlpack(array.cast(pa.uint8())).astype(bool)
     return np.from_dlpack(array)
+
+
+def _shown(table: pa.Table) -> np.ndarray:
+    """For each document selected, its place in the list that the selector saw, from 1."""
+    numbers, order = _as_numpy(_flat(table, "selection")), _as_numpy(_flat(table, "order"))
+    length, size = _lengths(table, "selection"), _lengths(table, "order")
+    if not size.any():
+        return numbers
+    begin = np.cumsum(size) - size
+    place = np.empty(len(order), dtype=int)
+    place[np.repeat(begin, size) + order - 1] = np.arange(len(order)) - np.repeat(begin, size) + 1
+    ordered = np.repeat(size > 0, length)
+    shown = numbers.copy()
+    shown[ordered] = place[(np.repeat(begin, length) + numbers - 1)[ordered]]
+    return shown
 
 
 def _flat(table: pa.Table, name: str) -> pa.Array:
