@@ -25,6 +25,7 @@ from dro_rl.cli import app
 from dro_rl.data import load_questions
 from dro_rl.data.candidates import shape_candidates
 from dro_rl.data.manifest import Manifest, questions_hash, write_manifest
+from dro_rl.errors import InputError
 from dro_rl.evaluation import job
 from dro_rl.evaluation.controls import control_selection
 from dro_rl.evaluation.results import METRICS, SCHEMA, UNITS, VERSION, candidates_hash, read_results, write_results
@@ -309,6 +310,34 @@ def test_a_run_that_was_trained_on_shuffled_candidates_reads_shuffled_ones(pair,
     made = shape_candidates(load_questions(str(pair / "data" / "dev.jsonl"), "dev", limit=8), shuffle_seed=7)
     assert report(tmp_path / "a")["conditions"]["candidates_hash"] == candidates_hash(made)
     assert "as the file has them" in dro_rl(*command, "--in-order", "--output", tmp_path / "b").output
+
+
+def test_the_retrievers_order_is_that_before_the_shuffling(pair, trained, tmp_path) -> None:
+    """Defect: the first K of shuffled candidates, which is chance, under the name of the retriever's order."""
+    command = ["evaluate", trained(shuffle_documents=True, num_documents=4, seed=7), "--limit", 8]
+    command += ["--data", pair / "data" / "dev.jsonl", "--control"]
+    made = load_questions(str(pair / "data" / "dev.jsonl"), "dev", limit=8)
+    for name, control, shuffle_seed in (("a", "retriever-order", None), ("b", "random", 7), ("c", "gold", 7)):
+        dro_rl(*command, control, "--output", tmp_path / name)
+        expected = candidates_hash(shape_candidates(made, 4, shuffle_seed=shuffle_seed))
+        assert report(tmp_path / name)["conditions"]["candidates_hash"] == expected
+    first = [row.selection for row in read_results(tmp_path / "a" / "questions.parquet")[0]]
+    assert first == [[1, 2]] * 8
+    dro_rl(*command, "retriever-order", "--shuffle-documents", "--output", tmp_path / "d")
+    shuffled = candidates_hash(shape_candidates(made, 4, shuffle_seed=7))
+    assert report(tmp_path / "d")["conditions"]["candidates_hash"] == shuffled
+
+
+def test_a_dataset_of_a_folder_that_holds_several_is_named_as_in_a_recipe(tmp_path) -> None:
+    for name, count in (("nq", 3), ("wow", 5)):
+        (tmp_path / "dev").mkdir(exist_ok=True)
+        write_questions(tmp_path / "dev" / f"{name}.jsonl", questions(count))
+        asked = job.EvaluationJob(tmp_path, str(tmp_path), config=name, split="dev")
+        assert (len(job._questions(asked)[0]), job._questions(asked)[1]) == (count, f"{name}/dev")
+    with pytest.raises(InputError, match="files for split dev"):
+        job._questions(job.EvaluationJob(tmp_path, str(tmp_path), split="dev"))
+    deep = job.EvaluationJob(tmp_path, "toy", config="16", split="dev", limit=2)
+    assert (len(job._questions(deep)[0][0].documents), job._questions(deep)[1]) == (16, "toy/16/dev, first 2")
 
 
 def test_a_recipe_of_the_run_that_is_broken_is_named(pair, trained) -> None:

@@ -200,6 +200,12 @@ def test_a_control_is_evaluated_on_the_dev_split_of_the_training(tmp_path: Path)
     assert arm.needs == run
 
 
+def test_a_control_of_a_dataset_in_a_folder_of_several_is_evaluated_on_it(tmp_path: Path) -> None:
+    """Defect: refused, and with it every study on a folder of real questions."""
+    command = arms_of(made(tmp_path, keys={"dataset_config": "nq"}, seeds=[0]))[2].command
+    assert command[command.index("--config") + 1] == "nq"
+
+
 def test_an_arm_is_done_when_its_last_file_is_there(tmp_path: Path) -> None:
     study = made(tmp_path, seeds=[0])
     joint, _, random = arms_of(study)

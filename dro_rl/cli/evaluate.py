@@ -32,6 +32,10 @@ def evaluate(
             "--data", help="Questions: a file, a folder with a file a split, a hub name, or toy.", show_default=False
         ),
     ],
+    config: Annotated[
+        str | None,
+        typer.Option("--config", help="A dataset of a folder that holds several, or a hub dataset's configuration."),
+    ] = None,
     split: Annotated[
         str | None,
         typer.Option(
@@ -63,7 +67,8 @@ def evaluate(
         bool | None,
         typer.Option(
             "--shuffle-documents/--in-order",
-            help="Shuffle candidates by the recipe's seed, or not. Without it, as the run's recipe says.",
+            help="Shuffle candidates by the recipe's seed, or not. Without it, as the run's recipe says; "
+            "--control retriever-order takes them as they stand.",
         ),
     ] = None,
     column: Column = None,
@@ -98,6 +103,7 @@ def evaluate(
     job = EvaluationJob(
         run=run,
         data=data,
+        config=config,
         split=split,
         control=control,
         seed=seed,

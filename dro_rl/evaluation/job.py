@@ -47,6 +47,7 @@ class EvaluationJob:
     Args:
         run: a run's folder, or one with `selector/` and `generator/`.
         data: a question file, a folder with a file for each split, `toy`, or a hub name.
+        config: a dataset of a folder that holds several, configuration of a hub dataset, or the depth of `toy`.
         split: which split of a folder, of `toy` or of a hub dataset; for a single file, what the report calls it.
         control: what stands in for the selector.
         seed: of `control: random`.
@@ -55,7 +56,8 @@ class EvaluationJob:
             `pipeline.json`.
         limit: the first so many questions.
         num_documents: the first so many candidates of each; None leaves it to the run's recipe.
-        shuffle_documents: whether candidates are shuffled by the recipe's seed; None leaves it to the run's recipe.
+        shuffle_documents: whether candidates are shuffled by the recipe's seed; None leaves it to the run's recipe, but
+            for `control: retriever-order`, which takes them as they stand.
         columns: names of columns by the fields of question files that they are.
         batch_size: questions answered at once.
         device, dtype: as in `RAGPipeline.from_pretrained`.
@@ -64,6 +66,7 @@ class EvaluationJob:
 
     run: Path
     data: str
+    config: str | None = None
     split: str | None = None
     control: str = "none"
     seed: int = 0
@@ -90,7 +93,8 @@ def run_evaluation(job: EvaluationJob) -> tuple[Report, Path]:
     """
     _check_device(job.device)
     settings, templates = _settings(job)
-    shape = shape_of(job.run, job.recipe, job.num_documents, job.shuffle_documents)
+    as_they_stand = job.shuffle_documents is None and job.control == "retriever-order"
+    shape = shape_of(job.run, job.recipe, job.num_documents, False if as_they_stand else job.shuffle_documents)
     questions, split, manifest = _questions(job)
     questions = shape.apply(questions)
     conditions = Conditions(
@@ -209,17 +213,19 @@ def _settings(job: EvaluationJob) -> tuple[PipelineSettings, dict[Any, str] | No
 def _questions(job: EvaluationJob) -> tuple[list[Question], str, Manifest | None]:
     """The questions, the split's name, and the manifest beside the file, where there is one."""
     part = job.split or "test"
-    questions = load_questions(job.data, part, limit=job.limit, columns=job.columns, key="--data")
+    questions = load_questions(job.data, part, config=job.config, limit=job.limit, columns=job.columns, key="--data")
     path = Path(job.data).expanduser()
     whole = path.is_dir() and saved_folder(path, part) is None
-    file = files_of_split(path, part)[0] if whole else path
+    file = files_of_split(path, part, job.config)[0] if whole else path
     manifest = read_manifest(file) if file.is_file() else None
     if manifest is not None:
         dataset, split = manifest.dataset, manifest.split
     elif path.is_file():
         dataset, split = _told_by_name(path)
+    elif path.is_dir():
+        dataset, split = job.config or path.absolute().name, part
     else:
-        dataset, split = path.absolute().name if path.is_dir() else job.data, part
+        dataset, split = "/".join(word for word in (job.data, job.config) if word), part
     name = "/".join(word for word in (dataset, job.split or split) if word)
     return questions, f"{name}, first {job.limit}" if job.limit else name, manifest
 

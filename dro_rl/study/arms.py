@@ -100,13 +100,10 @@ def _evaluation(study: Study, variant: Variant, seed: int, run: Path, folder: Pa
     """A control on the dev split of a training, whose recipe says how candidates are shaped."""
     assert variant.of is not None
     data, _ = read_keys(study.base, overrides(study.variants[variant.of], seed, run))
-    if data.dataset_config is not None:
-        raise InputError(
-            "dataset_config", data.dataset_config, "a control is evaluated on a file, a folder or toy", "Name the file."
-        )
     beside = dev_beside(data.dataset_name, data.dataset_train_split, data.dataset_eval_split)
     source = data.eval_dataset_name or beside or data.dataset_name
     words = ["evaluate", str(run), "--data", source, "--split", data.dataset_eval_split]
+    words += ["--config", data.dataset_config] if data.dataset_config is not None else []
     words += ["--limit", str(data.max_eval_samples)] if data.max_eval_samples is not None else []
     for field, column in data.dataset_columns.items():
         words += ["--column", f"{field}={column}"]
