@@ -21,6 +21,7 @@ from dro_rl.cli import app
 from dro_rl.records import Document, Question, Rollout, Selection
 from dro_rl.rollouts import log, read
 from dro_rl.rollouts.explain import GroupRollout, SelectedDocument, explain
+from dro_rl.selection import SelectionSpec
 
 DOCUMENTS = (
     Document("d1", "Béla Bartók", "A composer."),
@@ -757,6 +758,11 @@ class Settings:
     """What the stand-in pipeline is set to."""
 
     num_selected: int = 2
+
+    @property
+    def spec(self) -> SelectionSpec:
+        """How many documents."""
+        return SelectionSpec.of(self.num_selected)
 
 
 class Pipeline:

@@ -12,7 +12,7 @@ from dro_rl.errors import InputError, Phrase
 from dro_rl.rollouts import log
 from dro_rl.rollouts.diagnostics import GroupFigures
 from dro_rl.rollouts.places import Brief, Place, briefs_at
-from dro_rl.rollouts.read import chosen_parts, column, columns_of, in_order, parts_of, ranges
+from dro_rl.rollouts.read import as_arrow, chosen_parts, column, columns_of, in_order, parts_of, ranges
 
 BOUND = ("position", "sample", "valid", "answer_logp", "selection_logp", "proposal_logp")
 """What the evidence bound is made of."""
@@ -149,7 +149,7 @@ def _times(run: str | Path, iterations: int | Sequence[int] | None) -> Iterator[
             if not table.num_rows:
                 continue
             rollouts = columns_of(table)
-            names = table["question_id"].take(rollouts.start).to_pylist()
+            names = table["question_id"].take(as_arrow(rollouts.start)).to_pylist()
             positions = column(table, "position")[rollouts.start].tolist()
             for name, position, bound in zip(
                 names, positions, GroupFigures(rollouts).evidence_bound.tolist(), strict=True

@@ -22,7 +22,7 @@ from dro_rl.rollouts.changes import BOUND, Pair, since
 from dro_rl.rollouts.diagnostics import TIE, Columns, GroupFigures
 from dro_rl.rollouts.explain import Group
 from dro_rl.rollouts.places import Brief, Place, briefs_at, groups_at, rows_at
-from dro_rl.rollouts.read import chosen_parts, column, columns_of, in_order, parts_of, ranges
+from dro_rl.rollouts.read import chosen_parts, column, columns_of, in_order, is_text, parts_of, ranges
 
 Order = Literal["weight", "evidence", "ess", "uncertain", "worse", "improved"]
 """What comes first: the largest weight, which is the most decided; the lowest evidence bound, which is the hardest; the
@@ -174,12 +174,12 @@ def _scan(path: Path, sort: Order, wanted: Wanted) -> Iterator[tuple[Place, floa
         needed.add("weight")
     if wanted.question_id is not None:
         ids = log.read([path], ["question_id"])["question_id"]
-        if not pc.any(pc.equal(ids, wanted.question_id)).as_py():
+        if not pc.any(is_text(ids, wanted.question_id)).as_py():
             return
         needed.add("question_id")
     table = in_order(log.read([path], sorted(needed)))
     if wanted.question_id is not None:
-        table = table.filter(pc.equal(table["question_id"], wanted.question_id))
+        table = table.filter(is_text(table["question_id"], wanted.question_id))
     if not table.num_rows:
         return
     rollouts = columns_of(table)
@@ -253,7 +253,7 @@ def _sampled(run: str | Path, question_id: str, iteration: int | Sequence[int] |
     for number, paths in reversed(searched.items()):
         for path in paths:
             ids = log.read([path], ["question_id"])["question_id"]
-            if pc.any(pc.equal(ids, question_id)).as_py():
+            if pc.any(is_text(ids, question_id)).as_py():
                 return {number: paths}
             if len(some) < CLOSEST_OF:
                 some.update(dict.fromkeys(ids.unique().to_pylist()))

@@ -9,12 +9,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from dro_rl.rollouts import log
 from dro_rl.rollouts.diagnostics import Columns, GroupFigures
 from dro_rl.rollouts.explain import Group, GroupRollout, SelectedDocument, explain
-from dro_rl.rollouts.read import COLUMNS, columns_of, in_order
+from dro_rl.rollouts.read import COLUMNS, as_arrow, column, columns_of, in_order
 from dro_rl.selection import format_selection
 
 
@@ -57,7 +56,7 @@ def briefs_at(places: Sequence[Place]) -> list[Brief]:
         rows = _rows(path, positions, [*COLUMNS, "question_id", "question"])
         rollouts = columns_of(rows)
         heads = rows.select(["question_id", "question", "iteration", "position", "selection", "weight"])
-        lines = heads.take(_heaviest(rollouts)).to_pylist()
+        lines = heads.take(as_arrow(_heaviest(rollouts))).to_pylist()
         for brief, line in zip(_briefs(rollouts, lines), lines, strict=True):
             found[Place(path, line["position"])] = brief
     return [found[place] for place in places]
@@ -92,7 +91,7 @@ def _by_file(places: Sequence[Place]) -> list[tuple[Path, list[int]]]:
 
 def _rows(path: Path, positions: Sequence[int], columns: Sequence[str] | None = None) -> pa.Table:
     table = log.read([path], columns)
-    return in_order(table.filter(pc.is_in(table["position"], pa.array(positions, pa.int32()))))
+    return in_order(table.filter(as_arrow(np.isin(column(table, "position"), positions))))
 
 
 def _heaviest(rollouts: Columns) -> np.ndarray:

@@ -242,10 +242,25 @@ def _shown(table: pa.Table) -> np.ndarray:
     shown[ordered] = place[(np.repeat(begin, length) + numbers - 1)[ordered]]
     return shown
 
+def as_arrow(values: np.ndarray) -> pa.Array:
+    """An array of whole numbers, or of true and false. `pa.array` would import pandas too."""
+    if values.dtype == bool:
+        return pa.Array.from_buffers(
+            pa.bool_(), len(values), [None, pa.py_buffer(np.packbits(values, bitorder="little"))]
+        )
+    return pa.Array.from_buffers(pa.int64(), len(values), [None, pa.py_buffer(values.astype(np.int64))])
+
+
+def is_text(array: pa.ChunkedArray, text: str) -> pa.ChunkedArray:
+    """Where a column of texts is a text."""
+    content = text.encode("utf-8", "surrogatepass")
+    offsets = pa.py_buffer(np.array([0, len(content)], dtype=np.int32))
+    return pc.equal(array, pa.Array.from_buffers(pa.string(), 1, [None, offsets, pa.py_buffer(content)])[0])
+
 
 def _flat(table: pa.Table, name: str) -> pa.Array:
     if name not in table.column_names:
-        return pa.array([], log.SCHEMA.field(name).type.value_type)
+        return pa.nulls(0, log.SCHEMA.field(name).type.value_type)
     return pc.list_flatten(table[name].combine_chunks())
 
 
