@@ -242,6 +242,7 @@ def _shown(table: pa.Table) -> np.ndarray:
     shown[ordered] = place[(np.repeat(begin, length) + numbers - 1)[ordered]]
     return shown
 
+
 def as_arrow(values: np.ndarray) -> pa.Array:
     """An array of whole numbers, or of true and false. `pa.array` would import pandas too."""
     if values.dtype == bool:
