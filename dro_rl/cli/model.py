@@ -59,5 +59,27 @@ def fetch(
     typer.echo(f"{folder}: {_size(folder)}" + ("" if fetched else ", there already and whole"))
 
 
+
+@app.command("scratch")
+def scratch(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a hub name, or toy.", show_default=False)],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="The folder to write.", show_default=False)],
+    seed: Annotated[int, typer.Option(help="Of the weights.")] = 0,
+) -> None:
+    """Make a model's twin that has learned nothing: its architecture and tokenizer, with random weights.
+
+    What training from scratch is compared with. No weights of the model are read.
+
+    \b
+    Examples:
+      dro-rl model scratch toy models/toy-scratch
+    """
+    from dro_rl.models.scratch import write_scratch
+    from dro_rl.toy.world import TOY_BASE
+
+    weights = write_scratch(str(TOY_BASE) if model == "toy" else model, output, seed)
+    typer.echo(f"{output}: {weights:,} random weights")
+
+
 def _size(folder: Path) -> str:
     return f"{sum(path.stat().st_size for path in folder.iterdir()) / 2**20:.0f} MiB"
