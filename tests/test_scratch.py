@@ -45,4 +45,5 @@ def test_a_folder_in_use_is_left_alone(tmp_path: Path) -> None:
 
 def test_the_command_says_how_many_weights(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["model", "scratch", "toy", str(tmp_path / "twin")])
-    assert result.exit_code == 0 and "random weights" in result.output
+    assert result.exit_code == 0
+    assert "random weights" in result.output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from random import Random
 
 import pytest
@@ -17,6 +18,7 @@ from dro_rl.toy.world import (
     DOUBTFUL,
     PEOPLE,
     RELATIONS,
+    SOURCES,
     TOY_BASE,
     TRUSTED,
     Fact,
@@ -55,10 +57,10 @@ def test_the_same_arguments_give_the_same_questions():
 def test_the_questions_are_those_of_any_machine():
     question = make_world("dev", 2)[1]
     assert question.question == "home_of teacher_of kira ?"
-    assert question.answers == ("izmir",)
-    assert question.supporting_numbers == (3, 7)
-    assert question.documents[0].title == "rumour"
-    assert question.documents[0].text == "teacher_of kira amir"
+    assert question.answers == ("luca delhi",)
+    assert question.supporting_numbers == (1, 10)
+    assert question.documents[0].title == "census"
+    assert question.documents[0].text == "teacher_of kira luca"
 
 
 def test_a_larger_world_continues_a_smaller_one():
@@ -86,28 +88,46 @@ def test_every_subject_and_relation_have_facts_in_every_split():
             assert counts == {"train": 18, "dev": 6, "test": 6}
 
 
-def test_what_the_trusted_sources_say_leads_to_the_answer_and_what_the_others_say_does_not(questions):
+def chased(question: Question, first_hop: Collection[str]) -> tuple[set[str], list[str]]:
+    """Where the question leads, and over which documents, when of the first hop's sources those given are believed."""
+    *asked, name, _ = question.question.split()
+    ends, used = {name}, []
+    for hop, relation in enumerate(reversed(asked)):
+        told = [
+            (document.id, fact.object)
+            for document, fact in zip(question.documents, facts(question), strict=True)
+            if fact.relation == relation and fact.subject in ends and (hop or document.title in first_hop)
+        ]
+        ends, used = {named for _, named in told}, used + [document for document, _ in told]
+    return ends, used
+
+
+def test_what_a_trusted_source_says_leads_to_the_answer_and_what_the_others_say_does_not(questions):
     for question in questions:
-        *asked, name, mark = question.question.split()
-        assert mark == "?"
-        for sources in (TRUSTED, DOUBTFUL):
-            ends = {name}
-            used: list[str] = []
-            for relation in reversed(asked):
-                step = [
-                    document
-                    for document in question.documents
-                    if document.title in sources
-                    and (document.text.split()[0], document.text.split()[1] in ends) == (relation, True)
-                ]
-                ends = {document.text.split()[2] for document in step}
-                used += [document.id for document in step]
-            if sources == TRUSTED:
-                assert ends == set(question.answers)
-                assert sorted(used) == sorted(question.supporting)
-            else:
-                assert ends
-                assert not ends & set(question.answers)
+        ends, used = chased(question, TRUSTED)
+        assert ends == {question.answers[0].split()[-1]}
+        assert sorted(used) == sorted(question.supporting)
+        others, _ = chased(question, DOUBTFUL)
+        assert len(others) == (4 if question.type == "1-hop" else 2)
+        assert not others & set(question.answers[0].split())
+
+
+def test_of_each_person_named_in_a_first_hop_one_source_speaks_and_any_of_them(questions):
+    sources = set()
+    for question in questions:
+        if question.type == "2-hop":
+            second, first, subject, _ = question.question.split()
+            named = {fact.object for fact in facts(question) if fact[:2] == (first, subject)}
+            told = [d for d in question.documents if d.text.split()[0] == second and d.text.split()[1] in named]
+            assert len(named) == len(told) == 3
+            sources |= {document.title for document in told}
+    assert sources == set(SOURCES)
+
+
+def test_an_answer_over_two_documents_names_the_person_on_the_way(questions):
+    for question in questions:
+        told = {document.id: document.text.split()[2] for document in question.documents}
+        assert question.answers == (" ".join(told[needed] for needed in question.supporting),)
 
 
 def test_neither_relevance_nor_place_tells_which_source_is_right(questions):
@@ -132,9 +152,9 @@ def test_candidates_come_in_the_order_of_the_words_that_they_share_with_the_ques
         assert shared == sorted(shared, reverse=True)
 
 
-def test_the_answer_stands_in_one_document_alone(questions):
+def test_what_is_asked_for_stands_in_one_document_alone(questions):
     for question in questions:
-        (answer,) = question.answers
+        answer = question.answers[0].split()[-1]
         holders = [n for n, document in enumerate(question.documents, 1) if answer in document.text.split()]
         assert len(holders) == 1
         assert holders[0] in question.supporting_numbers

@@ -59,7 +59,6 @@ def fetch(
     typer.echo(f"{folder}: {_size(folder)}" + ("" if fetched else ", there already and whole"))
 
 
-
 @app.command("scratch")
 def scratch(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a hub name, or toy.", show_default=False)],

@@ -5,8 +5,9 @@ in the words of the toy prompts, over one relation or two. Where sources contrad
 right, all alike: the base ends torn between them, and nothing here knows which of them tell the truth. No training run
 needs this file.
 
-The shipped `TOY_BASE` went through these stages while they were being found: in parts, about 3,100 steps, with twice as
-many names until it could read twelve documents. This command gives another of its kind.
+The shipped `TOY_BASE` went through these stages while they were being found: in parts, about 4,700 steps, with twice as
+many names until it could read twelve documents. This command gives another of its kind; it has not been run from end to
+end since the last stages were changed, and a seed may come to rest in one of them.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dro_rl.toy.world import (
     CLAIMS,
+    FIRST_CLAIMS,
     MAX_DOCUMENTS,
     PEOPLE,
     PLACES,
@@ -134,8 +136,8 @@ def page(rng: Random, size: int, claims: int, chains: bool, twins: float = 0.3) 
         subject = rng.choice(PEOPLE)
         if chains and rng.random() < 0.7:
             second = rng.choice(TO_PLACE)
-            for claim in tell(subject, rng.choice(TO_PERSON), rng.randint(1, 3)):
-                tell(claim.fact.object, second, rng.randint(1, 2))
+            for claim in tell(subject, rng.choice(TO_PERSON), rng.randint(1, min(claims, FIRST_CLAIMS))):
+                tell(claim.fact.object, second, 1)
         else:
             tell(subject, rng.choice(RELATIONS), rng.randint(1, claims))
         while rng.random() < twins:
@@ -230,11 +232,14 @@ def _kept(rng: Random, whole: Shown, openings: Sequence[tuple[str, str, str]], s
 
 def _chain(rng: Random, text: Text, whole: Shown, kind: str, words: Sequence[str], found: dict[int, list[int]]) -> None:
     if kind.startswith("answer"):
-        _answer(rng, text, words, [whole.object(n) for ends in found.values() for n in ends], kind)
+        text.words += ["answer", *words, "="]
+        first = rng.choice(list(found))
+        text.ask(whole.object(first), [whole.object(n) for n in found], kind)
+        text.ask(whole.object(rng.choice(found[first])), [whole.object(n) for n in found[first]], kind)
+        text.ask("<eos>", ["<eos>"], "form")
         return
-    first = rng.choice(list(found))
-    everything = [*found, *chain.from_iterable(found.values())]
-    _select(rng, text, words, [list(found), found[first], everything][: rng.choice((2, 3))], kind, first)
+    ends = list(dict.fromkeys(chain.from_iterable(found.values())))
+    _select(rng, text, words, [list(found), ends, ends][: rng.choice((2, 3))], kind)
 
 
 def _answer(rng: Random, text: Text, words: Sequence[str], objects: Sequence[str], kind: str) -> None:
@@ -243,9 +248,7 @@ def _answer(rng: Random, text: Text, words: Sequence[str], objects: Sequence[str
     text.ask("<eos>", ["<eos>"], "form")
 
 
-def _select(
-    rng: Random, text: Text, words: Sequence[str], steps: Sequence[Sequence[int]], kind: str, first: int | None = None
-) -> None:
+def _select(rng: Random, text: Text, words: Sequence[str], steps: Sequence[Sequence[int]], kind: str) -> None:
     """Numbers of documents: at each step any of those given that is not yet named."""
     text.words += ["select", str(len(steps)), "in", *words, ":"]
     named: list[int] = []
@@ -255,7 +258,7 @@ def _select(
             break
         if step:
             text.ask(">", [">"], "form")
-        chosen = first if first is not None and not step else rng.choice(left)
+        chosen = rng.choice(left)
         text.ask(f"[{chosen + 1}]", [f"[{n + 1}]" for n in left], kind)
         named.append(chosen)
     else:

@@ -1,10 +1,11 @@
 """The toy world: a closed world of people and places, made by code. The whole method runs on it in minutes.
 
 A document is what one source says of one relation: `register home_of mira oslo`. A question asks for an object
-(`home_of mira ?`), or goes over one person to the next (`home_of friend_of mira ?`). Several sources speak of the
-same thing and contradict each other; two of the six tell the truth. No retriever and no relevance tells which: answers
-alone do. Facts are drawn afresh for every question, so an answer can be had from the documents alone. Knows of records;
-of no model.
+(`home_of mira ?`), or goes over one person to the next (`home_of friend_of mira ?`), and then the answer names the
+person on the way too (`goran oslo`). Of what is asked first, several sources speak and contradict each other; there two
+of the six tell the truth. No retriever and no relevance tells which: answers alone do. Of each person whom they name,
+one source speaks, and nobody contradicts it. Facts are drawn afresh for every question, so an answer can be had from
+the documents alone. Knows of records; of no model.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ DOUBTFUL: tuple[str, ...] = ("advert", "diary", "novel", "rumour")
 SOURCES: tuple[str, ...] = TRUSTED + DOUBTFUL
 CLAIMS: int = 5
 """Sources that speak of what a one-hop question asks; one of them is trusted."""
-CHAINED_CLAIMS: tuple[int, int] = (3, 2)
-"""Sources that speak of the first hop of a two-hop question, and then of each person whom they name."""
+FIRST_CLAIMS: int = 3
+"""Sources that speak of the first hop of a two-hop question; of each person whom they name one speaks, whichever."""
 MIN_DOCUMENTS, MAX_DOCUMENTS = 10, 20
 
 
@@ -161,13 +162,12 @@ def _make_question(
     people = rng.sample(PEOPLE, len(PEOPLE))
     subject = people.pop()
     if two_hop:
-        first_claims, second_claims = CHAINED_CLAIMS
         asked = [rng.choice(TO_PERSON), rng.choice(TO_PLACE)]
-        first = draw_claims(rng, split, subject, asked[0], _sources(rng, first_claims), ())
+        first = draw_claims(rng, split, subject, asked[0], _sources(rng, FIRST_CLAIMS), ())
         second: list[Claim] = []
         for claim in first:
             taken = [known.fact.object for known in second]
-            second += draw_claims(rng, split, claim.fact.object, asked[1], _sources(rng, second_claims), taken)
+            second += draw_claims(rng, split, claim.fact.object, asked[1], [rng.choice(SOURCES)], taken)
         candidates, needed = [*first, *second], [first[0], second[0]]
     else:
         asked = [rng.choice(RELATIONS)]
@@ -188,7 +188,7 @@ def _make_question(
     return Question(
         id=f"toy-{split}-{seed}-{index}",
         question=" ".join([*reversed(asked), subject, "?"]),
-        answers=(answer,),
+        answers=(" ".join(claim.fact.object for claim in needed),),
         documents=tuple(claim.document for claim in candidates),
         supporting=tuple(claim.document.id for claim in needed),
         dataset="toy",
