@@ -12,6 +12,7 @@ from transformers.utils import is_torch_tf32_available
 from trl.trainer.base_config import _BaseConfig
 
 from dro_rl.errors import InputError, Phrase
+from dro_rl.keys.addresses import urls
 from dro_rl.keys.training import TrainingKeys
 from dro_rl.likelihood import TOKENS_PER_PASS, Scoring
 from dro_rl.objective import Weighting
@@ -78,6 +79,12 @@ class DROConfig(TrainingKeys, _BaseConfig):  # type: ignore[misc]  # keys take o
             "Leave it out on a CPU.",
         )
         self._require(
+            "vllm_enable_sleep_mode",
+            not self.vllm_enable_sleep_mode or self.answer_engine != "vllm",
+            "all that vLLM holds in a process sleeps at once, and rollout_engine and answer_engine take turns there",
+            "Leave it out, or use answer_engine: transformers.",
+        )
+        self._require(
             "vllm_weight_sync",
             self.vllm_mode == "colocate" or self.vllm_weight_sync != "nccl" or len(self.vllm_servers) == 1,
             f"NCCL reaches one server, and there are {len(self.vllm_servers)}",
@@ -93,8 +100,7 @@ class DROConfig(TrainingKeys, _BaseConfig):  # type: ignore[misc]  # keys take o
     @property
     def vllm_servers(self) -> list[str]:
         """The servers' addresses, without a closing slash."""
-        urls = self.vllm_server_base_url
-        return [url.rstrip("/") for url in ([urls] if isinstance(urls, str) else urls)]
+        return urls(self.vllm_server_base_url)
 
     @property
     def engine(self) -> str:

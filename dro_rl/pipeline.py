@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import GenerationConfig
 
+from dro_rl import engines
 from dro_rl.engines.answers import Answerer, ModelAnswerer
 from dro_rl.engines.decoding import Decoder
-from dro_rl.engines.endpoint import EndpointAnswerer, EndpointSettings
 from dro_rl.engines.protocol import GenerationRequest
 from dro_rl.errors import InputError, Phrase
 from dro_rl.files import folder_written_whole, written_whole
@@ -173,8 +173,8 @@ class RAGPipeline:
             )
         answerer = None
         if settings.generator_endpoint is not None and "generator" in roles:
-            served = EndpointSettings(settings.generator_endpoint, settings.generator_endpoint_model)
-            answerer = EndpointAnswerer(served, prompters["generator"])
+            name = settings.generator_endpoint_model
+            answerer = engines.served(settings.generator_endpoint, name, prompters["generator"])
         return cls(lambda role: nullcontext(models[role]), prompters, settings, batch_size, answerer=answerer)
 
     def leave_room(self, questions: Sequence[Question], aliases: str) -> None:

@@ -149,21 +149,12 @@ class DROTrainer(_BaseTrainer):
             Room(args.tokens_per_microbatch), self._unwrapped, lambda: to_come(self.optimizer, args.optim),
             self.accelerator, self.clock,
         )  # fmt: skip
-        self.engine = engines.start(
-            args,
-            TrainedSelector(
-                partial(self._open, "selector"),
-                partial(self._module, "selector"),
-                self._save_selector,
-                self.prompters["selector"],
-                self.accelerator,
-                self.run_dir,
-            ),
-        )
+        self.engine = engines.start(args, self._trained("selector"))
+        generator, updates = self._trained("generator"), partial(self._updates, "generator")
+        self.answerer = engines.answerer(args, generator, updates, self.passes.room)
         opened = self._open_reference if self.reference is not None else None
         flops = {role: each.forward for role, each in self._flops.items()}
-        answerer = engines.elsewhere(args, self.prompters["generator"])
-        told = (self.prompters, self.method, self.clock, flops, answerer, self.passes.room)
+        told = (self.prompters, self.method, self.clock, flops, self.answerer, self.passes.room)
         e_step = EStep(self.engine, self._open, opened, *told)
         self.iterations = Iterations(self.schedule, train_questions, e_step, self.run_dir, args, fused=self.fused)
         self._pipeline = RAGPipeline(
@@ -172,7 +163,7 @@ class DROTrainer(_BaseTrainer):
             self.pipeline_settings(),
             batch_size=args.per_device_eval_batch_size,
             shared_prefix=args.scoring.shared_prefix,
-            answerer=answerer,
+            answerer=engines.elsewhere(args, self.prompters["generator"]),
         )
 
     @property
@@ -198,8 +189,7 @@ class DROTrainer(_BaseTrainer):
         """The rollouts of the step's iteration: sampled, scored and weighed when it begins."""
         iteration = self.schedule.iteration(step)
         if self._rollouts is None or self._rollouts.iteration != iteration:
-            updates = step if self.args.role_learning_rate("selector") else 0
-            self._rollouts = self.iterations.begin(iteration, updates, self._rollouts)
+            self._rollouts = self.iterations.begin(iteration, self._updates("selector"), self._rollouts)
         return self._rollouts
 
     def m_step(self, model: nn.Module, rollouts: Rollouts, slots: Sequence[int]) -> Tensor:
@@ -309,12 +299,20 @@ class DROTrainer(_BaseTrainer):
     def _module(self, role: Role) -> Any:
         return getattr(self._unwrapped(), role)
 
-    def _save_selector(self, folder: Path) -> None:
-        """Write the selector to be read by a server."""
+    def _trained(self, role: Role) -> TrainedSelector:
+        """A role, as an engine may ask for it."""
+        opened, module, save = partial(self._open, role), partial(self._module, role), partial(self._save_served, role)
+        return TrainedSelector(opened, module, save, self.prompters[role], self.accelerator, self.run_dir)
+
+    def _save_served(self, role: Role, folder: Path) -> None:
+        """Write a role to be read by a server."""
         state = self._gathered_state()
         if self.is_world_process_zero():
-            tokenizer = self.prompters["selector"].tokenizer
-            export_role(self._module("selector"), tokenizer, folder, of_role("selector", state))
+            export_role(self._module(role), self.prompters[role].tokenizer, folder, of_role(role, state))
+
+    def _updates(self, role: Role) -> int:
+        """How many a role has had."""
+        return self.state.global_step if self.args.role_learning_rate(role) else 0
 
     # The M-step's passes
 
@@ -566,6 +564,7 @@ class DROTrainer(_BaseTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.engine.forget()
+        self.answerer.forget()
         self._rollouts = None
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)

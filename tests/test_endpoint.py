@@ -14,7 +14,9 @@ import yaml
 from answering_server import AnsweringServer, served
 from safetensors.torch import load_file
 from training_world import questions, save_model, world
+from typer.testing import CliRunner
 
+from dro_rl.cli import app
 from dro_rl.config import DROConfig
 from dro_rl.engines import endpoint
 from dro_rl.engines.answers import ModelAnswerer
@@ -182,6 +184,8 @@ def test_answers_alone_train_a_selector(
     final = json.loads((run / "evaluation" / "summary.json").read_text())["stages"][-1]
     assert final["answer_logp"] is None
     assert final["f1"] is not None
+    told = CliRunner().invoke(app, ["evaluate", str(run), "--data", str(run.parent / "world" / "dev.jsonl")])
+    assert told.exit_code == 0, told.output
 
 
 # What goes wrong ---------------------------------------------------------------------------------------------

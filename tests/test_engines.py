@@ -13,6 +13,7 @@ import dro_rl
 from dro_rl import engines
 from dro_rl.config import DROConfig
 from dro_rl.engines.protocol import GenerationRequest, TrainedSelector
+from dro_rl.engines.transformers_engine import TransformersEngine
 from dro_rl.errors import InputError
 from dro_rl.proposal import Completion, SamplingParams
 from dro_rl.rollouts import log as rollout_log
@@ -87,7 +88,7 @@ def test_nothing_outside_their_room_names_an_engine() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dro_rl.engines."):
                 room = node.module.removeprefix("dro_rl.engines.")
-                assert room in {"protocol", "decoding", "serve"}, (path, node.module)
+                assert room in {"protocol", "answers", "decoding", "serve"}, (path, node.module)
 
 
 # Enumeration ------------------------------------------------------------------------------------------------
@@ -134,3 +135,26 @@ def test_what_cannot_be_listed_whole_is_refused(job, capsys, key: str, value: ob
     with pytest.raises(InputError) as error:
         job(**{**LISTED, key: value})
     assert said in str(error.value)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.0])
+def test_an_engine_of_answers_is_the_generators_and_takes_each_update(
+    job, monkeypatch: pytest.MonkeyPatch, rate: float
+) -> None:
+    """What stands for vLLM here is the engine of transformers: the same answers, and the steps that it was asked at."""
+    keys = {"reward": "f1", "objective": "rloo", "selector_baseline": "none", "generator_learning_rate": rate}
+    asked: list[tuple[str, int]] = []
+    at = TransformersEngine.at
+
+    def recorded(self: TransformersEngine, step: int) -> object:
+        asked.append((self._selector.prompter.template.rpartition("/")[2], step))
+        return at(self, step)
+
+    one = job("one", **keys)
+    monkeypatch.setitem(engines.ENGINES, "vllm", "dro_rl.engines.transformers_engine:TransformersEngine")
+    monkeypatch.setattr(TransformersEngine, "at", recorded)
+    other = job("other", **keys, rollout_engine="transformers", answer_engine="vllm")
+    rows = [rollout_log.read(rollout_log.part_paths(run)).to_pylist() for run in (one, other)]
+    assert [row["answer"] for row in rows[0]] == [row["answer"] for row in rows[1]]
+    assert [step for template, step in asked if template == "s.jinja"] == [0, 2]
+    assert [step for template, step in asked if template == "g.jinja"] == ([0, 2] if rate else [0, 0])

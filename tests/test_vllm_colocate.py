@@ -7,6 +7,7 @@ import importlib
 import json
 import random
 from collections.abc import Iterator
+from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,15 @@ from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dro_rl.config import DROConfig
+from dro_rl.engines.answers import EngineAnswerer, ModelAnswerer
 from dro_rl.engines.decoding import truncate
-from dro_rl.engines.protocol import GenerationRequest
+from dro_rl.engines.protocol import GenerationRequest, TrainedSelector
 from dro_rl.engines.vllm_colocate import ColocatedEngine
-from dro_rl.likelihood import Row, completion_logps, score_rows
+from dro_rl.likelihood import Row, Scoring, completion_logps, score_rows
 from dro_rl.models.loading import LoraSettings, add_adapter
+from dro_rl.prompts import Prompter
 from dro_rl.proposal import Completion, SamplingParams
+from dro_rl.rollouts import log as rollout_log
 from dro_rl.selection import parse_selection
 from dro_rl.selection.constraint import SelectionConstraint, allowed_for
 
@@ -237,6 +241,44 @@ def test_adapters_are_pushed_and_the_base_is_not_touched(vllm: World, monkeypatc
     assert all(torch.equal(before[name], parameter) for name, parameter in adapted.named_parameters())
     monkeypatch.undo()
     vllm.engine.push()
+
+
+def test_answers_are_the_generators_own_before_and_after_an_update(
+    vllm: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Greedy ones, token by token; new weights are taken when there have been more updates."""
+    updates = [0]
+    prompter = Prompter(vllm.tokenizer, "toy_generator")
+    trained = TrainedSelector(
+        lambda: nullcontext(vllm.model), lambda: vllm.model, lambda place: None, prompter, Accelerator(), tmp_path
+    )
+    there = EngineAnswerer(trained, Scoring(), vllm.engine, lambda: updates[0])
+    greedy = SamplingParams(max_completion_length=9, temperature=0.0)
+    vllm.engine.forget()
+    for _ in range(2):
+        here = ModelAnswerer(trained.open, prompter, Scoring())
+        one, other = (each.write(PROMPTS, greedy, SEEDS) for each in (here, there))
+        assert [each.text for each in other] == [each.text for each in one]
+        assert [each.logp for each in other] == [pytest.approx(each.logp, abs=9 * TOLERANCE) for each in one]
+        monkeypatch.setattr(vllm, "model", changed(vllm.model))
+        updates[0] += 1
+    monkeypatch.undo()
+    vllm.engine.push()
+    vllm.engine.forget()
+
+
+@pytest.mark.slow
+def test_a_training_has_an_engine_of_selections_and_one_of_answers_in_its_process(tmp_path: Path) -> None:
+    keys = {"rollout_engine": "vllm", "answer_engine": "vllm", "reward": {"f1": 5.0, "likelihood": 1.0}}
+    recipe = world(tmp_path, **keys, learning_rate=1.0, vllm_gpu_memory_utilization=0.1)
+    for role, seed in (("selector", 5), ("generator", 6)):
+        save_model(tmp_path / f"base-{role}", seed, hidden_size=64)
+    done = launch(recipe, tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    rows = rollout_log.read(rollout_log.part_paths(tmp_path / "run")).to_pylist()
+    assert {row["iteration"] for row in rows} == {1, 2}
+    assert all((row["answer"] is not None) == row["valid"] for row in rows)
 
 
 @pytest.mark.slow

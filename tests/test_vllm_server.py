@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -20,17 +21,21 @@ import httpx
 import psutil
 import pytest
 import torch
-from training_world import ROOT, changed, launch, save_model, tokenizer, world
+from training_world import ROOT, changed, launch, questions, save_model, tokenizer, world
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make setup-vllm")
 
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dro_rl.config import DROConfig
+from dro_rl.engines.answers import ModelAnswerer
+from dro_rl.engines.endpoint import KEY, EndpointAnswerer, EndpointSettings
 from dro_rl.engines.protocol import GenerationRequest
 from dro_rl.engines.vllm_server import Server, ServerEngine, check_servers, load_everywhere
 from dro_rl.errors import InputError
-from dro_rl.likelihood import Row, completion_logps, score_rows
+from dro_rl.likelihood import Row, Scoring, completion_logps, score_rows
+from dro_rl.prompts import Prompter
+from dro_rl.prompts.rows import answer_row
 from dro_rl.proposal import Completion, SamplingParams
 from dro_rl.rollouts.log import part_paths, read, to_rollouts
 from dro_rl.selection import parse_selection
@@ -172,6 +177,25 @@ def test_a_server_too_short_for_the_prompts_is_refused(vllm: World) -> None:
     with pytest.raises(InputError, match="--max-model-len") as error:
         check_servers(vllm.config(max_prompt_length=4096))
     assert f"Start it with --max-model-len {4096 + 8}" in str(error.value)
+
+
+def test_as_an_endpoint_it_scores_and_writes_as_the_process_does(vllm: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `generator_endpoint` asks, of a real vLLM: tokens as they were sent, log-probabilities of the echo."""
+    vllm.engine().at(0).__enter__()
+    monkeypatch.setenv(KEY, os.environ["DRO_RL_SERVER_KEY"])
+    prompter = Prompter(tokenizer(), str(vllm.recipe.parent / "g.jinja"))
+    here = ModelAnswerer(lambda: nullcontext(vllm.model), prompter, Scoring())
+    settings = EndpointSettings(f"http://127.0.0.1:{vllm.port}/v1", timeout=5.0)
+    there = EndpointAnswerer(settings, prompter, needs_likelihoods=True)
+    rows = [answer_row(prompter, question, (2, 1), "first") for question in questions(5)]
+    there.check(rows[0])
+    assert there.positions()[0] == 128 + 6 - 1
+    for (one,), (other,) in zip(here.score(rows), there.score(rows), strict=True):
+        assert other.tolist() == pytest.approx(one.tolist(), abs=TOLERANCE)
+    greedy = SamplingParams(4, temperature=0.0)
+    one, other = (each.write([row.prompt for row in rows], greedy, [0] * 5) for each in (here, there))
+    assert [each.text for each in other] == [each.text for each in one]
+    assert [each.logp for each in other] == [pytest.approx(each.logp, abs=4 * TOLERANCE) for each in one]
 
 
 def test_log_q_is_the_trainers_log_p_to_rounding(vllm: World) -> None:

@@ -21,9 +21,10 @@ from accelerate import Accelerator
 from training_world import launch, world
 from typer.testing import CliRunner
 
+from dro_rl import engines
 from dro_rl.cli import app
 from dro_rl.config import DROConfig
-from dro_rl.engines import serve, vllm_common, vllm_server, vllm_weights
+from dro_rl.engines import answers, serve, vllm_common, vllm_server, vllm_weights
 from dro_rl.engines.protocol import GenerationRequest
 from dro_rl.engines.vllm_colocate import merged_parameters, origin
 from dro_rl.engines.vllm_common import engine_dtype, random_state_kept, request_options
@@ -43,6 +44,72 @@ def without_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def config(tmp_path: Path, **settings: object) -> DROConfig:
     return DROConfig(output_dir=str(tmp_path), report_to="none", **settings)
+
+
+ANSWERS = {"answer_engine": "vllm", "reward": "f1"}
+SERVED = {**ANSWERS, "vllm_mode": "server", "vllm_answer_server_base_url": "http://127.0.0.1:8001/"}
+
+
+# What writes answers ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [
+        ({"answer_engine": "vllm"}, "answer_engine"),
+        ({"answer_engine": "vlm", "reward": "f1"}, "answer_engine"),
+        ({**ANSWERS, "generator_endpoint": "http://127.0.0.1:9/v1"}, "answer_engine"),
+        ({**ANSWERS, "vllm_answer_server_base_url": "http://127.0.0.1:8001"}, "vllm_answer_server_base_url"),
+        ({"vllm_answer_server_base_url": "http://127.0.0.1:8001"}, "vllm_answer_server_base_url"),
+        ({**SERVED, "vllm_answer_server_base_url": None}, "vllm_answer_server_base_url"),
+        ({**SERVED, "vllm_answer_server_base_url": "127.0.0.1"}, "vllm_answer_server_base_url"),
+        ({**SERVED, "vllm_server_base_url": "http://127.0.0.1:8001"}, "vllm_answer_server_base_url"),
+    ],
+)
+def test_an_engine_of_answers_that_would_mean_nothing_is_refused(tmp_path: Path, settings: dict, key: str) -> None:
+    with pytest.raises(InputError) as refused:
+        config(tmp_path, **settings)
+    assert refused.value.place == key
+
+
+def test_two_engines_of_one_process_do_not_sleep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's allocator is one a process: what puts one engine to sleep takes the other's memory."""
+    settings = config(tmp_path, **ANSWERS, rollout_engine="vllm")
+    settings.vllm_enable_sleep_mode, settings.use_cpu = True, False
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(InputError, match="sleeps at once"):
+        settings.check()
+
+
+def test_an_engine_of_answers_is_told_their_lengths_and_its_own_servers(tmp_path: Path) -> None:
+    whole = config(tmp_path, **SERVED, max_answer_length=9, constrain_selection=True, vllm_max_model_length=5000)
+    told = answers.settings_for_answers(whole)
+    assert (told.engine, told.max_completion_length, told.constrain_selection) == ("vllm", 9, False)
+    assert told.vllm_servers == ["http://127.0.0.1:8001"]
+    assert vllm_common.engine_length(told, None) == 4096 + 9
+    assert (whole.max_completion_length, whole.vllm_servers) == (64, ["http://127.0.0.1:8000"])
+
+
+def test_errors_of_an_engine_of_answers_name_its_keys(tmp_path: Path, without_vllm: None) -> None:
+    with pytest.raises(InputError, match=r"^answer_engine: 'vllm': this needs vLLM") as refused:
+        engines.check(config(tmp_path, **ANSWERS, rollout_engine="transformers"))
+    assert "answer_engine: transformers" in refused.value.fix
+    served = config(tmp_path, **SERVED, rollout_engine="transformers", vllm_server_timeout=0.2)
+    served.vllm_answer_server_base_url = "http://127.0.0.1:9"
+    with pytest.raises(InputError, match=r"^vllm_answer_server_base_url: .*--role generator"):
+        engines.check(served)
+
+
+def test_serve_rollouts_serves_the_generator_at_its_own_address(tmp_path: Path) -> None:
+    pytest.importorskip("vllm")
+    recipe = load_recipe(world(tmp_path, **SERVED, constrain_selection=True))
+    arguments = serve.server_command(recipe, role="generator").arguments
+    options = dict(itertools.pairwise(arguments))
+    assert options["--model"] == recipe.run.of("generator").model
+    assert (options["--port"], options["--max-model-len"]) == ("8001", str(128 + 4))
+    assert "--logits-processors" not in arguments
+    with pytest.raises(InputError, match="vllm_answer_server_base_url names 1"):
+        serve.server_command(recipe, role="generator", replica=2)
 
 
 # Which engine -----------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -14,6 +14,10 @@ def serve_rollouts(
     replica: Annotated[
         int, typer.Option("--replica", min=1, help="Which of the recipe's vllm_server_base_url to be.")
     ] = 1,
+    role: Annotated[
+        Literal["selector", "generator"],
+        typer.Option("--role", help="Whose model: the generator's writes answers, under answer_engine: vllm."),
+    ] = "selector",
     host: Annotated[
         str,
         typer.Option("--host", help="Interface to listen on. Whoever has the key steers the server."),
@@ -25,7 +29,7 @@ def serve_rollouts(
 ) -> None:
     """Start the vLLM server of a recipe with `vllm_mode: server`, and become it.
 
-    What stands after -- goes to vLLM as it is. The server takes the selector's weights from the training as it goes;
+    What stands after -- goes to vLLM as it is. The server takes the model's weights from the training as it goes;
     stop it with Ctrl-C when the training is done.
 
     \b
@@ -43,6 +47,7 @@ def serve_rollouts(
 
     command = server_command(
         load_recipe(recipe),
+        role=role,
         replica=replica,
         host=host,
         gpu_memory_utilization=gpu_memory_utilization,

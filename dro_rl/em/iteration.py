@@ -120,11 +120,12 @@ class Iterations:
         return replace(rollouts, groups=self._grouped(found))
 
     def close(self) -> None:
-        """Wait for rollouts in flight, which early stopping leaves, and end the engine's part in the run."""
+        """Wait for rollouts in flight, which early stopping leaves, and end the engines' part in the run."""
         if self._ahead is not None:
             self._ahead.wait()
             self._ahead = None
         self.e_step.engine.close()
+        self.e_step.answerer.close()
 
     def _parts(self, iteration: int, temperature: float) -> list[Asked]:
         """An iteration in parts that are shared and written together: one, where the step's passes weigh them."""

@@ -1,22 +1,28 @@
-"""What a generator is asked: how likely an answer is, and to write one. Here, of the model at hand."""
+"""What a generator is asked: how likely an answer is, and to write one. Here, of the model at hand.
+
+The model may have an engine of its own that writes, vLLM: the engine of selections, told other lengths.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
+from dro_rl.config import DROConfig
 from dro_rl.engines.decoding import Decoder
-from dro_rl.engines.protocol import GenerationRequest
+from dro_rl.engines.protocol import GenerationRequest, RolloutEngine, TrainedSelector
+from dro_rl.errors import InputError
 from dro_rl.likelihood import Model, Scoring, score_rows
 from dro_rl.likelihood.packing import Row
 from dro_rl.likelihood.room import Room
 from dro_rl.models.positions import positions_of
 from dro_rl.prompts import Prompter
-from dro_rl.proposal import SamplingParams
+from dro_rl.proposal import Completion, SamplingParams
 from dro_rl.selection.thinking import without_thinking
 
 
@@ -46,6 +52,14 @@ class Answerer(Protocol):
 
     def positions(self) -> tuple[int | None, str]:
         """How many tokens prompt and answer may have together, and what these are; None where nothing bounds them."""
+        ...
+
+    def forget(self) -> None:
+        """The generator's weights have been replaced; see `RolloutEngine.forget`."""
+        ...
+
+    def close(self) -> None:
+        """The run is over: leave nothing behind."""
         ...
 
 
@@ -82,14 +96,86 @@ class ModelAnswerer:
 
     def write(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, seeds: Sequence[int]) -> list[Written]:
         """See `Answerer.write`."""
-        with self._open() as model:
-            decoder = Decoder(model, self._prompter.ends.stops, self._batch_size, self._scoring.shared_prefix)
-            groups = decoder.generate(GenerationRequest(prompts, 1, sampling, seeds))
+        groups = self._generate(GenerationRequest(prompts, 1, sampling, seeds))
         return [
             Written(without_thinking(self._prompter.decode(only.ids)).strip(), sum(only.logps)) for (only,) in groups
         ]
+
+    def _generate(self, request: GenerationRequest) -> list[list[Completion]]:
+        with self._open() as model:
+            decoder = Decoder(model, self._prompter.ends.stops, self._batch_size, self._scoring.shared_prefix)
+            return decoder.generate(request)
 
     def positions(self) -> tuple[int | None, str]:
         """See `Answerer.positions`."""
         with self._open() as model:
             return positions_of(model.config)
+
+    def forget(self) -> None:
+        """It keeps no weights."""
+
+    def close(self) -> None:
+        """It leaves nothing."""
+
+
+class EngineAnswerer(ModelAnswerer):
+    """The generator whose weights are here, and an engine that writes with them.
+
+    Args:
+        generator: as engines ask for a model that trains.
+        scoring: how rows are scored, which is the model's own to do.
+        engine: writes.
+        updates: how many the generator has had; the engine takes new weights when they are more.
+        room: as in `ModelAnswerer`.
+    """
+
+    def __init__(
+        self,
+        generator: TrainedSelector,
+        scoring: Scoring,
+        engine: RolloutEngine,
+        updates: Callable[[], int],
+        room: Room | None = None,
+    ) -> None:
+        super().__init__(generator.open, generator.prompter, scoring, room=room)
+        self._engine, self._updates = engine, updates
+
+    def _generate(self, request: GenerationRequest) -> list[list[Completion]]:
+        with named_for_answers(), self._engine.at(self._updates()) as engine:
+            return engine.generate(request)
+
+    def forget(self) -> None:
+        """See `Answerer.forget`."""
+        self._engine.forget()
+
+    def close(self) -> None:
+        """See `Answerer.close`."""
+        self._engine.close()
+
+
+def settings_for_answers(config: DROConfig) -> DROConfig:
+    """What an engine of selections is told so that it writes answers: other lengths, no constraint, its own servers.
+
+    Weights go to servers by folder: the group that they travel in over NCCL is the selector's.
+    """
+    told = copy.copy(config)
+    told.rollout_engine, told.max_completion_length = config.answer_engine, config.max_answer_length
+    told.constrain_selection, told.vllm_max_model_length = False, None
+    told.vllm_server_base_url = config.vllm_answer_server_base_url or []
+    told.vllm_weight_sync = "folder"
+    return told
+
+
+OWN_KEYS = {"rollout_engine": "answer_engine", "vllm_server_base_url": "vllm_answer_server_base_url"}
+"""By keys of the engine of selections, those of the engine of answers."""
+
+
+@contextmanager
+def named_for_answers() -> Iterator[None]:
+    """Errors of an engine that writes answers name its own keys."""
+    try:
+        yield
+    except InputError as error:
+        place, command = OWN_KEYS.get(error.place, error.place), "serve-rollouts RECIPE"
+        fix = error.fix.replace(command, f"{command} --role generator").replace("rollout_engine", "answer_engine")
+        raise InputError(place, error.value, error.rule, fix) from None

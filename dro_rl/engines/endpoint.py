@@ -243,6 +243,12 @@ class EndpointAnswerer:
         what = f"tokens (max_model_len at {self.endpoint.url}, less the one that an echo writes)"
         return (length - 1 if isinstance(length, int) else None), what
 
+    def forget(self) -> None:
+        """It is frozen."""
+
+    def close(self) -> None:
+        """It leaves nothing."""
+
     def write(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, seeds: Sequence[int]) -> list[Written]:
         """See `Answerer.write`."""
 
@@ -324,14 +330,12 @@ class EndpointAnswerer:
         tokenizer = self._prompter.tokenizer
         special = set(tokenizer.all_special_ids)
         for given, token in zip((choice.get("logprobs") or {}).get("tokens") or [], ids, strict=False):
-            own = str(tokenizer.decode([token]))
-            known = [
-                text.strip() for text in (own, str(given)) if text.strip().isascii() and text.strip().isprintable()
-            ]
-            if token in special or len(known) < 2 or not all(known) or str(given).startswith(("token_id:", "bytes:")):
+            here, there = str(tokenizer.decode([token])).strip(), str(given).strip()
+            plain = all(text and text.isascii() and text.isprintable() for text in (here, there))
+            if token in special or not plain or there.startswith(("token_id:", "bytes:")):
                 continue
-            if known[0] != known[1]:
-                raise self._other_tokens(f"token {token} is {known[1]!r} there and {known[0]!r} here")
+            if here != there:
+                raise self._other_tokens(f"token {token} is {there!r} there and {here!r} here")
 
     def _other_tokens(self, found: str) -> InputError:
         return InputError(

@@ -41,7 +41,7 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class TrainedSelector:
-    """The selector that trains, as an engine may ask for it.
+    """The selector that trains, or the generator where the engine writes answers, as an engine may ask for it.
 
     Args:
         open: opens it for calls without gradient; all processes enter together.

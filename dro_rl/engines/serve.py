@@ -12,10 +12,12 @@ from urllib.parse import urlsplit
 import torch
 from transformers import AutoConfig
 
+from dro_rl.engines.answers import settings_for_answers
 from dro_rl.engines.guard import KEY_FILE, MIDDLEWARE, server_key
 from dro_rl.engines.vllm_common import CPU_CACHE_GIB, LOGITS_PROCESSOR, check_installed, engine_dtype, engine_length
 from dro_rl.errors import InputError
 from dro_rl.recipe import Recipe
+from dro_rl.roles import Role
 
 LOOPBACK = "127.0.0.1"
 
@@ -31,15 +33,17 @@ class ServerCommand:
 def server_command(
     recipe: Recipe,
     *,
+    role: Role = "selector",
     replica: int = 1,
     host: str = LOOPBACK,
     gpu_memory_utilization: float = 0.9,
     extra: Sequence[str] = (),
 ) -> ServerCommand:
-    """The server at the recipe's `vllm_server_base_url`, or at one of them.
+    """The server at the recipe's `vllm_server_base_url`, or at one of them; the generator's at its own addresses.
 
     Args:
-        recipe: names the selector, lengths, type and port.
+        recipe: names the model, lengths, type and port.
+        role: whose model it holds.
         replica: which of the addresses, from 1.
         host: the interface to listen on. Development mode, which new weights need, lets whoever has the key steer the
             server: leave it at loopback, or name an address of a private network.
@@ -50,19 +54,19 @@ def server_command(
         InputError: vLLM is not installed, there is no such replica, or no key that is its owner's alone.
     """
     run, training = recipe.run, recipe.training
-    check_installed("serve-rollouts", recipe.run.of("selector").model)
+    model, revision, key = run.of(role).model, run.of(role).revision, "vllm_server_base_url"
+    check_installed("serve-rollouts", model)
+    if role == "generator":
+        key, training = "vllm_answer_server_base_url", settings_for_answers(training)
     urls = training.vllm_servers
     if not 1 <= replica <= len(urls):
-        raise InputError("--replica", replica, f"vllm_server_base_url names {len(urls)}", "Choose one, from 1.")
+        raise InputError("--replica", replica, f"{key} names {len(urls)}", "Choose one, from 1, that the recipe names.")
     address = urlsplit(urls[replica - 1])
-    model = run.of("selector").model
-    config = AutoConfig.from_pretrained(
-        model, revision=run.selector_model_revision, trust_remote_code=run.trust_remote_code
-    )
+    config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=run.trust_remote_code)
     length = engine_length(training, getattr(config.get_text_config(), "max_position_embeddings", None))
     options: dict[str, object] = {
         "--model": model,
-        "--revision": run.selector_model_revision,
+        "--revision": revision,
         "--host": host,
         "--port": address.port or (443 if address.scheme == "https" else 80),
         "--dtype": engine_dtype(training, run.dtype),

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
 from dro_rl.errors import InputError
 from dro_rl.keys import Rule, above, at_least, check_keys, either, option, within
+from dro_rl.keys.addresses import ADDRESSES, API, urls
 from dro_rl.rewards import parse_reward
 from dro_rl.selection import SelectionSpec
 
@@ -45,33 +45,6 @@ def _is_count(value: Any) -> bool:
 
 
 COUNT = Rule("at least 1, or {min: 1, max: 5} with 1 <= min <= max", "Use 5, or {min: 1, max: 5}.", _is_count)
-
-
-def _is_address(url: str) -> bool:
-    """Whether this is a scheme, a host and perhaps a port, and nothing more."""
-    try:
-        return bool(re.fullmatch(r"https?://[^/\s?#]+/?", url)) and urlsplit(url).port != 0
-    except ValueError:  # no number, or none that a port has
-        return False
-
-
-def _is_api(url: str) -> bool:
-    """Whether this is an address of an API: no name and password in it, and nothing after its path."""
-    parts = re.fullmatch(r"(https?://[^/\s?#@]+)(/[^\s?#]*)?", url)
-    return parts is not None and _is_address(parts[1])
-
-
-API = Rule(
-    "a scheme, a host and a port, and the path of an API in OpenAI's style",
-    "Use http://127.0.0.1:8001/v1; a key goes into DRO_RL_ENDPOINT_KEY in the environment.",
-    _is_api,
-)
-
-ADDRESSES = Rule(
-    "a server as a scheme, a host and a port, or a list of them",
-    "Use http://127.0.0.1:8000.",
-    lambda value: bool(value) and all(map(_is_address, [value] if isinstance(value, str) else value)),
-)
 
 
 @dataclass
@@ -177,6 +150,10 @@ class TrainingKeys:
         "enumeration lists every selection instead: the exact E-step.",
         group="Rollout engine",
     )
+    answer_engine: Literal["transformers", "vllm"] = option(
+        "transformers",
+        "What writes the answers that rewards look at: the generator itself, or vLLM with its weights (vllm_mode).",
+    )
     vllm_mode: Literal["colocate", "server"] = option(
         "colocate", "vLLM in the trainer's process, or servers of their own (`dro-rl serve-rollouts`)."
     )
@@ -204,6 +181,12 @@ class TrainingKeys:
     vllm_server_base_url: str | list[str] = option(
         "http://127.0.0.1:8000",
         "The server, or a list of replicas that share the questions (vllm_mode: server).",
+        ADDRESSES,
+        resumes=True,
+    )
+    vllm_answer_server_base_url: str | list[str] | None = option(
+        None,
+        "The same for answer_engine: vllm: servers of the generator (`dro-rl serve-rollouts --role generator`).",
         ADDRESSES,
         resumes=True,
     )
@@ -458,6 +441,7 @@ class TrainingKeys:
             "Use 0 to switch it off.",
         )
         self._check_objective()
+        self._check_answers()
         self._require(
             "generator_endpoint_model",
             self.generator_endpoint is not None or self.generator_endpoint_model is None,
@@ -557,6 +541,28 @@ class TrainingKeys:
     def spec(self) -> SelectionSpec:
         """What the selector is asked for."""
         return SelectionSpec.of(self.num_selected, self.constrain_selection)
+
+    def _check_answers(self) -> None:
+        """Rules over what writes answers."""
+        engine = self.answer_engine == "vllm"
+        self._require(
+            "answer_engine",
+            not engine or (bool(parse_reward(self.reward).others) and self.generator_endpoint is None),
+            "vLLM writes answers where a reward looks at them, and the generator's weights are here",
+            "Use transformers.",
+        )
+        served = engine and self.vllm_mode == "server"
+        rule = "answer_engine: vllm under vllm_mode: server, and it alone, has servers that hold the generator"
+        fix = "Name one, and start it with --role generator." if served else "Leave it out."
+        self._require(
+            "vllm_answer_server_base_url", (self.vllm_answer_server_base_url is not None) == served, rule, fix
+        )
+        self._require(
+            "vllm_answer_server_base_url",
+            not served or {*urls(self.vllm_answer_server_base_url)}.isdisjoint(urls(self.vllm_server_base_url)),
+            "a server holds one model, and vllm_server_base_url is the selector's",
+            "Use another port, http://127.0.0.1:8001.",
+        )
 
     def _require(self, name: str, holds: bool, rule: str, fix: str) -> None:
         if not holds:
