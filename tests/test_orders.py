@@ -261,6 +261,24 @@ def test_a_policy_that_reads_names_no_place() -> None:
     assert found.duplicate == 1.0, "the same document, in whatever order it was shown"
 
 
+def test_places_are_those_that_the_policy_names_whatever_was_drawn() -> None:
+    """Listed alike, or drawn hot, selections would hide a policy that names one place."""
+    made = questions(120)
+    groups = []
+    for i in range(120):
+        listed = [named(place, [()], i)[0] for place in range(1, 6)]
+        policy = np.log([0.04, 0.8, 0.08, 0.04, 0.04])
+        groups.append(
+            [
+                replace(rollout, proposal_logps=(np.log(0.2),), selection_logp=logp)
+                for rollout, logp in zip(listed, policy, strict=True)
+            ]
+        )
+    found = summarize(columns(groups, made))
+    assert found.first == pytest.approx((0.04, 0.8, 0.08, 0.04, 0.04))
+    assert "position" in {signal.rule.name for signal in of_iteration([Iteration(1, 0, 0, found)]) if signal.fired}
+
+
 def test_the_log_knows_the_places_that_the_records_know() -> None:
     made = questions(6)
     groups = [named(1 + i % 5, candidate_orders(i, 5, (1, 2, 4)[i % 3]), i) for i in range(6)]

@@ -189,24 +189,24 @@ class GroupFigures:
     @cached_property
     def answer_logp(self) -> np.ndarray:
         """Mean of log p(y|x,d_z) under p over what is valid, nats; NaN where nothing is."""
-        weighed = np.where(self._of.valid & (self._policy > 0), self._policy * self._answers, 0.0)
+        weighed = np.where(self._of.valid & (self.policy > 0), self.policy * self._answers, 0.0)
         with np.errstate(invalid="ignore", divide="ignore"):
             return self._total(weighed) / self.policy_valid
 
     @cached_property
     def policy_valid(self) -> np.ndarray:
         """Probability under p that a rollout is valid."""
-        return self._total(np.where(self._of.valid, self._policy, 0.0))
+        return self._total(np.where(self._of.valid, self.policy, 0.0))
 
     @cached_property
     def selector_entropy(self) -> np.ndarray:
         """−Σ p log p, nats."""
-        return -self._total(self._policy * self._of.selection_logp)
+        return -self._total(self.policy * self._of.selection_logp)
 
     @cached_property
     def kl(self) -> np.ndarray:
         """Divergence from the initial selector, nats; NaN where that was not asked."""
-        return self._total(self._policy * (self._of.selection_logp - self._of.reference_logp))
+        return self._total(self.policy * (self._of.selection_logp - self._of.reference_logp))
 
     @cached_property
     def recall(self) -> dict[int, np.ndarray]:
@@ -214,7 +214,7 @@ class GroupFigures:
 
         An invalid rollout counts as 0.
         """
-        return {k: self._found(self._policy, k) for k in RECALL_AT}
+        return {k: self._found(self.policy, k) for k in RECALL_AT}
 
     @cached_property
     def weighted_recall(self) -> dict[int, np.ndarray]:
@@ -226,7 +226,7 @@ class GroupFigures:
         return self._of.selection_logp - self._of.proposal_logp
 
     @cached_property
-    def _policy(self) -> np.ndarray:
+    def policy(self) -> np.ndarray:
         """(rollouts,) p/q, normalised over each question."""
         policy = np.exp(self._log_ratio - np.maximum.reduceat(self._log_ratio, self._start)[self._group])
         return policy / self._total(policy)[self._group]
@@ -308,7 +308,7 @@ class Summary:
         truncated: share of the rollouts whose ratio was truncated.
         dropped_mass: weight that the generator does not learn from (`min_weight`), mean over questions.
         recall, recall_sd, weighted_recall: by k, over the labelled questions; see `GroupFigures`.
-        first, selected: for each place in the list that the selector saw, in order, the share of the valid rollouts
+        first, selected: for each place in the list that the selector saw, in order, the share of the likely rollouts
             that name it first, and at all.
         first_chance: what the share of a place would be if it were drawn at random: the mean of 1/N.
         problems: how many rollouts have each problem, the most frequent first.
@@ -346,8 +346,8 @@ class Summary:
     recall: dict[int, float] = _mean_over("labelled", "recall")
     recall_sd: dict[int, float]
     weighted_recall: dict[int, float] = _mean_over("labelled", "weighted_recall")
-    first: tuple[float, ...] = _mean_over("valid_rollouts")
-    selected: tuple[float, ...] = _mean_over("valid_rollouts")
+    first: tuple[float, ...] = _mean_over("likely_rollouts")
+    selected: tuple[float, ...] = _mean_over("likely_rollouts")
     first_chance: float = _mean_over("valid_rollouts")
     problems: dict[str, int]
 
@@ -408,8 +408,8 @@ def summarize_groups(rollouts: Columns, groups: GroupFigures, *, max_log_ratio: 
             recall={k: _mean(values[labelled]) for k, values in groups.recall.items()},
             recall_sd={k: _deviation(values[labelled]) for k, values in groups.recall.items()},
             weighted_recall={k: _mean(values[labelled]) for k, values in groups.weighted_recall.items()},
-            first=_shares(rollouts, first, count["valid_rollouts"]),
-            selected=_shares(rollouts, selected, count["valid_rollouts"]),
+            first=_shares(rollouts, groups.policy, first),
+            selected=_shares(rollouts, groups.policy, selected),
             first_chance=_mean(chance),
             problems=_most_first(rollouts.problems),
         )
@@ -465,10 +465,15 @@ def _ratio(total: float, count: float) -> float:
     return float(total) / float(count) if count else math.nan
 
 
-def _shares(rollouts: Columns, which: np.ndarray, of: int) -> tuple[float, ...]:
-    """For each place in the list, how many of the documents selected, of those asked for, stood there, over `of`."""
+def _shares(rollouts: Columns, policy: np.ndarray, which: np.ndarray) -> tuple[float, ...]:
+    """For each place in the list, how many of the documents selected, of those asked for, stood there, a valid rollout.
+
+    Rollouts count as `policy` would draw them.
+    """
     most = int(rollouts.num_documents.max(initial=0))
-    counts = np.bincount(rollouts.shown[which], minlength=most + 1)[1:]
+    likely = rollouts.size[rollouts.group] * policy
+    counts = np.bincount(rollouts.shown[which], likely[rollouts.row[which]], minlength=most + 1)[1:]
+    of = likely[rollouts.valid].sum()
     return tuple((counts / of).tolist()) if of else ()
 
 
