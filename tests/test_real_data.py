@@ -135,3 +135,45 @@ def test_the_trained_pair_is_evaluated_and_compared_with_its_controls(finished: 
     done = CliRunner().invoke(app, ["compare", str(tmp_path / "none"), str(tmp_path / "gold")])
     assert done.exit_code == 0, done.output
     assert "what selects differs" in done.output
+
+
+@pytest.mark.parametrize("name", ["nq", "hotpotqa", "musique"])
+def test_the_recipes_of_the_small_pretrained_model_train(name: str, tmp_path: Path) -> None:
+    """With another model in its place: keys, prompts, warm-up, orders and controls on real questions."""
+    questions = read_questions(DATA / "train" / f"{name}.jsonl.gz")[:64]
+    build(questions, tmp_path / "model", vocab_size=2048, hidden_size=32, layers=1, seed=1)
+    keys = {
+        "dataset_name": DATA,
+        "selector_model_name_or_path": tmp_path / "model",
+        "generator_model_name_or_path": tmp_path / "model",
+        "output_dir": tmp_path / "run",
+        "warmup_cache_dir": tmp_path / "cache",
+        "warmup_generator_steps": 2,
+        "max_train_samples": 16,
+        "max_eval_samples": 4,
+        "num_iterations": 2,
+        "max_prompt_length": 1024,
+        "report_to": "none",
+        "disable_tqdm": "true",
+    }
+    options = [part for key, value in keys.items() for part in (f"--{key}", str(value))]
+    train.main([str(ROOT / "recipes" / f"{name}_smollm2.yaml"), *options])
+    assert [stage["stage"] for stage in read_stages(tmp_path / "run")] == ["base", "warmup", "iteration-2", "final"]
+    rows = rollout_log.read(rollout_log.part_paths(tmp_path / "run")).to_pylist()
+    assert all(row["valid"] and not row["problems"] for row in rows)
+    orders = {tuple(row["order"]) for row in rows if row["position"] == 0 and row["iteration"] == 1}
+    assert len(orders) == (1 if name == "nq" else 2)
+    command = [
+        "evaluate",
+        str(tmp_path / "run"),
+        "--data",
+        str(DATA),
+        "--config",
+        name,
+        "--split",
+        "dev",
+        "--limit",
+        "2",
+    ]
+    done = CliRunner().invoke(app, [*command, "--control", "retriever-order"])
+    assert done.exit_code == 0, done.output
