@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from dro_rl import __version__
-from dro_rl.cli import ask, data, evaluate, model, recipe, retrieval, rollouts, runs, serve, study, train
+from dro_rl.cli import ask, data, evaluate, explain, model, recipe, retrieval, rollouts, runs, serve, study, train
 from dro_rl.cli.errors import InputErrorGroup
 
 app = typer.Typer(
@@ -32,6 +32,7 @@ app.add_typer(model.app, name="model")
 app.add_typer(retrieval.index, name="index")
 app.add_typer(retrieval.app, name="retrieval")
 app.command("ask")(ask.ask)
+app.command("explain")(explain.explain)
 app.command("evaluate")(evaluate.evaluate)
 app.command("compare")(evaluate.compare)
 app.command("serve-rollouts", context_settings={"allow_extra_args": True})(serve.serve_rollouts)
@@ -77,4 +78,5 @@ def main(
       dro-rl study run joint
       dro-rl study show joint
       dro-rl ask out/musique "Who wrote it?" --documents documents.jsonl
+      dro-rl explain out/musique 2hop__482757_12019
     """
