@@ -152,6 +152,12 @@ class DROConfig(TrainingKeys, _BaseConfig):  # type: ignore[misc]  # keys take o
                 f"the training set has {num_questions} questions",
                 "Lower it, or give more questions.",
             )
+        self._require(
+            "resample_ties",
+            self.resample_ties != "replace" or (wanted is not None and wanted < num_questions),
+            f"others take the places of those that tie, and each iteration has all {num_questions} training questions",
+            f"Use questions_per_iteration: {per_step}, or redraw.",
+        )
 
     def check_documents(self, num_documents: int, question_id: str) -> None:
         """Raise `InputError` when K > N for a question."""
@@ -182,6 +188,20 @@ class DROConfig(TrainingKeys, _BaseConfig):  # type: ignore[misc]  # keys take o
     def roles(self) -> tuple[Role, ...]:
         """The roles whose weights are here."""
         return ROLES if self.generator_endpoint is None else ("selector",)
+
+    @property
+    def weighs_in_training(self) -> bool:
+        """Whether the pass that trains may weigh too: that of both models, of whole questions, where nothing looks at
+        weights or answers before it."""
+        return (
+            self.fused_e_step == "auto"
+            and self.interleave == "joint"
+            and all(self.role_learning_rate(role) > 0 for role in ROLES)
+            and self.questions_per_batch.is_integer()
+            and self.min_weight == 0
+            and self.resample_ties == "none"
+            and self.reward_rule.is_likelihood
+        )
 
     @property
     def reward_rule(self) -> Reward:

@@ -100,6 +100,7 @@ class Sample:
         reference_logp: log p(z|x) under the initial selector, nats; NaN without `beta`.
         prompt_cut: whether the selector read documents cut to fit `max_prompt_length`.
         temperature: what it was sampled at.
+        draw: which draw for its place in the iteration it is: 1, or more after draws that tied (`resample_ties`).
         answer_logp_sum, answer_logp_mean: log p(y|x, d_z) over the answer's tokens, nats; NaN until it is scored, and
             for an invalid selection, which never is.
         answer: what the generator wrote after reading the selection; None where no reward looks at answers.
@@ -116,6 +117,7 @@ class Sample:
     reference_logp: float = math.nan
     prompt_cut: bool = False
     temperature: float = 1.0
+    draw: int = 1
     answer_logp_sum: float = math.nan
     answer_logp_mean: float = math.nan
     answer: str | None = None

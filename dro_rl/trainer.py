@@ -269,17 +269,12 @@ class DROTrainer(_BaseTrainer):
 
         It does where that is what scoring first would give: when an iteration is a single step of both models (or
         several passes over one step's questions, of which the first is fresh), each question is whole on a process,
-        no rollout is to be left out of the backward pass, the reward is the likelihood, and no dropout disturbs the
-        pass that weighs.
+        no rollout is to be left out of the backward pass or drawn again, the reward is the likelihood, and no dropout
+        disturbs the pass that weighs.
         """
         return (
-            self.args.fused_e_step == "auto"
+            self.args.weighs_in_training
             and self.schedule.questions_per_iteration == self.schedule.questions_per_step
-            and self.args.interleave == "joint"
-            and all(self.args.role_learning_rate(role) > 0 for role in ROLES)
-            and self.args.questions_per_batch.is_integer()
-            and self.args.min_weight == 0
-            and self.method.reward.is_likelihood
             and not self._drops_out
         )
 

@@ -178,12 +178,14 @@ def test_every_list_of_each_length_is_the_exact_e_step(job) -> None:
 
 
 def weighed(objective: str, cost: float, **keys: Any) -> list[Any]:
-    samples = [Sample(0, i, (i,), (-1.0,), "", Selection(numbers, bool(numbers)))
-               for i, numbers in enumerate([(1,), (2, 3), (4, 5, 1), ()])]  # fmt: skip
-    answers = torch.tensor([[-2.0, -1.0, -0.5, math.nan]], dtype=torch.float64)
+    answers = [((1,), -2.0), ((2, 3), -1.0), ((4, 5, 1), -0.5), ((), math.nan)]
+    samples = [
+        Sample(0, i, (i,), (-1.0,), "", Selection(numbers, bool(numbers)), answer_logp_sum=logp)
+        for i, (numbers, logp) in enumerate(answers)
+    ]
     policy = torch.full((1, 4), -1.0, dtype=torch.float64)
     rule = Weighting(objective, **keys)  # type: ignore[arg-type]
-    return weigh(samples, policy, answers, rule, Reward(document_cost=cost), on_policy=True)
+    return weigh(samples, policy, rule, Reward(document_cost=cost), likelihood="sum", on_policy=True)
 
 
 @pytest.mark.parametrize("objective", ["dro", "maxrl"])

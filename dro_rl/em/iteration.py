@@ -15,6 +15,7 @@ from dro_rl.em.ahead import Ahead
 from dro_rl.em.e_step import Asked, EStep
 from dro_rl.em.schedule import Schedule
 from dro_rl.em.temperature import guarded_temperature, repeated_share
+from dro_rl.em.ties import asked_again, tied
 from dro_rl.progress import Progress
 from dro_rl.proposal import rollout_seed
 from dro_rl.records import Question, Rollout, Sample
@@ -91,16 +92,19 @@ class Iterations:
         parts = self._parts(iteration, temperature)
         count = sum(len(part.indices) for part in parts)
         bars, quiet = not self.config.disable_tqdm, len(parts) == 1 or not self._main
-        samples: list[Sample] = []
+        samples: list[Any] = []
         on_policy = self.e_step.engine.samples_policy(replace(self.e_step.method.sampling, temperature=temperature))
         with Progress(count, f"iteration {iteration + 1}, rollouts", bars=bars, quiet=quiet) as progress:
             for number, part in enumerate(parts):
-                samples += self._logged(iteration, number, part) or self._part(iteration, number, part, step, ahead)
+                again = sum(sample.draw - 1 for sample in samples[:: self.config.num_generations])
+                known = self._logged(iteration, number, part)
+                samples += known or self._part(iteration, number, part, step, ahead, again)
                 progress.update(len(part.indices))
         if self._main:  # cut otherwise, by a run with another number of processes
             for leftover in rollout_log.part_paths(self.run_dir, iteration + 1)[len(parts) :]:
                 leftover.unlink()
         rollouts = Rollouts(iteration, self._grouped(samples), on_policy)
+        self._say_what_tied(rollouts)
         if ahead is not None:
             rollouts = replace(rollouts, on_policy=False, staleness=step - ahead.step)
         if self.config.overlap_rollouts and iteration + 1 < self.config.num_iterations:
@@ -156,13 +160,58 @@ class Iterations:
         path = rollout_log.part_path(self.run_dir, iteration + 1, number)
         if self._main and path.is_file():
             found = rollout_log.to_rollouts(rollout_log.read([path]))
-            if [rollout.question for rollout in found[:: self.config.num_generations]] == list(part.indices):
+            first = found[:: self.config.num_generations]
+            others = set(self.schedule.others(iteration)) if self.config.resample_ties == "replace" else set()
+            if len(first) == len(part.indices) and all(
+                rollout.question in (others if rollout.draw > 1 and others else {index})
+                for rollout, index in zip(first, part.indices, strict=True)
+            ):
                 kept[0] = found
         return broadcast_object_list(kept)[0]
 
-    def _part(self, iteration: int, number: int, part: Asked, step: int, ahead: Ahead | None) -> list[Any]:
-        """One part of an E-step: sampled, weighed unless the M-step's passes do, shared and written."""
-        mine, m, clock = self._mine(part), self.config.num_generations, self.e_step.clock
+    def _part(self, iteration: int, number: int, part: Asked, step: int, ahead: Ahead | None, again: int) -> list[Any]:
+        """One part of an E-step: sampled, weighed unless the M-step's passes do, shared and written.
+
+        Args:
+            again: draws beyond the first that the parts before took.
+        """
+        groups = self._drawn(part, step, number, ahead)
+        if self.config.resample_ties != "none":
+            self._resample(iteration, part, groups, step, again)
+        everything = [sample for group in groups for sample in group]
+        if not self.fused:
+            self._write(iteration, number, part, everything)
+        return everything
+
+    def _resample(self, iteration: int, part: Asked, groups: list[Any], step: int, again: int) -> None:
+        """Draw once more for the places that tie, until none does or the rounds are over."""
+        replaces = self.config.resample_ties == "replace"
+        others = self.schedule.others(iteration)[again:] if replaces else []
+        for draw in range(2, self.config.resample_rounds + 2):
+            places = tied(groups, self.questions)
+            if replaces:
+                places = places[: len(others)]
+                indices, others = others[: len(places)], others[len(places) :]
+            else:
+                indices = [part.indices[place] for place in places]
+            if not places:
+                return
+            drawn = self._drawn(asked_again(part, places, indices, self.questions, draw), step)
+            for place, group in zip(places, drawn, strict=True):
+                groups[place] = [replace(rollout, draw=draw) for rollout in group]
+
+    def _say_what_tied(self, rollouts: Rollouts) -> None:
+        if self._main and self.config.resample_ties != "none":
+            again = sum(group[0].draw > 1 for group in rollouts.groups)
+            still = len(tied(rollouts.at(range(len(rollouts.groups))), self.questions))
+            logger.info(
+                f"iteration {rollouts.iteration + 1}: {again} of {len(rollouts.groups)} places tied and were drawn "
+                f"again (resample_ties: {self.config.resample_ties}); {still} still tie"
+            )
+
+    def _drawn(self, asked: Asked, step: int, number: int = 0, ahead: Ahead | None = None) -> list[Any]:
+        """The groups of some questions, in order, on every process: each samples and weighs its share."""
+        mine, m, clock = self._mine(asked), self.config.num_generations, self.e_step.clock
         if ahead is None:
             sampled = self.e_step.sample(mine, step)
         else:
@@ -172,10 +221,7 @@ class Iterations:
         with clock.phase("rollout"):  # until the slowest process is there
             world, rank = self.config.world_size, self.config.process_index
             groups = gather_object([(n * world + rank, own[n * m : (n + 1) * m]) for n in range(len(mine.indices))])
-        everything = [sample for _, group in sorted(groups, key=lambda item: item[0]) for sample in group]
-        if not self.fused:
-            self._write(iteration, number, part, everything)
-        return everything
+        return [group for _, group in sorted(groups, key=lambda item: item[0])]
 
     def _write(self, iteration: int, number: int, part: Asked, rollouts: Sequence[Rollout]) -> None:
         if self._main:

@@ -66,6 +66,11 @@ class Schedule:
         passes = {n: self._shuffled(self.num_questions, 0, n) for n in {i // self.num_questions for i in wanted}}
         return [int(passes[i // self.num_questions][i % self.num_questions]) for i in wanted]
 
+    def others(self, iteration: int) -> list[int]:
+        """The questions that an iteration does not have, in an order of their own: they may take places in it."""
+        taken = set(self.questions(iteration))
+        return [int(index) for index in self._shuffled(self.num_questions, 2, iteration) if int(index) not in taken]
+
     def positions(self, step: int) -> list[int]:
         """Positions in the iteration of the questions of a step."""
         iteration, within = divmod(step, self.steps_per_iteration)

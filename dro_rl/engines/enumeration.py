@@ -43,6 +43,10 @@ class EnumerationEngine:
                 f"Use {MAX_LOG_RATIO:g}.",
             )
 
+        if config.resample_ties == "redraw":
+            raise InputError(
+                "resample_ties", "redraw", "what lists every selection lists the same again", "Use replace, or none."
+            )
         if config.temperature == 1 and config.temperature_end is None:
             raise InputError(
                 "temperature",

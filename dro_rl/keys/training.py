@@ -127,6 +127,12 @@ class TrainingKeys:
         SHARE,
     )  # fmt: skip
     temperature_max: float = option(2.0, "The most that duplicate_threshold raises the temperature to.", above(0))
+    resample_ties: Literal["none", "redraw", "replace"] = option(
+        "none",
+        "What becomes of a question whose rollouts all tie: nothing, it is drawn again, or another question takes its "
+        "place (DAPO's dynamic sampling).",
+    )
+    resample_rounds: int = option(3, "Times that resample_ties draws again for a place, at most.", at_least(1))
     top_p: float = option(
         1.0,
         "Nucleus truncation of the proposal; 1 is off. Corrected by p/q on what is left.",
@@ -454,6 +460,13 @@ class TrainingKeys:
             "a generator behind generator_endpoint is frozen",
             "Leave it out, or load the generator's weights.",
         )
+        resamples, out = self.resample_ties != "none", "Leave it out."
+        rule = "one rollout ties with itself whatever it is, and so do all under uniform weights"
+        self._require(
+            "resample_ties", not resamples or (self.num_generations > 1 and self.weighting == "likelihood"), rule, out
+        )
+        rule = "rollouts sampled ahead are weighed when the weights that sampled them are gone"
+        self._require("resample_ties", not (resamples and self.overlap_rollouts), rule, out)
         rates = [self.role_learning_rate(role) for role in ("selector", "generator")]
         self._require(
             "learning_rate" if self.generator_learning_rate is None else "generator_learning_rate",

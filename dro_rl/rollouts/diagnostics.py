@@ -44,6 +44,7 @@ class Columns:
             whether each is labelled as supporting.
         shown: (documents selected,) the place of each in the list that the selector saw, from 1.
         problems: how many rollouts have each problem.
+        draw: (questions,) which draw for its place each group is; all the first, unless told.
     """
 
     size: np.ndarray
@@ -66,6 +67,7 @@ class Columns:
     supporting: np.ndarray
     shown: np.ndarray
     problems: Mapping[str, int]
+    draw: np.ndarray | None = None
 
     @property
     def start(self) -> np.ndarray:
@@ -126,6 +128,7 @@ def columns(groups: Sequence[Sequence[Rollout]], questions: Sequence[Question]) 
         supporting=np.array([n in gold[r.question] for r in everything for n in r.selection.numbers], dtype=bool),
         shown=np.array([place for r in everything for place in _places(r)], dtype=int),
         problems=Counter(problem for rollout in everything for problem in rollout.selection.problems),
+        draw=of_group(lambda r: r.draw, int),
     )
 
 
@@ -303,6 +306,7 @@ class Summary:
             differ and 1 when all are the same, whatever m is.
         documents: how many a valid rollout selects, mean.
         prompt_cut, all_tie, all_invalid: shares of the questions.
+        resampled: share of the places that were drawn again because they tied (`resample_ties`).
         temperature: mean sampling temperature.
         log_ratio_mean, log_ratio_max, ratio_mean: log p − log q in nats, and p/q.
         truncated: share of the rollouts whose ratio was truncated.
@@ -337,6 +341,7 @@ class Summary:
     prompt_cut: float = _mean_over("questions", "rollouts/prompt_cut")
     all_tie: float = _mean_over("questions", "rollouts/all_tie")
     all_invalid: float = _mean_over("questions", "rollouts/all_invalid")
+    resampled: float = _mean_over("questions", "rollouts/resampled")
     temperature: float = _mean_over("rollouts", "sampling/temperature")
     log_ratio_mean: float = _mean_over("rollouts", "sampling/log_ratio_mean")
     log_ratio_max: float = field(metadata={"log": "sampling/log_ratio_max"})
@@ -399,6 +404,7 @@ def summarize_groups(rollouts: Columns, groups: GroupFigures, *, max_log_ratio: 
             prompt_cut=_mean(rollouts.prompt_cut),
             all_tie=_mean(groups.tie),
             all_invalid=_mean(~valid),
+            resampled=0.0 if rollouts.draw is None else _mean(rollouts.draw > 1),
             temperature=_mean(rollouts.temperature),
             log_ratio_mean=_mean(log_ratio),
             log_ratio_max=float(log_ratio.max(initial=-math.inf)),

@@ -68,6 +68,7 @@ SCHEMA = pa.schema(
         _column("weight_temperature", pa.float64(), "temperature of the group's weights"),
         _column("prompt_cut", pa.bool_(), "the selector read documents cut to fit max_prompt_length"),
         _column("temperature", pa.float64(), "sampling temperature of the rollout"),
+        _column("draw", pa.int32(), "which draw for this place: 1, or more after draws that tied (resample_ties)"),
     ],
     metadata={"dro_rl.rollouts.version": VERSION},
 )
@@ -144,6 +145,7 @@ def to_table(
                 "weight_temperature": rollout.weight_temperature,
                 "prompt_cut": rollout.prompt_cut,
                 "temperature": rollout.temperature,
+                "draw": rollout.draw,
             }
         )
     return pa.Table.from_pylist(rows, schema=SCHEMA)
@@ -246,6 +248,7 @@ def to_rollouts(table: pa.Table) -> list[Rollout]:
             weight_temperature=row["weight_temperature"],
             prompt_cut=row["prompt_cut"],
             temperature=row["temperature"],
+            draw=row["draw"],
         )
         for row in table.to_pylist()
     ]

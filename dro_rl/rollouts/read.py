@@ -41,6 +41,7 @@ COLUMNS = (
     "weight_temperature",
     "prompt_cut",
     "temperature",
+    "draw",
 )
 """What the figures of an iteration are made of."""
 
@@ -210,6 +211,7 @@ def columns_of(table: pa.Table) -> Columns:
         shown=_shown(table),
         supporting=_as_numpy(_flat(table, "supporting")).astype(bool),
         problems={item["values"]: item["counts"] for item in pc.value_counts(problems).to_pylist()},
+        draw=a_question("draw"),
     )
 
 
