@@ -21,8 +21,9 @@ from dro_rl.errors import InputError, Phrase
 from dro_rl.files import folder_written_whole, written_whole
 from dro_rl.keys.reference import KEYS
 from dro_rl.likelihood import Model, Scoring
-from dro_rl.models.loading import check_model, declared_ends, load_model, load_tokenizer
+from dro_rl.models.loading import declared_ends, load_tokenizer
 from dro_rl.models.positions import positions_of
+from dro_rl.models.serving import load_role_to_serve
 from dro_rl.prompts import Prompter
 from dro_rl.prompts.lengths import check_answers
 from dro_rl.prompts.rows import constraint_of
@@ -158,10 +159,7 @@ class RAGPipeline:
         for role in roles:
             folder, positions = directory / role, None
             if role == "selector" or settings.generator_endpoint is None:
-                check_model(str(folder), str(folder))
-                models[role] = (
-                    load_model(str(folder), dtype=dtype or "auto", device_map=None).eval().to(torch.device(device))
-                )
+                models[role] = load_role_to_serve(folder, torch.device(device), dtype)
                 positions, _ = positions_of(models[role].config)
             written = settings.max_completion_length if role == "selector" else settings.max_answer_length
             prompters[role] = Prompter(

@@ -546,8 +546,8 @@ class DROTrainer(_BaseTrainer):
             if _internal_call:
                 save_role(model, prompter.tokenizer, folder / role, own)
             else:
-                extra, ends = {PROMPT: prompter.source}, prompter.ends.stops
-                export_role(model, prompter.tokenizer, folder / role, own, extra, ends=ends)
+                extra, ends, merged = {PROMPT: prompter.source}, prompter.ends.stops, self.args.save_merged
+                export_role(model, prompter.tokenizer, folder / role, own, extra, merged=merged, ends=ends)
         if not _internal_call:
             save_settings(folder, self.pipeline_settings(), self.prompters["generator"])
 

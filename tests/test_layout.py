@@ -20,7 +20,7 @@ from dro_rl.trainer import DROTrainer
 
 PACKAGE = Path(dro_rl.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
-EXTRAS = ("duckdb", "vllm", "colbert", "peft", "wandb", "trackio", "mlflow", "deepspeed")
+EXTRAS = ("bitsandbytes", "duckdb", "vllm", "colbert", "peft", "wandb", "trackio", "mlflow", "deepspeed")
 
 
 def run_python(source: str) -> subprocess.CompletedProcess[str]:

@@ -14,6 +14,7 @@ from dro_rl.errors import InputError
 from dro_rl.likelihood.attention import takes_packed_rows
 from dro_rl.likelihood.packing import Row
 from dro_rl.likelihood.verify import check, difference
+from dro_rl.models.quantization import settings_in
 from dro_rl.roles import Role
 
 logger = logging.getLogger(__name__)
@@ -81,6 +82,9 @@ class FastPath:
         if found is None:
             return
         half = torch.bfloat16 if self.config.bf16 else torch.float16 if self.config.fp16 else None
+        held = settings_in(self.module(role))
+        if half is None and held is not None and held.load_in_8bit:
+            half = torch.float16  # which its products are rounded to
         check(role, found, half or self.module(role).dtype)
         gradients = "" if found.gradients is None else f", gradients by {found.gradients:.1e} of their norm"
         logger.info(f"{role}: shared prefixes differ from the plain path by {found.logps:.1e} nats{gradients}")

@@ -41,7 +41,9 @@ def largest(parameters: Iterable[nn.Parameter]) -> float:
     """The largest absolute value in this process's part of some parameters; NaN where there is one."""
     parts = [p.to_local() if hasattr(p, "to_local") else p for p in parameters]
     with torch.no_grad():
-        return nn.utils.get_total_norm([part for part in parts if part.numel()], norm_type=math.inf).item()
+        return nn.utils.get_total_norm(
+            [part for part in parts if part.numel() and part.is_floating_point()], norm_type=math.inf
+        ).item()
 
 
 def refuse_nonfinite_rollouts(rollouts: Iterable[Rollout], roles: Collection[Role], step: int, run: Path) -> None:

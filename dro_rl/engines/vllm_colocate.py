@@ -33,6 +33,7 @@ from dro_rl.engines.vllm_common import (
 )
 from dro_rl.errors import InputError, first_line
 from dro_rl.likelihood import without_adapters
+from dro_rl.models.quantization import in_numbers
 from dro_rl.models.saving import is_adapted
 from dro_rl.proposal import Completion, SamplingParams
 
@@ -297,5 +298,6 @@ def merged_parameters(model: Any) -> Iterator[tuple[str, Tensor]]:
             continue
         value = parameter.data
         if name in adapted:
+            value = in_numbers(adapted[name].base_layer)
             value = value + adapted[name].get_delta_weight(model.active_adapter).to(value)
         yield name.replace(".base_layer", ""), value

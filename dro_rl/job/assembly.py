@@ -29,6 +29,7 @@ from dro_rl.models.loading import (
     load_tokenizer,
 )
 from dro_rl.models.module import SelectorGenerator
+from dro_rl.models.quantization import settings_of
 from dro_rl.models.saving import is_adapted
 from dro_rl.models.sharding import launched_to_shard, whole_parameters
 from dro_rl.models.sharing import twin
@@ -41,14 +42,19 @@ from dro_rl.roles import ROLES, Role
 logger = logging.getLogger(__name__)
 
 
-def model_kwargs(run: RunConfig, role: Role) -> dict[str, Any]:
+def model_kwargs(recipe: Recipe, role: Role) -> dict[str, Any]:
     """How a role's model is loaded."""
+    run, training = recipe.run, recipe.training
     kwargs: dict[str, Any] = {
         "dtype": "auto" if run.dtype == "auto" else getattr(torch, run.dtype),
         "trust_remote_code": run.trust_remote_code,
     }
     if run.attn_implementation is not None:
         kwargs["attn_implementation"] = run.attn_implementation
+    if run.of(role).lora_r:
+        half = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None
+        held = torch.float32 if run.dtype == "auto" else kwargs["dtype"]
+        kwargs |= settings_of(run.quantization, half or held)
     revision = run.of(role).revision
     return {**kwargs, "revision": revision} if revision else kwargs
 
@@ -88,7 +94,7 @@ def warm_up_models(recipe: Recipe, train: Sequence[Question], prompters: dict[Ro
             job = WarmUp(
                 role=role,
                 model=sources[role],
-                model_kwargs=model_kwargs(run, role),
+                model_kwargs=model_kwargs(recipe, role),
                 lora=lora_settings(run, role),
                 prompter=prompters[role],
                 steps=run.of(role).warmup_steps,
@@ -125,7 +131,7 @@ def _bases(recipe: Recipe, sources: dict[Role, str]) -> dict[Role, PreTrainedMod
             role: load_model(sources[role], **_source_kwargs(recipe, role, sources)) for role in recipe.training.roles
         }
     first, *others = ROLES
-    base = load_model(recipe.run.of(first).model, **model_kwargs(recipe.run, first)).requires_grad_(False)
+    base = load_model(recipe.run.of(first).model, **model_kwargs(recipe, first)).requires_grad_(False)
     return {first: base} | {role: twin(base) for role in others}
 
 
@@ -144,7 +150,7 @@ def load_reference(recipe: Recipe, sources: dict[Role, str], models: SelectorGen
 
 
 def _source_kwargs(recipe: Recipe, role: Role, sources: dict[Role, str]) -> dict[str, Any]:
-    kwargs = model_kwargs(recipe.run, role)
+    kwargs = model_kwargs(recipe, role)
     if sources[role] != recipe.run.of(role).model:
         kwargs.pop("revision", None)  # a warmed-up copy has none
     return kwargs
@@ -169,7 +175,7 @@ def evaluate_base(recipe: Recipe, dev: Sequence[Question], prompters: dict[Role,
             loaded.clear()
             gc.collect()
             with whole_parameters():
-                loaded[role] = load_model(run.of(role).model, **model_kwargs(run, role)).to(state.device).eval()
+                loaded[role] = load_model(run.of(role).model, **model_kwargs(recipe, role)).to(state.device).eval()
         half = torch.float16 if training.fp16 else torch.bfloat16
         with torch.no_grad(), torch.autocast(state.device.type, half, enabled=bool(training.bf16 or training.fp16)):
             yield loaded[role]

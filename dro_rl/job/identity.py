@@ -27,7 +27,7 @@ from dro_rl.roles import ROLES, Role
 Inputs = dict[str, dict[str, str]]
 """By recipe key: hashes of the parts of what it names."""
 
-PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "vllm")
+PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "bitsandbytes", "vllm")
 MODEL_FILES = (".safetensors", ".bin", ".gguf", ".json", ".jinja", ".model", ".txt", ".py")
 
 PARTS: dict[str, Callable[[Question], Any]] = {

@@ -18,6 +18,7 @@ from dro_rl.errors import InputError, Phrase, first_line
 from dro_rl.job.assembly import lora_settings
 from dro_rl.keys.run import RunConfig
 from dro_rl.likelihood.attention import keeps_state
+from dro_rl.models import quantization
 from dro_rl.models.loading import add_adapter, check_model, check_pickle
 from dro_rl.models.positions import positions_of
 from dro_rl.models.sharding import launched_to_shard, whole_parameters
@@ -42,6 +43,7 @@ def check_models(recipe: Recipe) -> dict[Role, PreTrainedModel]:
     """
     run = recipe.run
     check_layout(recipe)
+    quantization.check(run.quantization, recipe.training.device)
     models: dict[Role, PreTrainedModel] = {}
     for role in ROLES:
         asked, place = run.of(role), f"{role}_model_name_or_path"
@@ -76,6 +78,13 @@ def check_layout(recipe: Recipe) -> None:
             Phrase(f"auto, under {layout}"),
             f"under {layout} processes meet in every pass, and one that runs out of memory leaves the others waiting",
             "Use a number.",
+        )
+    if recipe.run.quantization != "none":
+        raise InputError(
+            "quantization",
+            Phrase(f"{recipe.run.quantization}, under {layout}"),
+            f"{layout} shards numbers, and quantised weights are codes",
+            "Launch with recipes/accelerate/ddp.yaml or single_gpu.yaml, or use none.",
         )
     if recipe.run.share_base:
         raise InputError(

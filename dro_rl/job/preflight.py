@@ -255,13 +255,15 @@ def check_disk(recipe: Recipe, models: Mapping[Role, PreTrainedModel]) -> int:
         The bytes that it takes.
     """
     run, training = recipe.run, recipe.training
-    weights = moments = 0
-    for role in models:
-        size = 4 * models[role].num_parameters()
-        weights += size
-        adapted = run.of(role).lora_r > 0
-        moments += 0 if adapted or training.role_learning_rate(role) == 0 else 2 * size
-    needed = (weights + moments) * ((training.save_total_limit or 5) + 1) + weights
+    checkpoint = exported = 0
+    for role, model in models.items():
+        size, r = 4 * model.num_parameters(), run.of(role).lora_r
+        linear = [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear)] if r else []
+        adapters = 4 * r * sum(layer.in_features + layer.out_features for layer in linear)
+        trains = training.role_learning_rate(role) > 0
+        checkpoint += (adapters if r else size) * (3 if trains else 1)
+        exported += adapters + (0 if r and not training.save_merged else size)
+    needed = checkpoint * ((training.save_total_limit or 5) + 1) + exported
     folder = Path(str(training.output_dir))
     there = [path for place in checkpoints_of(folder) for path in place.rglob("*") if path.is_file()]
     there += [path for role in ROLES for path in (folder / role).rglob("*") if path.is_file()]

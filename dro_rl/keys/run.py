@@ -91,6 +91,10 @@ class RunConfig:
     lora_target_modules: list[str] | None = option(
         None, "Layers with adapters; unset: every linear layer but the head."
     )
+    quantization: Literal["none", "nf4", "int8"] = option(
+        "none",
+        "How the frozen weights under adapters are held: in four bits or eight, by bitsandbytes, or as they are.",
+    )
     share_base: bool = option(
         False, "Hold the frozen weights under both roles' adapters once. Both roles name the same model."
     )
@@ -149,6 +153,13 @@ class RunConfig:
             )
         if self.share_base:
             self._check_shared()
+        if self.quantization != "none" and not (self.selector_lora_r or self.generator_lora_r):
+            raise InputError(
+                "quantization",
+                self.quantization,
+                "weights that train are not quantised, and no role has adapters",
+                "Set selector_lora_r or generator_lora_r, to 16 say, or use none.",
+            )
 
     def _check_shared(self) -> None:
         """Raise `InputError` unless the roles can have one base: the same weights, and none of them trained."""

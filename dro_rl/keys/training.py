@@ -381,6 +381,12 @@ class TrainingKeys:
     metric_for_best_model: str | None = option("f1", "Dev metric that decides: em, f1, recall@5, answer_logp, …")
     greater_is_better: bool | None = option(True, "Whether a higher metric is better.")
     load_best_model_at_end: bool = option(True, "Keep the best evaluated iteration, not the last.")
+    save_merged: bool = option(
+        True,
+        "Merge adapters into the models that a run leaves, in full precision; false leaves adapters alone, for "
+        "their base.",
+        resumes=True,
+    )
     save_steps: float = option(
         500, "Optimizer steps between two checkpoints within an iteration.", either(0, EVERY, "none"), resumes=True
     )

@@ -24,6 +24,7 @@ from transformers.models.auto.modeling_auto import (
 
 from dro_rl.errors import InputError, Phrase, first_line
 from dro_rl.hub import look_up
+from dro_rl.models.quantization import keep_differentiable
 
 
 def check_model(
@@ -140,6 +141,7 @@ def load_model(name: str, **kwargs: Any) -> PreTrainedModel:
         if getattr(config, "output_router_logits", False):
             config.output_router_logits = False
     _keep_what_can_be_saved(model)
+    keep_differentiable(model)
     return model
 
 
@@ -235,7 +237,7 @@ def add_adapter(model: PreTrainedModel, lora: LoraSettings) -> Any:
     try:
         if model.config.model_type in MERGED_WRONG:
             raise ValueError("what merging makes of them is another model")
-        adapted = get_peft_model(model, config)
+        adapted = get_peft_model(model, config, revision=getattr(model.config, "_commit_hash", None))
     except ValueError as error:  # peft knows what it cannot adapt, state-space layers among them
         raise InputError(
             "selector_lora_r / generator_lora_r",

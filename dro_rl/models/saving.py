@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dro_rl.errors import InputError, Phrase
 from dro_rl.files import folder_written_whole
+from dro_rl.models import quantization
 from dro_rl.models.sharding import whole_parameters
 from dro_rl.roles import Role
 
@@ -92,6 +93,8 @@ def export_role(
             model.save_pretrained(beside / "adapter" if merged else beside, state_dict=state_dict)
             if merged:
                 merged_copy(model, state_dict).save_pretrained(beside)
+            elif held := quantization.settings_in(model):
+                quantization.write(held, beside)
         else:
             model.save_pretrained(beside, state_dict=state_dict)
         if ends:
@@ -106,6 +109,8 @@ def export_role(
 def merged_copy(model: Any, state_dict: Mapping[str, Tensor] | None = None) -> PreTrainedModel:
     """The model with its adapters merged, made of the weights at hand; the trained model is never touched.
 
+    Quantised weights are merged as the numbers that they stand for: what comes out is what was trained.
+
     Args:
         model: a PEFT model.
         state_dict: its whole state, where it is sharded.
@@ -114,8 +119,10 @@ def merged_copy(model: Any, state_dict: Mapping[str, Tensor] | None = None) -> P
 
     base = model.get_base_model()
     with whole_parameters(), torch.random.fork_rng():  # what is drawn here is replaced below
-        whole = get_peft_model(type(base)(base.config), model.peft_config[model.active_adapter])
-    whole.load_state_dict(model.state_dict() if state_dict is None else state_dict)
+        whole = get_peft_model(
+            type(base)(quantization.plain_config(base.config)), model.peft_config[model.active_adapter]
+        )
+    whole.load_state_dict(quantization.state_in_numbers(model) if state_dict is None else state_dict)
     merged = whole.merge_and_unload().to(base.dtype)
     merged.generation_config = base.generation_config
     return merged

@@ -12,6 +12,8 @@ from typing import TypeVar
 
 from torch import nn
 
+from dro_rl.models.quantization import beside_weights
+
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -22,4 +24,5 @@ def twin(model: Model) -> Model:
     stay common when either model moves to another device.
     """
     frozen = (parameter for parameter in model.parameters() if not parameter.requires_grad)
-    return copy.deepcopy(model, {id(each): each for each in itertools.chain(frozen, model.buffers())})
+    common = itertools.chain(frozen, model.buffers(), beside_weights(model))
+    return copy.deepcopy(model, {id(each): each for each in common})
