@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import importlib.util
 import json
 from collections.abc import Iterator
@@ -53,12 +54,11 @@ def check(name: str, device: torch.device) -> None:
             "quantization", name, "it needs the quantization extra", "pip install 'dro_rl[quantization]', or use none."
         )
     try:
-        import bitsandbytes
-
+        layers: Any = importlib.import_module("bitsandbytes.nn")
         if name == INT8:
-            layer = bitsandbytes.nn.Linear8bitLt(64, 64, bias=False, has_fp16_weights=False, threshold=6.0)
+            layer = layers.Linear8bitLt(64, 64, bias=False, has_fp16_weights=False, threshold=6.0)
         else:
-            layer = bitsandbytes.nn.Linear4bit(64, 64, bias=False, quant_type=NF4, compute_dtype=torch.float32)
+            layer = layers.Linear4bit(64, 64, bias=False, quant_type=NF4, compute_dtype=torch.float32)
         layer.requires_grad_(False)
         layer.to(device)(torch.ones(1, 64, device=device, requires_grad=True)).sum().backward()
     except Exception as error:  # each device and release has errors of its own
@@ -77,8 +77,8 @@ def keep_differentiable(model: nn.Module) -> None:
     training that goes on from there gets no gradient through them, and says so in a warning alone.
     """
     for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+        if is_quantised(module) and hasattr(module, "support_avx512bf16_for_cpu"):
+            vars(module)["support_avx512bf16_for_cpu"] = False
 
 
 def settings_in(model: Any) -> BitsAndBytesConfig | None:

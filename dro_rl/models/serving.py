@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from dro_rl.errors import InputError, Phrase
 from dro_rl.models import quantization
@@ -16,7 +16,7 @@ from dro_rl.models.loading import check_model, load_model
 ADAPTER, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
-def load_role_to_serve(folder: Path, device: torch.device, dtype: torch.dtype | None) -> PreTrainedModel:
+def load_role_to_serve(folder: Path, device: torch.device, dtype: torch.dtype | None) -> Any:
     """A role's model on a device, to be called without gradient.
 
     Args:
@@ -30,7 +30,8 @@ def load_role_to_serve(folder: Path, device: torch.device, dtype: torch.dtype | 
     place = str(folder)
     if not (folder / ADAPTER).is_file() or (folder / "config.json").is_file():
         check_model(place, place)
-        return load_model(place, dtype=dtype or "auto", device_map=None).eval().to(device)
+        whole: Any = load_model(place, dtype=dtype or "auto", device_map=None)
+        return whole.eval().to(device)
     settings = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
     base, revision = str(settings["base_model_name_or_path"]), settings.get("revision")
     check_model(base, f"{folder / ADAPTER}: base_model_name_or_path", revision=revision)
@@ -42,7 +43,8 @@ def load_role_to_serve(folder: Path, device: torch.device, dtype: torch.dtype | 
         options["quantization_config"] = held
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(load_model(base, **options).to(device), place).eval()
+    model: Any = load_model(base, **options)
+    return PeftModel.from_pretrained(model.to(device), place).eval()
 
 
 def check_adapters_fit(folder: Path, base: str, revision: str | None) -> None:
