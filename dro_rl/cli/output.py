@@ -24,9 +24,9 @@ SHORT = 14
 SCALE = "▏▎▍▌▋▊▉█"
 
 
-def print_json(value: Any) -> None:
-    """Print one JSON document: dataclasses as objects, NaN and infinities as null, ASCII only."""
-    print(json.dumps(_jsonable(value), indent=2, allow_nan=False))
+def print_json(value: Any, *, line: bool = False) -> None:
+    """Print one JSON document, on a line if told: dataclasses as objects, NaN and infinities as null, ASCII only."""
+    print(json.dumps(_jsonable(value), indent=None if line else 2, allow_nan=False), flush=line)
 
 
 def number(value: float, digits: int = 2) -> str:

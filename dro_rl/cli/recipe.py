@@ -21,8 +21,14 @@ def group() -> None:
 
 
 @app.command("ls")
-def ls(json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False) -> None:
-    """List the recipes that are shipped. Their names are good wherever a recipe's file is."""
+def ls(json: Json = False) -> None:
+    """List the recipes that are shipped. Their names are good wherever a recipe's file is.
+
+    \b
+    Examples:
+      dro-rl recipe ls
+      dro-rl recipe ls --json
+    """
     from dro_rl.cli.output import console, print_json
     from dro_rl.shipped import RECIPES, headline, names
 
@@ -36,11 +42,23 @@ def ls(json: Annotated[bool, typer.Option("--json", help="Print one JSON documen
 
 
 @app.command("show")
-def show(name: Annotated[str, typer.Argument(metavar="RECIPE", help="A name or a file.", show_default=False)]) -> None:
-    """Print a recipe's file as it is."""
-    from dro_rl.cli.output import console
-    from dro_rl.recipe.files import recipe_file
+def show(
+    name: Annotated[str, typer.Argument(metavar="RECIPE", help="A name or a file.", show_default=False)],
+    json: Json = False,
+) -> None:
+    """Print a recipe's file as it is; as JSON, the keys that it gives, with those of what it extends.
 
+    \b
+    Examples:
+      dro-rl recipe show musique
+      dro-rl recipe show mine.yaml --json
+    """
+    from dro_rl.cli.output import console, print_json
+    from dro_rl.recipe.files import files_of, read_recipe, recipe_file
+
+    if json:
+        print_json({"files": files_of(name), "keys": read_recipe(name)})
+        return
     for line in recipe_file(name).read_text(encoding="utf-8", errors="replace").splitlines():
         console().print(line, soft_wrap=True)
 
@@ -52,6 +70,7 @@ def cp(
         Path, typer.Argument(metavar="[FILE]", help="Where to: a file, or a folder.", show_default=False)
     ] = Path(),
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+    json: Json = False,
 ) -> None:
     """Copy a recipe, to change it. Without FILE it keeps its name, here. What it extends stays where it is.
 
@@ -60,7 +79,7 @@ def cp(
       dro-rl recipe cp musique mine.yaml
       dro-rl recipe cp shared/base.yaml experiments/
     """
-    from dro_rl.cli.output import console
+    from dro_rl.cli.output import console, print_json
     from dro_rl.errors import InputError, Phrase
     from dro_rl.files import written_whole
     from dro_rl.recipe.files import moved, recipe_file
@@ -73,6 +92,9 @@ def cp(
         )
     with written_whole(target) as beside:
         beside.write_bytes(moved(source, target))
+    if json:
+        print_json({"file": target})
+        return
     console().print(str(target), soft_wrap=True)
 
 
@@ -82,10 +104,23 @@ def keys(
         str, typer.Argument(metavar="[WORD]", help="Only keys that have this word.", show_default=False)
     ] = "",
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the reference page, docs/keys.md.")] = False,
+    json: Json = False,
 ) -> None:
-    """Print the keys of a recipe: what each may be, its default, what it is."""
-    from dro_rl.keys.reference import keys_page, keys_text
+    """Print the keys of a recipe: what each may be, its default, what it is.
 
+    \b
+    Examples:
+      dro-rl recipe keys
+      dro-rl recipe keys warmup
+      dro-rl recipe keys learning_rate --json
+    """
+    from dro_rl.cli.output import print_json
+    from dro_rl.keys.reference import keys_page, keys_text, matching
+
+    if json:
+        fields = ("name", "allowed", "default", "resumes", "group", "help")
+        print_json({"keys": [{name: getattr(key, name) for name in fields} for key in matching(word)]})
+        return
     typer.echo(keys_page() if markdown else keys_text(word), nl=False)
 
 

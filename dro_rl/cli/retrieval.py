@@ -79,7 +79,7 @@ def index_colbert(
     """Index a corpus by the vectors of its tokens. Needs pip install 'dro_rl[colbert]'.
 
     \b
-    Example:
+    Examples:
       dro-rl index colbert corpus.jsonl indexes/mine-colbert --checkpoint colbert-ir/colbertv2.0
     """
     from dro_rl.retrieval.colbert import ColBERT

@@ -379,6 +379,7 @@ def watch(
     run: Run,
     every: Annotated[float, typer.Option("--every", min=0.1, help="Seconds between two looks.")] = 5.0,
     until: Annotated[int | None, typer.Option("--until", min=1, help="Leave after this iteration.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print a JSON document a line, for each iteration.")] = False,
 ) -> None:
     """Follow a run: each iteration when it has been sampled, and its signals. Leave with Ctrl-C.
 
@@ -389,8 +390,8 @@ def watch(
     """
     import time
 
-    from dro_rl.cli.output import console
-    from dro_rl.cli.rollout_tables import print_iterations
+    from dro_rl.cli.output import console, print_json
+    from dro_rl.cli.rollout_tables import iteration_document, print_iterations, signal_document
     from dro_rl.rollouts.read import follow
     from dro_rl.rollouts.signals import of_iteration, reading
 
@@ -398,10 +399,15 @@ def watch(
     try:
         for iteration in follow(run, lambda: time.sleep(every)):
             history.append(iteration)
-            print_iterations(out, [iteration], headings=len(history) == 1)
             fired = {signal.rule.name: signal for signal in of_iteration(history) if signal.fired}
-            for name in fired.keys() - standing:
-                out.print(f"! {reading(fired[name])}: {fired[name].rule.meaning}", style="yellow")
+            if json:
+                print_json(
+                    {**iteration_document(iteration), "signals": list(map(signal_document, fired.values()))}, line=True
+                )
+            else:
+                print_iterations(out, [iteration], headings=len(history) == 1)
+                for name in fired.keys() - standing:
+                    out.print(f"! {reading(fired[name])}: {fired[name].rule.meaning}", style="yellow")
             standing = set(fired)
             if until is not None and iteration.number >= until:
                 return

@@ -16,6 +16,7 @@ app = typer.Typer(help="Run studies, and show what they found.", no_args_is_help
 File = Annotated[
     str, typer.Argument(metavar="STUDY", help="A study's file, or a shipped one's name.", show_default=False)
 ]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 LINE_SECONDS = 60.0
 """Between two lines of an arm that runs, where there is no terminal."""
 
@@ -26,11 +27,21 @@ def group() -> None:
 
 
 @app.command("ls")
-def ls() -> None:
-    """List the studies that are shipped."""
+def ls(json: Json = False) -> None:
+    """List the studies that are shipped.
+
+    \b
+    Examples:
+      dro-rl study ls
+      dro-rl study ls --json
+    """
+    from dro_rl.cli.output import print_json
     from dro_rl.shipped import STUDIES, headline, names
 
     listed = {name: headline(STUDIES / f"{name}.yaml") for name in names(STUDIES)}
+    if json:
+        print_json({"studies": [{"name": name, "about": about} for name, about in listed.items()]})
+        return
     width = max(map(len, listed))
     for name, about in listed.items():
         typer.echo(f"{name:{width}}  {about}")
@@ -164,7 +175,7 @@ def show(
         Path | None,
         typer.Option("--page", help="A Markdown page that gets the study's section, in place of its old one."),
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    json: Json = False,
 ) -> None:
     """Show what a study has found so far, and write it beside its arms: report.md, report.json, report.png.
 
@@ -232,6 +243,7 @@ def gradients(
         typer.Argument(metavar="RECIPE", help="A recipe; --key value after it goes over it.", show_default=False),
     ],
     repeats: Annotated[int, typer.Option("--repeats", min=2, help="Estimates of each question.")] = 4,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document, which it does anyhow.")] = True,
 ) -> None:
     """Measure how much the selector's gradient varies, where a recipe's training would start. Nothing is trained.
 

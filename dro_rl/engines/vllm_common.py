@@ -19,7 +19,7 @@ from packaging.version import Version
 from dro_rl.config import DROConfig
 from dro_rl.engines.protocol import GenerationRequest
 from dro_rl.engines.vllm_constraint import CONSTRAINT
-from dro_rl.errors import InputError, Phrase
+from dro_rl.errors import LackError, Phrase
 from dro_rl.selection.constraint import SelectionConstraint
 
 VERSIONS = ("0.22", "0.31")
@@ -35,7 +35,7 @@ CPU_CACHE_GIB = "4"
 def check_installed(place: str, value: object) -> None:
     """Raise `InputError`, naming `place` and its value, where vLLM is missing or of another version."""
     if importlib.util.find_spec("vllm") is None:
-        raise InputError(
+        raise LackError(
             place,
             value,
             "this needs vLLM, which is not installed",
@@ -43,7 +43,7 @@ def check_installed(place: str, value: object) -> None:
         )
     found = Version(vllm_version())
     if not Version(VERSIONS[0]).release <= found.release[:2] <= Version(VERSIONS[1]).release:
-        raise InputError(
+        raise LackError(
             place,
             Phrase(f"{value}, and vLLM {found} is installed"),
             f"weights are pushed to vLLM {VERSIONS[0]} to {VERSIONS[1]}",

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from dro_rl.engines.decoding import CACHED
-from dro_rl.errors import InputError, Phrase, first_line
+from dro_rl.errors import InputError, LackError, Phrase, first_line
 from dro_rl.job.assembly import lora_settings
 from dro_rl.keys.run import RunConfig
 from dro_rl.likelihood.attention import keeps_state
@@ -229,7 +229,7 @@ def check_weights(folder: Path, model: PreTrainedModel, place: str) -> None:
 def check_adapters(run: RunConfig, role: Role, model: PreTrainedModel) -> None:
     """Refuse adapters without the extra, or on layers that the model does not have."""
     if importlib.util.find_spec("peft") is None:
-        raise InputError(
+        raise LackError(
             f"{role}_lora_r",
             run.of(role).lora_r,
             "adapters need the peft extra",

@@ -48,10 +48,13 @@ def resolve(path: str | None, overrides: Mapping[str, Any], *, keys_only: bool =
     Raises:
         InputError: the recipe is wrong, or what it reads.
     """
+    from dro_rl.recipe import load_recipe, read_keys
+
+    read_keys(path, overrides)  # what can be said before torch is imported
+
     from dro_rl.job.assembly import build_prompters
     from dro_rl.job.identity import inputs_of, this_session
     from dro_rl.job.preflight import read_splits
-    from dro_rl.recipe import load_recipe
 
     recipe = load_recipe(path, overrides)
     inputs = {} if keys_only else inputs_of(recipe, *read_splits(recipe), build_prompters(recipe))

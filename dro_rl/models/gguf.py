@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dro_rl.errors import InputError, Phrase, first_line
+from dro_rl.errors import InputError, LackError, Phrase, first_line
 from dro_rl.files import folder_written_whole
 
 MAGIC = b"GGUF"
@@ -68,7 +68,7 @@ def convert_gguf(file: Path, folder: Path) -> None:
 def check_conversion(file: str | Path, folder: Path) -> None:
     """Raise `InputError` where no file could be converted, or where something is in the folder's place."""
     if importlib.util.find_spec("gguf") is None:
-        raise InputError(
+        raise LackError(
             str(file), Phrase("llama.cpp's format"), "reading it needs the gguf extra", "pip install 'dro_rl[gguf]'"
         )
     if folder.exists() and (folder.is_file() or any(folder.iterdir())):

@@ -22,7 +22,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
-from dro_rl.errors import InputError, Phrase, first_line
+from dro_rl.errors import InputError, LackError, Phrase, first_line
 from dro_rl.hub import look_up
 from dro_rl.models.quantization import keep_differentiable
 
@@ -219,7 +219,7 @@ def add_adapter(model: PreTrainedModel, lora: LoraSettings) -> Any:
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
-        raise InputError(
+        raise LackError(
             "selector_lora_r / generator_lora_r", lora.r, "adapters need the peft extra", "pip install 'dro_rl[peft]'"
         ) from None
     if lora.target_modules and "lm_head" in lora.target_modules:

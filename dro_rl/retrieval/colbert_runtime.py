@@ -18,7 +18,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from dro_rl.errors import InputError, Phrase
+from dro_rl.errors import InputError, LackError, Phrase
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def check_runtime() -> None:
     """Raise `InputError` where the package, faiss or a compiler is missing, or the version is another one."""
     for module in ("colbert", "faiss", "ninja"):
         if importlib.util.find_spec(module) is None:
-            raise InputError(
+            raise LackError(
                 "colbert",
                 Phrase(f"{module} is not installed"),
                 "ColBERT runs on colbert-ai and faiss",

@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow.dataset as ds
 
-from dro_rl.errors import InputError, Phrase, first_line
+from dro_rl.errors import InputError, LackError, Phrase, first_line
 from dro_rl.rollouts import log
 from dro_rl.rollouts.read import iterations
 
@@ -37,7 +37,7 @@ def query(run: str | Path, statement: str, limit: int) -> Answer:
     try:
         import duckdb
     except ImportError:
-        raise InputError(
+        raise LackError(
             "dro-rl rollouts sql",
             Phrase("DuckDB is not installed"),
             "SQL over the log is run by DuckDB",
