@@ -235,7 +235,7 @@ def test_memory_that_runs_out_while_models_load_is_one_line(
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:73] . DefaultCPUAllocator: can't allocate memory: 1 bytes")
 
     monkeypatch.setattr("dro_rl.job.run.load_models", run_out)
-    assert train.run_job([str(world(tmp_path / "world"))]) == 2
+    assert train.run_job([str(world(tmp_path / "world"))]) == 3
     assert "error: memory: full (" in capsys.readouterr().err
 
 

@@ -175,7 +175,7 @@ def test_without_vllm_a_job_that_asks_for_it_names_the_extra_before_anything_is_
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['vllm'] = None\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     done = launch(recipe, tmp_path / "run")
-    assert done.returncode == 2
+    assert done.returncode == 3
     assert "pip install 'dro_rl[vllm]'" in done.stderr
     assert not (tmp_path / "run").exists()
 
@@ -183,7 +183,7 @@ def test_without_vllm_a_job_that_asks_for_it_names_the_extra_before_anything_is_
 @pytest.mark.usefixtures("without_vllm")
 def test_the_server_cannot_be_started_without_vllm(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["serve-rollouts", str(world(tmp_path, vllm_mode="server"))])
-    assert done.exit_code == 2
+    assert done.exit_code == 3
     assert "pip install 'dro_rl[vllm]'" in done.output
 
 

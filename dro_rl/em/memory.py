@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dro_rl.errors import InputError, Phrase, as_size, first_line
+from dro_rl.errors import LackError, Phrase, as_size, first_line
 
 TOKENS = "tokens_per_microbatch"
 EVALUATION = "per_device_eval_batch_size"
@@ -59,7 +59,7 @@ def to_come(optimizer: torch.optim.Optimizer | None, name: str) -> int:
 
 def out_of_memory(
     error: BaseException, phase: str, value: Any, holders: Mapping[str, int], alone: Phrase | None = None
-) -> InputError:
+) -> LackError:
     """What a run ends with.
 
     Args:
@@ -72,7 +72,7 @@ def out_of_memory(
     key = KEYS.get(phase, TOKENS)
     said = ", ".join(f"{name} {as_size(size)}" for name, size in holders.items() if size)
     alone = alone if key == TOKENS else None
-    return InputError(
+    return LackError(
         key,
         alone or getattr(value, "value", value),
         f"this has room in memory, in phase {phase}, beside {said} ({first_line(error)})",
