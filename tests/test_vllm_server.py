@@ -25,12 +25,13 @@ from training_world import ROOT, changed, launch, questions, save_model, tokeniz
 
 pytest.importorskip("vllm", reason="vLLM is not installed: make setup-vllm")
 
+from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dro_rl.config import DROConfig
-from dro_rl.engines.answers import ModelAnswerer
+from dro_rl.engines.answers import EngineAnswerer, ModelAnswerer
 from dro_rl.engines.endpoint import KEY, EndpointAnswerer, EndpointSettings
-from dro_rl.engines.protocol import GenerationRequest
+from dro_rl.engines.protocol import GenerationRequest, TrainedSelector
 from dro_rl.engines.vllm_server import Server, ServerEngine, check_servers, load_everywhere
 from dro_rl.errors import InputError
 from dro_rl.likelihood import Row, Scoring, completion_logps, score_rows
@@ -196,6 +197,29 @@ def test_as_an_endpoint_it_scores_and_writes_as_the_process_does(vllm: World, mo
     one, other = (each.write([row.prompt for row in rows], greedy, [0] * 5) for each in (here, there))
     assert [each.text for each in other] == [each.text for each in one]
     assert [each.logp for each in other] == [pytest.approx(each.logp, abs=4 * TOLERANCE) for each in one]
+
+
+def test_as_a_server_of_answers_it_writes_the_generators_own(
+    vllm: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Greedy ones, before and after an update, which is pushed."""
+    prompter = Prompter(tokenizer(), str(vllm.recipe.parent / "g.jinja"))
+    trained = TrainedSelector(
+        lambda: nullcontext(vllm.model), lambda: vllm.model, lambda place: None, prompter, Accelerator(), tmp_path
+    )
+    updates = [0]
+    there = EngineAnswerer(trained, Scoring(), vllm.engine(), lambda: updates[0])
+    here = ModelAnswerer(trained.open, prompter, Scoring())
+    prompts = [prompter.generator_prompt(question, (3, 1)).ids for question in questions(5)]
+    greedy = SamplingParams(4, temperature=0.0)
+    for _ in range(2):
+        one, other = (each.write(prompts, greedy, [0] * 5) for each in (here, there))
+        assert [each.text for each in other] == [each.text for each in one]
+        assert [each.logp for each in other] == [pytest.approx(each.logp, abs=4 * TOLERANCE) for each in one]
+        monkeypatch.setattr(vllm, "model", changed(vllm.model))
+        updates[0] += 1
+    monkeypatch.undo()
+    there.write(prompts[:1], greedy, [0])  # gives the server its weights back
 
 
 def test_log_q_is_the_trainers_log_p_to_rounding(vllm: World) -> None:

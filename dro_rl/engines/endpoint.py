@@ -88,7 +88,7 @@ class Endpoint:
         self._key = os.environ.get(KEY, "").strip()
         self._client = httpx.Client(
             base_url=self.url,
-            timeout=httpx.Timeout(settings.request_timeout, connect=min(10.0, settings.timeout), pool=None),
+            timeout=httpx.Timeout(settings.request_timeout, connect=min(10.0, settings.request_timeout), pool=None),
             limits=httpx.Limits(max_connections=settings.concurrency),
             headers={"Authorization": f"Bearer {self._key}"} if self._key else None,
             trust_env=urlsplit(self.url).hostname not in LOOPBACK,  # a proxy is on the way to the internet alone
