@@ -264,10 +264,12 @@ def test_what_means_nothing_together_is_refused(tmp_path: Path, keys: dict[str, 
 
 
 def test_others_are_needed_to_take_a_place() -> None:
-    config = DROConfig(output_dir="unused", report_to="none", num_generations=8, resample_ties="replace")
+    def config(**keys: Any) -> DROConfig:
+        return DROConfig(output_dir="unused", report_to="none", num_generations=8, resample_ties="replace", **keys)
+
     with pytest.raises(InputError, match=r"resample_ties: 'replace': others take the places .* all 12 training"):
-        config.check_batch(1, 12)
-    replace(config, questions_per_iteration=4).check_batch(1, 12)
+        config().check_batch(1, 12)
+    config(questions_per_iteration=4).check_batch(1, 12)
 
 
 def test_what_lists_every_selection_is_not_drawn_again() -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -149,11 +149,35 @@ def load_reference(recipe: Recipe, sources: dict[Role, str], models: SelectorGen
     return model.requires_grad_(False)
 
 
-def _source_kwargs(recipe: Recipe, role: Role, sources: dict[Role, str]) -> dict[str, Any]:
+def _source_kwargs(recipe: Recipe, role: Role, sources: Mapping[Role, str]) -> dict[str, Any]:
     kwargs = model_kwargs(recipe, role)
     if sources[role] != recipe.run.of(role).model:
         kwargs.pop("revision", None)  # a warmed-up copy has none
     return kwargs
+
+
+def one_role_at_a_time(recipe: Recipe, sources: Mapping[Role, str]) -> Callable[[Role], AbstractContextManager[Any]]:
+    """Opens a role as it starts, whole on each process and without gradient; the other one leaves the memory."""
+    training, state = recipe.training, PartialState()
+    loaded: dict[Role, Any] = {}
+
+    def load(role: Role) -> Any:
+        if recipe.run.share_base and sources[role] != recipe.run.of(role).model:
+            return load_adapter(load_model(recipe.run.of(role).model, **model_kwargs(recipe, role)), sources[role])
+        return load_model(sources[role], **_source_kwargs(recipe, role, sources))
+
+    @contextmanager
+    def open_role(role: Role) -> Iterator[Any]:
+        if role not in loaded:
+            loaded.clear()
+            gc.collect()
+            with whole_parameters():
+                loaded[role] = load(role).to(state.device).eval()
+        half = torch.float16 if training.fp16 else torch.bfloat16
+        with torch.no_grad(), torch.autocast(state.device.type, half, enabled=bool(training.bf16 or training.fp16)):
+            yield loaded[role]
+
+    return open_role
 
 
 def evaluate_base(recipe: Recipe, dev: Sequence[Question], prompters: dict[Role, Prompter]) -> None:
@@ -165,24 +189,9 @@ def evaluate_base(recipe: Recipe, dev: Sequence[Question], prompters: dict[Role,
     folder = str(training.output_dir)
     if run.warmup == "none" or any(stage["stage"] == "base" for stage in read_stages(folder)):
         return
-    state = PartialState()
-
-    loaded: dict[Role, Any] = {}
-
-    @contextmanager
-    def open_role(role: Role) -> Iterator[Any]:
-        if role not in loaded:
-            loaded.clear()
-            gc.collect()
-            with whole_parameters():
-                loaded[role] = load_model(run.of(role).model, **model_kwargs(recipe, role)).to(state.device).eval()
-        half = torch.float16 if training.fp16 else torch.bfloat16
-        with torch.no_grad(), torch.autocast(state.device.type, half, enabled=bool(training.bf16 or training.fp16)):
-            yield loaded[role]
-
     settings = PipelineSettings.of(training, run.chat_template_kwargs)
     pipeline = RAGPipeline(
-        open_role,
+        one_role_at_a_time(recipe, {role: run.of(role).model for role in ROLES}),
         prompters,
         settings,
         training.per_device_eval_batch_size,
@@ -199,4 +208,4 @@ def evaluate_base(recipe: Recipe, dev: Sequence[Question], prompters: dict[Role,
         likelihood=training.answer_likelihood,
         aliases=training.answer_aliases,
     )
-    state.wait_for_everyone()
+    PartialState().wait_for_everyone()

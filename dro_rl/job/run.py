@@ -16,6 +16,7 @@ from dro_rl.job.assembly import evaluate_base, load_models, load_reference, warm
 from dro_rl.job.console import print_run, signal_spans
 from dro_rl.job.identity import inputs_of
 from dro_rl.job.output import claimed_output_dir, note_ending
+from dro_rl.job.solvable import keep_solvable
 from dro_rl.recipe import Recipe, load_recipe, parse_command_line
 from dro_rl.runs import Ending, read_run
 from dro_rl.trainer import DROTrainer
@@ -32,17 +33,18 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def run_training(recipe: Recipe, job: preflight.Prepared, checkpoint: str | None) -> None:
-    """What happens in the output folder: warm-up, models, training, evaluation, export."""
+    """What happens in the output folder: warm-up, the choice of questions, models, training, evaluation, export."""
     run, training = recipe.run, recipe.training
     set_seed(training.seed)
     evaluate_base(recipe, job.dev, job.prompters)
     sources = warm_up_models(recipe, job.train, job.prompters)
+    train = keep_solvable(recipe, sources, job.train, job.prompters)
     set_seed(training.seed)
     models = load_models(recipe, sources)
     trainer = DROTrainer(
         models,
         training,
-        job.train,
+        train,
         job.dev,
         job.prompters,
         eval_split=run.dataset_eval_split,

@@ -7,9 +7,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dro_rl.errors import InputError, Phrase
-from dro_rl.keys import above, at_least, check_keys, either, option, within
+from dro_rl.keys import Rule, above, at_least, check_keys, either, option, within
 from dro_rl.roles import Role
 from dro_rl.toy.world import TOY_BASE
+
+SHARES = Rule(
+    "two shares, [low, high] with 0 <= low <= high <= 1",
+    "Use [0.1, 0.9], or leave it unset.",
+    lambda value: len(value) == 2 and 0 <= float(value[0]) <= float(value[1]) <= 1,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +61,12 @@ class RunConfig:
     )
     max_train_samples: int | None = option(None, "Use the first so many training questions.", at_least(1))
     max_eval_samples: int | None = option(None, "Use the first so many dev questions.", at_least(1))
+    solvable: list[float] | None = option(
+        None,
+        "Train on the questions that such a share of the first models' rollouts answer exactly, from the first to the "
+        "second of two numbers: [0.1, 0.9]; unset: on all.",
+        SHARES,
+    )
 
     num_documents: int | None = option(
         None, "Cut each question's candidates to the first so many; unset: all.", at_least(1), group="Candidates"
@@ -130,7 +142,7 @@ class RunConfig:
     warmup_batch_size: int = option(8, "Questions a device and step of the warm-up.", at_least(1))
     warmup_cache_dir: str = option(
         "~/.cache/dro_rl/warmup",
-        "Where warmed-up models are kept: a folder that all nodes of a run share.",
+        "Where warmed-up models, and what solvable found, are kept: a folder that all nodes of a run share.",
         resumes=True,
     )
 
