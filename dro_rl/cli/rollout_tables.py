@@ -20,6 +20,9 @@ from dro_rl.rollouts.signals import Iteration, Signal, reading
 from dro_rl.selection import format_selection
 
 FIXED = ("weight", "", "ℓ", "mean", "sum", "log p", "log q")
+LONGEST = 400
+"""Characters of a text that are printed; JSON has it whole."""
+
 PLACES = 20
 """Document numbers whose share is printed: all of them, or the most frequent."""
 
@@ -122,8 +125,8 @@ def print_signals(out: Console, signals: Sequence[Signal], over: str) -> None:
 def print_group(out: Console, group: Group) -> None:
 
     m = len(group.rollouts)
-    out.print(f"{plain(group.question_id)}: {plain(group.question)}", style="bold")
-    out.print(f"answers: {' | '.join(map(plain, group.answers))}")
+    out.print(f"{plain(group.question_id)}: {_cut(group.question)}", style="bold")
+    out.print(f"answers: {' | '.join(map(_cut, group.answers))}")
     out.print(
         f"iteration {group.iteration}, step {group.step}: ESS {number(group.ess)} of {m}, "
         f"evidence bound {number(group.evidence_bound)} nats, "
@@ -165,11 +168,17 @@ def print_group(out: Console, group: Group) -> None:
     _print_answers(out, group)
     documents = {d.number: d for rollout in group.rollouts for d in rollout.documents}
     for n, document in sorted(documents.items()):
-        out.print(f"{f'[{n}]':>5}{'*' if document.supporting else ' '} {plain(document.title)}", no_wrap=True)
+        out.print(f"{f'[{n}]':>5}{'*' if document.supporting else ' '} {_cut(document.title)}", no_wrap=True)
     missing = group.num_supporting - sum(d.supporting for d in documents.values())
     if group.num_supporting:
         out.print(f"* supports the answer; {missing} of {group.num_supporting} supporting were not selected")
     out.print(plain(group.why), style="bold")
+
+
+def _cut(text: str) -> str:
+    """A text of any length in at most `LONGEST` characters."""
+    shown = plain(text[: 2 * LONGEST])
+    return shown if len(shown) <= LONGEST else f"{shown[:LONGEST]}…"
 
 
 def _print_answers(out: Console, group: Group) -> None:
@@ -192,7 +201,7 @@ def print_briefs(out: Console, briefs: Sequence[Brief]) -> None:
             f"{brief.distinct}/{brief.rollouts}",
             percent(brief.recall),
             f"{number(brief.weight)} {brief.selection or 'none'}",
-            plain(brief.question),
+            _cut(brief.question),
         )
         for brief in briefs
     ]
@@ -207,7 +216,7 @@ def print_changes(out: Console, changes: Sequence[Change]) -> None:
             f"{change.before.iteration} → {change.after.iteration}",
             f"{number(change.before.evidence_bound)} → {number(change.after.evidence_bound)}",
             f"{change.before.selection or 'none'} → {change.after.selection or 'none'}",
-            plain(change.after.question),
+            _cut(change.after.question),
         )
         for change in changes
     ]

@@ -64,13 +64,13 @@ def parts_of(run: str | Path) -> dict[int, list[Path]]:
             fix = f"Pass the folder above it: {run.parent}"
         else:
             fix = "Pass the output_dir of a run that has finished an E-step."
-        raise InputError(
-            str(run),
-            Phrase("no rollouts"),
-            "a run holds rollouts/iteration-*.parquet once it has sampled",
-            fix,
-        )
+        raise _without_rollouts(run, fix)
     return found
+
+
+def _without_rollouts(run: Path, fix: str) -> InputError:
+    rule = "a run holds rollouts/iteration-*.parquet once it has sampled"
+    return InputError(str(run), Phrase("no rollouts"), rule, fix)
 
 
 def iterations(run: str | Path) -> list[int]:
@@ -112,7 +112,10 @@ def history(run: str | Path, last: int | None = None) -> list[Iteration]:
     logged = list(parts_of(run).values())
     limit = _max_log_ratio(Path(run) / "recipe.yaml")
     found = (_summarize_parts(paths, limit) for paths in (logged[-last:] if last else logged))
-    return [iteration for iteration in found if iteration is not None]
+    kept = [iteration for iteration in found if iteration is not None]
+    if not kept:
+        raise _without_rollouts(Path(run), "Pass the output_dir of a run that has finished an E-step.")
+    return kept
 
 
 def _summarize_parts(paths: Sequence[Path], max_log_ratio: float) -> Iteration | None:
