@@ -51,11 +51,9 @@ def rollout_seed(*parts: int | str) -> int:
 
 
 def candidate_orders(seed: int, num_documents: int, count: int) -> list[tuple[int, ...]]:
-    """Orders in which a selector is shown a question's candidates, each the numbers of the documents.
+    """Orders in which a selector is shown a question's candidates, each the numbers of the documents, drawn alike.
 
-    Each alone is any permutation, with equal probability. Together they are one that is drawn, begun at `count` places
-    round the circle: while there are as many documents as orders, no document stands twice at the same place, so that
-    a preference for a place names another document in each.
+    They are independent: what one place holds in an order says nothing of what any place holds in another.
 
     Args:
         seed: of the question in the iteration.
@@ -64,10 +62,8 @@ def candidate_orders(seed: int, num_documents: int, count: int) -> list[tuple[in
     """
     if count == 1:
         return [()]
-    drawn = list(range(1, num_documents + 1))
-    random.Random(rollout_seed(seed, "orders")).shuffle(drawn)
-    starts = [turn * num_documents // count for turn in range(count)]
-    return [(*drawn[start:], *drawn[:start]) for start in starts]
+    draw = random.Random(rollout_seed(seed, "orders"))
+    return [tuple(draw.sample(range(1, num_documents + 1), num_documents)) for _ in range(count)]
 
 
 def uniforms(seed: int, count: int, length: int) -> torch.Tensor:

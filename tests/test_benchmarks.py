@@ -239,3 +239,16 @@ def test_the_list_for_a_gpu_runs_through_on_a_cpu(tmp_path: Path) -> None:
     gpu.main(minutes=15, device="cpu", output=tmp_path)
     found = json.loads((tmp_path / "gpu.json").read_text())["parts"]
     assert {each["part"]: each["state"] for each in found} == {each["part"]: "done" for each in found}
+
+
+def test_a_policy_gets_off_a_place_where_rollouts_differ(tmp_path: Path) -> None:
+    rows = run("collapse", tmp_path, "--m", "4", "--trainings", "40")["rows"]
+    found = {(row["world"], row["rollouts"]): row for row in rows}
+    assert len(found) == 12
+    one, two, listed = (
+        found["from 99 % on a place", name]["collapsed"] for name in ("m = 4", "m = 4, 2 orders", "all listed")
+    )
+    assert one > two + 0.1
+    assert listed < 0.1
+    lean = {name: found["nothing to tell by", name]["commonest"] for name in ("m = 4, 4 orders", "all listed")}
+    assert lean["all listed"] < lean["m = 4, 4 orders"] - 0.1

@@ -94,7 +94,7 @@ class TrainingKeys:
     candidate_orders: int = option(
         1,
         "Orders of its candidates that a question's rollouts are split over, drawn anew each time; 1: as they stand. "
-        "From 2 on a preference for a place in the list earns nothing.",
+        "From 2 on even a policy that names one place names several documents.",
         at_least(1),
     )
     allow_single_generation: bool = option(

@@ -320,9 +320,9 @@ RULES = (
         _position,
         "Most rollouts begin with one place in the list, whatever stands there: a collapse onto a position, unless the "
         "retriever's order is kept and is that good.",
-        ("candidate_orders", "shuffle_documents", "selector_learning_rate", "warmup_steps", "entropy_coef"),
-        "Set candidate_orders, 2 to begin: a place then earns nothing. Or shuffle the candidates, lower "
-        "selector_learning_rate or give it more warmup_steps, or raise entropy_coef.",
+        ("temperature", "candidate_orders", "shuffle_documents", "selector_learning_rate", "warmup_steps"),
+        "Raise the temperature, to 1.5 to begin, and candidate_orders, to 2, for rollouts that differ. Or shuffle the "
+        "candidates, lower selector_learning_rate or give it more warmup_steps.",
     ),
     Rule(
         "ess_share",
