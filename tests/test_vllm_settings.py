@@ -29,7 +29,7 @@ from dro_rl.engines.protocol import GenerationRequest
 from dro_rl.engines.vllm_colocate import merged_parameters, origin
 from dro_rl.engines.vllm_common import engine_dtype, random_state_kept, request_options
 from dro_rl.engines.vllm_server import Server, ServerEngine, load_everywhere
-from dro_rl.errors import InputError
+from dro_rl.errors import InputError, LackError
 from dro_rl.models.loading import LoraSettings, add_adapter
 from dro_rl.proposal import SamplingParams, rollout_seed
 from dro_rl.recipe import load_recipe
@@ -91,7 +91,7 @@ def test_an_engine_of_answers_is_told_their_lengths_and_its_own_servers(tmp_path
 
 
 def test_errors_of_an_engine_of_answers_name_its_keys(tmp_path: Path, without_vllm: None) -> None:
-    with pytest.raises(InputError, match=r"^answer_engine: 'vllm': this needs vLLM") as refused:
+    with pytest.raises(LackError, match=r"^answer_engine: 'vllm': this needs vLLM") as refused:
         engines.check(config(tmp_path, **ANSWERS, rollout_engine="transformers"))
     assert "answer_engine: transformers" in refused.value.fix
     served = config(tmp_path, **SERVED, rollout_engine="transformers", vllm_server_timeout=0.2)

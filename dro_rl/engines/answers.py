@@ -178,4 +178,4 @@ def named_for_answers() -> Iterator[None]:
     except InputError as error:
         place, command = OWN_KEYS.get(error.place, error.place), "serve-rollouts RECIPE"
         fix = error.fix.replace(command, f"{command} --role generator").replace("rollout_engine", "answer_engine")
-        raise InputError(place, error.value, error.rule, fix) from None
+        raise type(error)(place, error.value, error.rule, fix) from None
