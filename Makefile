@@ -65,6 +65,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.selector_update
 	$(BIN)/python -m benchmarks.generator_update
 	$(BIN)/python -m benchmarks.trl_step
+	$(BIN)/python -m benchmarks.one_card
 	$(BIN)/python -m benchmarks.scaling
 
 bench-large: setup

@@ -62,6 +62,16 @@ def run(name: str, folder: Path, *options: str) -> dict[str, Any]:
 
 
 @pytest.mark.usefixtures("in_this_process")
+def test_one_card_measures_one_base_against_two(tmp_path: Path) -> None:
+    sizes = ["--held", "none", "--held", "nf4", "--m", "2", "--prompt", "40", "--read", "20", "--repeats", "1"]
+    rows = run("one_card", tmp_path, *TINY, *sizes)["rows"]
+    assert [(row["held"], row["shared"]) for row in rows] == [
+        ("none", False), ("none", True), ("nf4", False), ("nf4", True),
+    ]  # fmt: skip
+    assert all(row["peak"] > 0 and len(row["seconds"]) == 1 for row in rows)
+
+
+@pytest.mark.usefixtures("in_this_process")
 def test_selector_update_measures_both_paths(tmp_path: Path) -> None:
     sizes = ["--m", "1", "--m", "3", "--plain-m", "3", "--prompt", "20", "--completion", "3", "--repeats", "2"]
     rows = run("selector_update", tmp_path, *TINY, *sizes)["rows"]
@@ -187,7 +197,7 @@ def test_a_step_needs_its_rollouts_and_three_passes_of_each_distinct_one() -> No
 
 
 def test_make_bench_runs_every_benchmark(makefile: Callable[[], str]) -> None:
-    for name in ("selector_update", "generator_update", "trl_step", "scaling"):
+    for name in ("selector_update", "generator_update", "trl_step", "scaling", "one_card"):
         assert f"benchmarks.{name}" in makefile()
 
 
