@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dro_rl.cli.export import export
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -298,3 +300,6 @@ def _bars(hub: str = "") -> Iterator[Watch]:
             return progress.wrap_file(file, total=size, description=visible(Path(file.name).name))
 
         yield watch
+
+
+app.command("export")(export)
