@@ -25,6 +25,10 @@ class InputError(ValueError):
         self.place, self.value, self.rule, self.fix = place, value, rule, fix
         super().__init__(visible(f"{place}: {shorten(value)}: {rule}. {fix}"))
 
+    def __reduce__(self) -> tuple[type[InputError], tuple[str, Phrase, str, str]]:
+        """As it travels from another process."""
+        return type(self), (self.place, Phrase(shorten(self.value)), self.rule, self.fix)
+
 
 class LackError(InputError):
     """The input may be right, and the machine lacks something for it: a package, memory, room on the disk."""

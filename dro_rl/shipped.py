@@ -15,6 +15,10 @@ _PACKAGE = Path(__file__).parent
 RECIPES = next((folder for folder in (_PACKAGE / "recipes", _PACKAGE.parent / "recipes") if folder.is_dir()), _PACKAGE)
 ACCELERATE = RECIPES / "accelerate"
 STUDIES = RECIPES / "studies"
+TESTED = next(
+    (file for folder in (_PACKAGE, _PACKAGE.parent) if (file := folder / "constraints" / "tested.txt").is_file()), None
+)
+"""The versions that were tested together; None where the file did not travel."""
 
 
 def names(folder: Path = RECIPES) -> list[str]:

@@ -107,7 +107,8 @@ LAYERS = (
     ("em",),
     ("trainer",),
     ("job",),
-    ("study",),
+    ("study", "resources", "doctor"),
+    ("report",),
     ("train", "cli"),
     ("__main__",),
 )

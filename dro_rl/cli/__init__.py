@@ -7,7 +7,23 @@ from typing import Annotated
 import typer
 
 from dro_rl import __version__
-from dro_rl.cli import ask, data, evaluate, explain, model, recipe, retrieval, rollouts, runs, serve, study, train
+from dro_rl.cli import (
+    ask,
+    data,
+    doctor,
+    evaluate,
+    explain,
+    model,
+    plan,
+    recipe,
+    report,
+    retrieval,
+    rollouts,
+    runs,
+    serve,
+    study,
+    train,
+)
 from dro_rl.cli.errors import InputErrorGroup
 
 app = typer.Typer(
@@ -19,10 +35,13 @@ app = typer.Typer(
 )
 app.command(
     "train",
-    options_metavar="[--launch OPTIONS]",
+    options_metavar="[--launch OPTIONS] [--dry-run]",
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )(train.train)
 app.add_typer(runs.app, name="runs")
+app.command("plan", options_metavar="[OPTIONS]", context_settings={"ignore_unknown_options": True})(plan.plan)
+app.command("doctor")(doctor.doctor)
+app.command("report")(report.report)
 app.add_typer(rollouts.app, name="rollouts")
 app.add_typer(recipe.app, name="recipe")
 app.add_typer(study.app, name="study")
@@ -57,7 +76,9 @@ def main(
 
     \b
     Examples:
+      dro-rl doctor
       dro-rl train quickstart
+      dro-rl plan musique --gpus 8 --memory 80GB --card A100 --sharding fsdp2
       dro-rl data prepare hotpotqa --input hotpot_dev_distractor_v1.json --output dev.jsonl.gz
       dro-rl model convert SmolLM2-135M-Instruct.Q4_1.gguf models/smollm2
       dro-rl index bm25 corpus.jsonl.gz indexes/mine
@@ -73,6 +94,7 @@ def main(
       dro-rl rollouts show out/musique --sort evidence --limit 3
       dro-rl rollouts top out/musique --only missed
       dro-rl rollouts show out/musique 2hop__482757_12019
+      dro-rl report out/musique -o report.html
       dro-rl evaluate out/musique --data data/musique/test.jsonl
       dro-rl compare out/sft out/musique
       dro-rl study run joint

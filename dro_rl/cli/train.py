@@ -17,6 +17,9 @@ def train(
     launch: Annotated[
         str, typer.Option("--launch", metavar="OPTIONS", help="Options of `accelerate launch`, in quotes.")
     ] = "",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan, as `dro-rl plan` does, and train nothing.")
+    ] = False,
 ) -> None:
     """Train a selector and a generator together, as a recipe says.
 
@@ -27,6 +30,7 @@ def train(
     \b
     Examples:
       dro-rl train quickstart
+      dro-rl train musique --dry-run
       dro-rl train musique --dataset_name data/musique --output_dir runs/musique
       dro-rl train mine.yaml --seed 1 --launch "--config_file fsdp2 --num_processes 8"
 
@@ -34,7 +38,16 @@ def train(
     """
     from dro_rl.recipe import parse_command_line, read_keys
 
-    _, keys = read_keys(*parse_command_line(arguments))  # a wrong key waits for nothing
+    path, overrides = parse_command_line(arguments)
+    _, keys = read_keys(path, overrides)  # a wrong key waits for nothing
+    if dry_run:
+        from dro_rl.cli.plan import planned, show
+        from dro_rl.job.launch import launched
+
+        processes, layout = launched(launch)
+        found = planned(path, overrides, sharding=layout, processes=processes)
+        show(found, json=False)
+        raise typer.Exit(0 if found.fits else 1)
 
     from dro_rl.job.launch import launch_job
 

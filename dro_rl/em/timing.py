@@ -20,6 +20,10 @@ PEAK_FLOPS = {
 """Dense 16-bit operations a second, as the makers of the cards state them (SXM variants where there are several)."""
 
 
+now = time.perf_counter
+"""Seconds, from some beginning: what phases are timed by."""
+
+
 @dataclass
 class Phase:
     """What one phase took: seconds, tokens that went through its model, floating-point operations of its weights."""
@@ -45,7 +49,7 @@ class PhaseClock:
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     now: str = "other"
-    since: float = field(default_factory=time.perf_counter)
+    since: float = field(default_factory=lambda: now())
     recent: dict[str, Phase] = field(default_factory=lambda: defaultdict(Phase))
     """Since the last log."""
     total: dict[str, Phase] = field(default_factory=lambda: defaultdict(Phase))
@@ -57,7 +61,7 @@ class PhaseClock:
         """Give the seconds since the last change to the phase that was open; return its name and open another."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        before, moment = self.now, time.perf_counter()
+        before, moment = self.now, now()
         self.recent[before].seconds += moment - self.since
         self.now, self.since = name, moment
         return before
@@ -110,10 +114,14 @@ def flops_per_token(model: Any) -> Flops:
 
 def peak_flops(device: torch.device) -> float | None:
     """16-bit operations a second that the card can do; None where that is not known."""
-    if device.type != "cuda":
-        return None
-    words = torch.cuda.get_device_name(device).upper().replace("-", " ").split()
-    return next((peak for name, peak in PEAK_FLOPS.items() if name in words), None)
+    card = known_card(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return None if card is None else PEAK_FLOPS[card]
+
+
+def known_card(name: str) -> str | None:
+    """The entry of `PEAK_FLOPS` that a card's name, as its driver or a user writes it, belongs to."""
+    words = name.upper().replace("-", " ").split()
+    return next((card for card in PEAK_FLOPS if card in words), None)
 
 
 def rates(phases: dict[str, Phase], peak: float | None) -> dict[str, float]:

@@ -16,6 +16,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
+from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 from torch.distributed.elastic.multiprocessing import SignalException
@@ -28,6 +29,8 @@ from dro_rl.shipped import ACCELERATE, find
 JOB = Path(__file__).parent.parent / "train.py"
 KINDS = ("multi_gpu", "tpu", "use_deepspeed", "use_fsdp", "use_megatron_lm")
 """What accelerate starts by a launcher of processes of its own."""
+SHARING = ("ddp", "zero2", "zero3", "fsdp2")
+"""Shipped configurations of several processes."""
 
 
 def launch_job(options: str, arguments: Sequence[str], *, on_cpu: bool = False) -> int:
@@ -62,6 +65,23 @@ def launch_job(options: str, arguments: Sequence[str], *, on_cpu: bool = False) 
             "--launch", options, f"accelerate can follow these options ({first_line(error)})", "Correct them."
         ) from None
     return os.execvpe(command[0], command, environment)
+
+
+def launched(options: str) -> tuple[int | None, str | None]:
+    """What options of `accelerate launch` say of a run, None where they do not: how many processes, and which of the
+    shipped configurations shares the models among them."""
+    args = _parsed(options, ())
+    if args.config_file is None:
+        return args.num_processes, None
+    try:
+        config = load_config_from_file(args.config_file)
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        raise InputError(
+            "--launch", options, f"accelerate reads its configuration ({first_line(error)})", "Correct it."
+        ) from None
+    place = Path(args.config_file)
+    shares = place.parent == ACCELERATE and place.stem in SHARING
+    return args.num_processes or config.num_processes, place.stem if shares else None
 
 
 def _launch_several(args: Namespace) -> int:

@@ -247,24 +247,15 @@ def check_optimizer(training: DROConfig) -> None:
 
 
 def check_disk(recipe: Recipe, models: Mapping[Role, PreTrainedModel]) -> int:
-    """Refuse a run whose checkpoints would not fit. Weights, and two moments for what trains, in float32.
+    """Refuse a run whose checkpoints would not fit.
 
     Checkpoints that are there have their room already: those of the run that is gone on in.
 
     Returns:
         The bytes that it takes.
     """
-    run, training = recipe.run, recipe.training
-    checkpoint = exported = 0
-    for role, model in models.items():
-        size, r = 4 * model.num_parameters(), run.of(role).lora_r
-        linear = [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear)] if r else []
-        adapters = 4 * r * sum(layer.in_features + layer.out_features for layer in linear)
-        trains = training.role_learning_rate(role) > 0
-        checkpoint += (adapters if r else size) * (3 if trains else 1)
-        exported += adapters + (0 if r and not training.save_merged else size)
-    needed = checkpoint * ((training.save_total_limit or 5) + 1) + exported
-    folder = Path(str(training.output_dir))
+    needed = disk_of(recipe, models)
+    folder = Path(str(recipe.training.output_dir))
     there = [path for place in checkpoints_of(folder) for path in place.rglob("*") if path.is_file()]
     there += [path for role in ROLES for path in (folder / role).rglob("*") if path.is_file()]
     more = needed - sum(path.stat().st_size for path in there)
@@ -278,6 +269,24 @@ def check_disk(recipe: Recipe, models: Mapping[Role, PreTrainedModel]) -> int:
             "Free some, lower save_total_limit, or use another disk.",
         )
     return needed
+
+
+def disk_of(recipe: Recipe, models: Mapping[Role, PreTrainedModel]) -> int:
+    """Bytes of a run's checkpoints and models. Weights, and two moments for what trains, in float32.
+
+    Args:
+        models: those that are here, by their roles, on any device or none.
+    """
+    run, training = recipe.run, recipe.training
+    checkpoint = exported = 0
+    for role, model in models.items():
+        size, r = 4 * model.num_parameters(), run.of(role).lora_r
+        linear = [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear)] if r else []
+        adapters = 4 * r * sum(layer.in_features + layer.out_features for layer in linear)
+        trains = training.role_learning_rate(role) > 0
+        checkpoint += (adapters if r else size) * (3 if trains else 1)
+        exported += adapters + (0 if r and not training.save_merged else size)
+    return checkpoint * ((training.save_total_limit or 5) + 1) + exported
 
 
 def _nearest(path: Path) -> Path:

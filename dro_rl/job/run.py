@@ -24,8 +24,12 @@ from dro_rl.trainer import DROTrainer
 
 def run(arguments: Sequence[str]) -> None:
     """Do what a command line, `RECIPE [--key value …]`, says. Raises `InputError` for what a user can correct."""
+    run_recipe(load_recipe(*parse_command_line(arguments)))
+
+
+def run_recipe(recipe: Recipe) -> None:
+    """The job of a recipe that is loaded."""
     transformers.utils.logging.disable_progress_bar()  # ours show the work; loading and writing files is brief
-    recipe = load_recipe(*parse_command_line(arguments))
     job = preflight.prepare(recipe, recipe.training.world_size)
     inputs = partial(inputs_of, recipe, job.train, job.dev, job.prompters)
     with claimed_output_dir(recipe, inputs) as checkpoint:
