@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,14 @@ def test_more_processes_mean_more_questions_a_step(recipe: Path) -> None:
     assert "questions_per_iteration: 8: an iteration has whole steps of 16" in validate(recipe, "--processes", 4).stderr
 
 
+def test_an_optimizer_whose_library_is_missing_is_refused(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    result = validate(recipe, "--optim", "adamw_8bit")
+    assert result.exit_code == 2
+    assert "optim: 'adamw_8bit': the optimizer can be made of this" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -45,7 +54,6 @@ def test_more_processes_mean_more_questions_a_step(recipe: Path) -> None:
         (["--dataset_name", "none.jsonl"], "dataset_name: 'none.jsonl': a question file or folder exists"),
         (["--generator_model_name_or_path", "/none"], "generator_model_name_or_path: '/none': this is a model folder"),
         (["--max_steps", "5"], "max_steps: 5: num_iterations: 2 is 4 steps in all"),
-        (["--optim", "adamw_8bit"], "optim: 'adamw_8bit': the optimizer can be made of this"),
         (["--selector_prompt_template", "none.jinja"], "'none.jinja'"),
         (["--num_generation", "4"], "num_generation: 4: there is no such key"),
     ],
