@@ -6,6 +6,7 @@ The public names, each imported from its room when it is first asked for: `impor
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
 from typing import TYPE_CHECKING, Any
@@ -80,6 +81,8 @@ for _name, _value in SILENT.items():
 if os.environ["HF_HUB_DISABLE_TELEMETRY"] == "1" and "huggingface_hub.constants" in sys.modules:
     # The hub client reads the switch once, when it is imported, and may have been before us.
     sys.modules["huggingface_hub.constants"].HF_HUB_DISABLE_TELEMETRY = True  # type: ignore[attr-defined]
+# Where bitsandbytes is installed, whatever imports it is told on a CPU of a kernel to fetch, which nothing here needs.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def __getattr__(name: str) -> Any:
