@@ -63,6 +63,16 @@ def build_world(folder: Path) -> dict[str, Line]:
     r, q, c = str(run), str(questions), str(corpus)
     return {
         "train": (str(recipe), "--launch", "--cpu"),
+        "plan": (str(recipe),),
+        "doctor": ("--no-self-test",),
+        "report": (r, "--output", str(folder / "report.html")),
+        "explain": (r, "toy-train-0-0"),
+        "runs ls": (str(folder),),
+        "runs show": (r,),
+        "recipe diff": (str(recipe), str(recipe)),
+        "recipe resolve": (str(recipe),),
+        "data export": (q, "--to", "flashrag", "--output", str(folder / "exported")),
+        "model scratch": ("toy", str(folder / "scratch")),
         "ask": (r, "home_of mira ?", "--documents", str(folder / "documents.jsonl")),
         "evaluate": (r, "--data", q, "--limit", "1", "--output", str(folder / "evaluated"), "--overwrite"),
         "compare": (r, r),
@@ -92,8 +102,8 @@ def build_world(folder: Path) -> dict[str, Line]:
     }
 
 
-WITHOUT_AN_END = {"rollouts watch", "study run", "study gradients"}
-"""They wait, or train, as soon as their line is right."""
+WITHOUT_AN_END = {"rollouts watch", "study run", "study gradients", "model fetch"}
+"""They wait, train, or ask the network, as soon as their line is right."""
 
 
 def commands() -> dict[str, Any]:

@@ -227,9 +227,9 @@ def test_log_q_is_the_distribution_that_was_sampled_from(make_model, tokenizer, 
     # E_q[p/q f] is the sum of p f over what q can draw: all of it, unless q leaves selections out.
     mass = sum(torch.tensor(value).exp().item() for value in log_p.values())
     if config.sampling.truncates:
-        assert mass < 0.95
+        assert mass < 0.97
     else:
-        assert mass == pytest.approx(1, abs=0.01)
+        assert mass == pytest.approx(1, abs=0.02)
     found = summarize(columns([rollouts], questions(1, documents=4)))
     assert found.ratio_mean == pytest.approx(mass, abs=0.1)
     assert found.clean == 1
@@ -244,7 +244,8 @@ def test_corrected_weights_are_the_posterior_among_what_can_be_drawn(make_model,
     exact = (table[:, 0] + table[:, 1]).softmax(0)
     uncorrected = (table[:, 2] + table[:, 1]).softmax(0)
     found = torch.tensor([sum(r.weight for r in rollouts if r.selection.numbers == z) for z in known])
-    assert (found - exact).abs().max() < 0.015
+    effective = 1 / sum(r.weight**2 for r in rollouts)
+    assert ((found - exact).abs() < 4.5 * (exact * (1 - exact) / effective).sqrt() + 1e-4).all()
     assert (uncorrected - exact).abs().max() > 0.03
 
 

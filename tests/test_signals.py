@@ -35,6 +35,7 @@ GOOD = Summary(
     ratio_mean=1.0, truncated=0.0, dropped_mass=math.nan, recall={1: 0.4, 3: 0.5, 5: 0.6},
     recall_sd={1: 0.4, 3: 0.4, 5: 0.4}, weighted_recall={1: 0.5, 3: 0.6, 5: 0.7}, first=(0.3, 0.25, 0.25, 0.2),
     selected=(0.5, 0.5, 0.5, 0.5), first_chance=0.25, problems={}, likely_rollouts=8.0 * QUESTIONS, documents=2.0,
+    resampled=0.0,
 )  # fmt: skip
 """An iteration that nothing is wrong with."""
 REPLAY = Path(__file__).parent / "data" / "quickstart_iterations.json"

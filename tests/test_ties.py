@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from training_world import largest_difference, launch, questions, weights, world
 
+from dro_rl import engines
 from dro_rl.config import DROConfig
 from dro_rl.em.schedule import Schedule
 from dro_rl.em.ties import tied
 from dro_rl.em.weighing import weigh
-from dro_rl.engines import ENGINES
 from dro_rl.errors import InputError
 from dro_rl.objective import Weighting, selector_coefficients
 from dro_rl.recipe import load_recipe
@@ -278,4 +278,4 @@ def test_what_lists_every_selection_is_not_drawn_again() -> None:
         max_log_ratio=100.0, temperature=1000.0, resample_ties="redraw",
     )  # fmt: skip
     with pytest.raises(InputError, match="resample_ties: 'redraw': what lists every selection"):
-        ENGINES["enumeration"].check(config)
+        engines.check(config)

@@ -12,7 +12,7 @@ from dro_rl.em.timing import Phase, PhaseClock, flops_per_token, peak_flops, rat
 @pytest.fixture
 def now(monkeypatch) -> list[float]:
     moment = [0.0]
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: moment[0])
+    monkeypatch.setattr(timing, "now", lambda: moment[0])
     return moment
 
 

@@ -300,9 +300,9 @@ def test_what_is_found_is_not_made_again(
     made: list[Question] = []
     original = Prompter.selector_prompt
 
-    def spy(self: Prompter, question: Question, k: int) -> Any:
+    def spy(self: Prompter, question: Question, *k: int) -> Any:
         made.append(question)
-        return original(self, question, k)
+        return original(self, question, *k)
 
     monkeypatch.setattr(Prompter, "selector_prompt", spy)
     recipe = recipe_with(home, warmup_cache_dir=str(tmp_path))

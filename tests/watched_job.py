@@ -25,8 +25,8 @@ class Watched(m_step.MicroBatch):
 
 if __name__ == "__main__":
     m_step.NOTHING = float(sys.argv[1])
-    from dro_rl import trainer
+    from dro_rl.em import passes
     from dro_rl.train import run_job
 
-    trainer.MicroBatch = Watched  # type: ignore[misc]
+    passes.MicroBatch = Watched  # type: ignore[misc]
     sys.exit(run_job(sys.argv[2:]))
