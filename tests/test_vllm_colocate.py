@@ -99,30 +99,6 @@ def ids(groups: list[list[Completion]]) -> list[tuple[int, ...]]:
     return [sample.ids for sample in chain(*groups)]
 
 
-def test_answers_are_the_generators_own_before_and_after_an_update(
-    vllm: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """Greedy ones, token by token; new weights are taken when there have been more updates."""
-    updates = [0]
-    prompter = Prompter(vllm.tokenizer, "toy_generator")
-    trained = TrainedSelector(
-        lambda: nullcontext(vllm.model), lambda: vllm.model, lambda place: None, prompter, Accelerator(), tmp_path
-    )
-    there = EngineAnswerer(trained, Scoring(), vllm.engine, lambda: updates[0])
-    greedy = SamplingParams(max_completion_length=9, temperature=0.0)
-    vllm.engine.forget()
-    for _ in range(2):
-        here = ModelAnswerer(trained.open, prompter, Scoring())
-        one, other = (each.write(PROMPTS, greedy, SEEDS) for each in (here, there))
-        assert [each.text for each in other] == [each.text for each in one]
-        assert [each.logp for each in other] == [pytest.approx(each.logp, abs=9 * TOLERANCE) for each in one]
-        monkeypatch.setattr(vllm, "model", changed(vllm.model))
-        updates[0] += 1
-    monkeypatch.undo()
-    vllm.engine.push()
-    vllm.engine.forget()
-
-
 @pytest.mark.slow
 def test_starting_the_engine_leaves_every_generator_as_it_was(vllm: World) -> None:
     """vLLM seeds python's, numpy's and torch's: a run would otherwise not depend on its own seed."""
@@ -265,6 +241,31 @@ def test_adapters_are_pushed_and_the_base_is_not_touched(vllm: World, monkeypatc
     assert all(torch.equal(before[name], parameter) for name, parameter in adapted.named_parameters())
     monkeypatch.undo()
     vllm.engine.push()
+    assert vllm.difference() < TOLERANCE, "a model without adapters comes after one with them"
+
+
+def test_answers_are_the_generators_own_before_and_after_an_update(
+    vllm: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Greedy ones, token by token; new weights are taken when there have been more updates."""
+    updates = [0]
+    prompter = Prompter(vllm.tokenizer, "toy_generator")
+    trained = TrainedSelector(
+        lambda: nullcontext(vllm.model), lambda: vllm.model, lambda place: None, prompter, Accelerator(), tmp_path
+    )
+    there = EngineAnswerer(trained, Scoring(), vllm.engine, lambda: updates[0])
+    greedy = SamplingParams(max_completion_length=9, temperature=0.0)
+    vllm.engine.forget()
+    for _ in range(2):
+        here = ModelAnswerer(trained.open, prompter, Scoring())
+        one, other = (each.write(PROMPTS, greedy, SEEDS) for each in (here, there))
+        assert [each.text for each in other] == [each.text for each in one]
+        assert [each.logp for each in other] == [pytest.approx(each.logp, abs=9 * TOLERANCE) for each in one]
+        monkeypatch.setattr(vllm, "model", changed(vllm.model))
+        updates[0] += 1
+    monkeypatch.undo()
+    vllm.engine.push()
+    vllm.engine.forget()
 
 
 @pytest.mark.slow

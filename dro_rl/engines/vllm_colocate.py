@@ -263,6 +263,7 @@ def is_sharded(accelerator: Accelerator) -> bool:
 def take_weights_from(generation: Any, model: Any, *, sharded: bool) -> None:
     """Have TRL's `VLLMGeneration` read the weights of `model` at its next sync."""
     generation.model = model
+    vars(generation).pop("_iter_named_params", None)  # of an adapted model before it
     if is_adapted(model) and not sharded:
         # TRL merges adapters into the model and takes them out again, which rounds the base a little each time.
         generation._iter_named_params = partial(merged_parameters, model)
