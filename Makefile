@@ -5,7 +5,7 @@
 # make quickstart  train the toy world into runs/quickstart, before/after table and curves
 # make test        all tests
 # make lint        formatter, linter, type checker
-# make bench       benchmarks into runs/bench, about 25 minutes on two quiet cores
+# make bench       five benchmarks into runs/bench; four took about 25 minutes on two quiet cores, for the fifth see docs/one-card.md
 # make bench-large the same on larger models and with more baselines, hours on a CPU
 # make bench-rollouts  vLLM against the transformers engine and plain generate
 # make bench-retrieval  reading, indexing and search: a corpus of a million passages is made, and takes minutes

@@ -38,7 +38,9 @@ def plan(
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Say what a run will do and take: steps, tokens, operations, memory by phase, disk, time. Nothing is trained.
+    """Say what a run will do and take: steps, tokens, operations, memory by phase, disk, time.
+
+    Nothing is trained, but for a few steps by --calibrate, in a folder that is deleted.
 
     The exit status is 1 where it does not fit: the last line says which keys to turn.
 

@@ -1,1 +1,1 @@
-"""What a run will need, told before it: work, memory by phase and device, disk, time. Nothing is trained here."""
+"""What a run will need, told before it: work, memory by phase and device, disk, time. A calibration alone trains."""
