@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import reprlib
+from collections.abc import Iterable
 
 from dro_rl.shown import visible
 
@@ -68,6 +70,12 @@ class _Short(reprlib.Repr):
 
 class Phrase(str):
     """A value that describes what was found ("nothing", "2 of 5 lines") and is printed without quotes."""
+
+
+def did_you_mean(name: object, known: Iterable[str], otherwise: str = "Correct it.") -> str:
+    """A fix: the nearest of the names that there are, or something else where none is near."""
+    close = difflib.get_close_matches(str(name), list(known), n=1)
+    return f"Did you mean {close[0]}?" if close else otherwise
 
 
 def first_line(error: BaseException) -> str:

@@ -5,14 +5,13 @@ A recipe says `reward: likelihood`, `reward: f1`, `reward: package.module:functi
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dro_rl.errors import InputError, Phrase, first_line
+from dro_rl.errors import InputError, Phrase, did_you_mean, first_line
 from dro_rl.metrics import contains, exact_match, f1, rouge_l
 from dro_rl.records import Document, Question
 
@@ -140,12 +139,11 @@ def _named(name: str, place: str) -> tuple[str, str]:
     module, colon, attribute = name.partition(":")
     if not colon or not module or not attribute:
         known = [LIKELIHOOD, *SCORES]
-        close = difflib.get_close_matches(name, known, n=1)
         raise InputError(
             place,
             name,
             f"this is {', '.join(known)} or package.module:function",
-            f"Did you mean {close[0]}?" if close else "Use one of them.",
+            did_you_mean(name, known, "Use one of them."),
         )
     return module, attribute
 

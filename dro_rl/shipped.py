@@ -5,11 +5,10 @@ They lie in `recipes/` of a checkout, and within the package once it is installe
 
 from __future__ import annotations
 
-import difflib
 import re
 from pathlib import Path
 
-from dro_rl.errors import InputError, Phrase
+from dro_rl.errors import InputError, Phrase, did_you_mean
 
 _PACKAGE = Path(__file__).parent
 RECIPES = next((folder for folder in (_PACKAGE / "recipes", _PACKAGE.parent / "recipes") if folder.is_dir()), _PACKAGE)
@@ -38,12 +37,11 @@ def find(name: str | Path, folder: Path = RECIPES) -> Path:
     shipped = names(folder)
     if str(path) in (path.stem, f"{path.stem}.yaml") and path.stem in shipped:
         return folder / f"{path.stem}.yaml"
-    close = difflib.get_close_matches(path.stem, shipped, n=1)
     raise InputError(
         str(path),
         Phrase("no such file"),
         f"this is a YAML file, or one of {', '.join(shipped)}",
-        f"Did you mean {close[0]}?" if close else "Check the path.",
+        did_you_mean(path.stem, shipped, "Check the path."),
     )
 
 

@@ -163,7 +163,7 @@ class DROTrainer(_BaseTrainer):
             self.pipeline_settings(),
             batch_size=args.per_device_eval_batch_size,
             shared_prefix=args.scoring.shared_prefix,
-            answerer=engines.elsewhere(args, self.prompters["generator"]),
+            answerer=None if args.generator_endpoint is None else self.answerer,
         )
 
     @property
@@ -206,9 +206,10 @@ class DROTrainer(_BaseTrainer):
             try:
                 return [self._pass_through(model, rollouts, each) for each in todo][-1]
             except Exception as error:
-                if not (is_out_of_memory(error) and self.passes.lower()):
+                if not (is_out_of_memory(error) and self.passes.can_lower):
                     raise
             model.zero_grad()
+            self.passes.lower()  # when nothing holds the failed pass any more
             self._losses.clear()
             self._done.clear()
             self._skipped, todo = 0, [*self._slots]
@@ -401,10 +402,11 @@ class DROTrainer(_BaseTrainer):
                     self._refuse_nonfinite(norm, "the gradient's norm", role)
         return sum(norm**2 for norm in norms.values() if norm is not None) ** 0.5
 
-    def check_weights(self) -> None:
-        """Raise `InputError` where a model holds a number that is not finite."""
+    def check_weights(self, *, moved: bool = False) -> None:
+        """Raise `InputError` where a model holds a number that is not finite; with `moved`, of weights that train."""
         for role in self.args.roles:
-            self._refuse_nonfinite(largest(self._module(role).parameters()), "a weight", role)
+            weights = (weight for weight in self._module(role).parameters() if weight.requires_grad or not moved)
+            self._refuse_nonfinite(largest(weights), "a weight", role)
 
     def _refuse_nonfinite(self, value: float, what: str, role: Role) -> None:
         refuse_nonfinite(value, what, role, self.state.global_step, self.run_dir)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -21,6 +22,7 @@ from dro_rl.config import DROConfig
 from dro_rl.engines import endpoint
 from dro_rl.engines.answers import ModelAnswerer
 from dro_rl.engines.endpoint import KEY, EndpointAnswerer, EndpointSettings
+from dro_rl.engines.requests import at_once
 from dro_rl.errors import InputError
 from dro_rl.job.preflight import prepare
 from dro_rl.likelihood import Scoring
@@ -240,6 +242,11 @@ WRONG: dict[str, tuple[Callable[[AnsweringServer], Any], dict[str, Any], tuple[s
         {},
         ("generator_model_name_or_path: ", "there and", "here"),
     ),
+    "a short context of prompts that nothing cuts": (
+        lambda server: setattr(server, "length", 20),
+        {"max_answer_length": 8, "max_prompt_length": None},
+        ("max_prompt_length: None", "the generator has 19 tokens (max_model_len"),
+    ),
     "a short context": (
         lambda server: setattr(server, "length", 132),
         {"max_answer_length": 8},
@@ -255,6 +262,22 @@ def test_what_would_not_carry_a_run_is_refused_before_it_begins(server: Answerin
     text = str(refusal(base, **{**recipe_keys(server), **keys}))
     for part in said:
         assert part in text, text
+
+
+def test_the_first_error_ends_the_others() -> None:
+    """Whoever's it is: the first item waits until it is told to stop."""
+    stopped = threading.Event()
+
+    def ask(item: int) -> int:
+        if item == 1:
+            raise KeyError(item)
+        assert stopped.wait(20)
+        return item
+
+    with pytest.raises(KeyError):
+        at_once(ask, [0, 1], 2, stopped.set)
+    assert at_once(lambda item: -item, [3, 1, 2], 2) == [-3, -1, -2]
+    assert at_once(ask, [], 2) == []
 
 
 def test_the_key_is_the_environments_alone(

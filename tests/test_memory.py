@@ -117,7 +117,10 @@ def test_the_trial_leaves_nothing_behind(tmp_path: Path, memory: Memory) -> None
     rollouts = trainer.e_step(0)
     state = torch.get_rng_state()
     before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    asked: list[int] = []
+    trainer.passes.to_come = lambda: asked.append(1) or 8
     trainer._micro_batches(rollouts, [p * 4 + j for p in trainer.schedule.positions(0) for j in range(4)])
+    assert asked, "what the optimizer will hold is taken meanwhile"
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
     assert torch.equal(torch.get_rng_state(), state)
     assert largest_difference(before, trainer.model.state_dict()) == 0
@@ -180,6 +183,16 @@ def test_one_question_that_does_not_fit_says_how_much_it_takes(tmp_path: Path, m
     assert error.startswith("tokens_per_microbatch: question q")
     for part in ("alone takes ", " of the selector and ", " of the generator", "selector 0.1 MiB", "max_prompt_length"):
         assert part in error
+
+
+def test_a_trial_of_other_roles_that_fails_ends_the_step(tmp_path: Path, memory: Memory) -> None:
+    """Under interleave: alternate, after a trial of the selector alone that found room."""
+    trainer = trainer_of(tmp_path, tokens_per_microbatch="auto")
+    rollouts, memory.tokens = trainer.e_step(0), 10
+    trainer.passes._largest = 999
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer.m_step(trainer.model, rollouts, [p * 4 + j for p in trainer.schedule.positions(0) for j in range(4)])
+    assert len(memory.seen) < 100
 
 
 def test_a_row_that_cannot_be_scored_says_how_much_it_takes(tmp_path: Path, memory: Memory) -> None:

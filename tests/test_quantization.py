@@ -36,12 +36,12 @@ ROUNDING = {"nf4": 1e-4, "int8": 0.1}
 """Of a log-probability: eight bits are multiplied in float16, and the activations are rounded to eight bits too."""
 
 
-def adapted(folder: Path, held: str, seed: int = 1) -> Any:
+def adapted(folder: Path, held: str, seed: int = 1, targets: tuple[str, ...] | None = None) -> Any:
     """A model with adapters that do something on a quantised base."""
     options = quantization.settings_of(held, torch.float32)
     model = load_model(str(folder if folder.exists() else save_model(folder, seed, **SIZE)), **options)
     set_seed(0)
-    model = add_adapter(model, LoraSettings(4, 8, 0.0, None))
+    model = add_adapter(model, LoraSettings(4, 8, 0.0, targets))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -100,9 +100,10 @@ def test_what_is_merged_is_what_was_trained_in_full_precision(tmp_path: Path, he
     assert torch.equal(logps(model), expected), "the trained model is as it was"
 
 
+@pytest.mark.parametrize("targets", [None, ("q_proj",)], ids=["all layers", "one layer"])
 @pytest.mark.parametrize("held", HELD)
-def test_vllm_is_handed_numbers(tmp_path: Path, held: str) -> None:
-    model = adapted(tmp_path / "m", held)
+def test_vllm_is_handed_numbers(tmp_path: Path, held: str, targets: tuple[str, ...] | None) -> None:
+    model = adapted(tmp_path / "m", held, targets=targets)
     handed, merged = dict(merged_parameters(model)), dict(merged_copy(model).named_parameters())
     assert set(handed) == set(merged)
     assert largest_difference(handed, {name: p.detach() for name, p in merged.items()}) < 1e-6

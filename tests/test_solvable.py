@@ -11,6 +11,7 @@ import pytest
 import yaml
 from training_world import questions, world
 
+from dro_rl.engines.decoding import Decoder
 from dro_rl.errors import InputError
 from dro_rl.job import solvable
 from dro_rl.metrics import exact_match
@@ -81,7 +82,27 @@ def test_what_the_shares_depend_on_makes_them_anew(tmp_path: Path) -> None:
     assert same == name(solvable=[0.2, 0.3]) == name(learning_rate=0.5)
     others = [name(num_selected=1), name(num_generations=2), name(temperature=1.5), name(seed=4),
               name(questions(11)), name(generator_model_name_or_path=str(tmp_path / "base-selector"))]  # fmt: skip
-    assert len({same, *others}) == 7
+    others += [name(quantization="nf4", selector_lora_r=4), name(selector_lora_r=4), name(attn_implementation="eager"),
+               name(candidate_orders=2), name(dtype="bfloat16")]  # fmt: skip
+    assert len({same, *others}) == 12
+
+
+def test_candidates_are_shown_in_the_orders_of_a_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dro_rl.job.assembly import build_prompters
+
+    recipe = load_recipe(world(tmp_path), {"num_generations": 4, "candidate_orders": 2})
+    sources = {"selector": recipe.run.of("selector").model, "generator": recipe.run.of("generator").model}
+    requests, generate = [], Decoder.generate
+
+    def spy(self: Decoder, request: Any) -> Any:
+        requests.append(request)
+        return generate(self, request)
+
+    monkeypatch.setattr(Decoder, "generate", spy)
+    shares = solvable.measure(recipe, sources, questions(3), build_prompters(recipe))
+    assert len(shares) == 3
+    assert len(requests[0].prompts) == 6, "two orders of each question"
+    assert requests[0].num_generations == 2
 
 
 def test_it_is_the_metric_of_evaluation_and_off_unless_asked() -> None:

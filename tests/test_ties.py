@@ -18,6 +18,7 @@ from training_world import largest_difference, launch, questions, weights, world
 
 from dro_rl import engines
 from dro_rl.config import DROConfig
+from dro_rl.em import iteration as iteration_of_em
 from dro_rl.em.schedule import Schedule
 from dro_rl.em.ties import tied
 from dro_rl.em.weighing import weigh
@@ -189,8 +190,15 @@ def places(run: Path, iteration: int = 1) -> list[dict[str, Any]]:
     return [row for row in read_iteration(run, iteration).to_pylist() if row["sample"] == 0]
 
 
-@pytest.mark.parametrize("how", ["redraw", "replace"])
-def test_fewer_places_tie_and_the_log_counts_what_was_drawn_again(job, how: str) -> None:
+PARTS = pytest.mark.parametrize(("how", "part"), [("redraw", 128), ("replace", 128), ("replace", 2)])
+"""In one part, or in parts of two questions, each of which begins where the one before left off."""
+
+
+@PARTS
+def test_fewer_places_tie_and_the_log_counts_what_was_drawn_again(
+    job, monkeypatch: pytest.MonkeyPatch, how: str, part: int
+) -> None:
+    monkeypatch.setattr(iteration_of_em, "QUESTIONS_PER_PART", part)
     plain, other = job("plain", **TYING), job("other", **TYING, resample_ties=how, resample_rounds=2)
     before, after = figures(plain), figures(other)
     assert before.all_tie > 0
@@ -213,8 +221,9 @@ def test_rounds_bound_the_draws_and_the_last_is_kept(job) -> None:
     assert (figures(run).all_tie, figures(run).resampled) == (1, 1)
 
 
-@pytest.mark.parametrize("how", ["redraw", "replace"])
-def test_a_run_that_stopped_goes_on_bit_for_bit(job, how: str) -> None:
+@PARTS
+def test_a_run_that_stopped_goes_on_bit_for_bit(job, monkeypatch: pytest.MonkeyPatch, how: str, part: int) -> None:
+    monkeypatch.setattr(iteration_of_em, "QUESTIONS_PER_PART", part)
     settings: dict[str, Any] = {
         **TYING, "questions_per_iteration": 8, "num_iterations": 2, "resample_ties": how, "save_steps": 1,
         "load_best_model_at_end": False,

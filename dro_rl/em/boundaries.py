@@ -19,7 +19,7 @@ class Loop(Protocol):
     clock: PhaseClock
     eval_questions: Sequence[Question] | None
 
-    def check_weights(self) -> None: ...
+    def check_weights(self, *, moved: bool = False) -> None: ...
 
     def evaluate_initially(self) -> None: ...
 
@@ -50,7 +50,7 @@ class Boundaries(TrainerCallback):
         self.loop.clock.switch("optimizer")
 
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        self.loop.check_weights()
+        self.loop.check_weights(moved=True)
         self.loop.clock.switch("other")
 
     def on_step_end(

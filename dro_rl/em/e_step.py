@@ -14,7 +14,7 @@ from dro_rl.em.timing import PhaseClock
 from dro_rl.em.weighing import weigh
 from dro_rl.engines.answers import Answerer, ModelAnswerer
 from dro_rl.engines.protocol import GenerationRequest, RolloutEngine
-from dro_rl.likelihood import Model, answer_logps, score_rows
+from dro_rl.likelihood import Model, answer_logps
 from dro_rl.likelihood.packing import Row
 from dro_rl.likelihood.room import Room
 from dro_rl.prompts import Prompter
@@ -259,13 +259,10 @@ class EStep:
     def _score_selections(
         self, open_model: Callable[[], AbstractContextManager[Model]], rows: Sequence[Row]
     ) -> list[list[torch.Tensor]]:
-        scoring = self.method.scoring
         self._count("selector", rows)
-        with self.clock.phase("scoring"), open_model() as model:
-            return self.room.within(
-                lambda tokens: score_rows(model, rows, tokens, scoring.shared_prefix, scoring.prefix_tree),
-                map(len, rows),
-            )
+        with self.clock.phase("scoring"):
+            selector = ModelAnswerer(open_model, self.prompters["selector"], self.method.scoring, room=self.room)
+            return selector.score(rows)
 
     def _matrix(self, values: Sequence[float]) -> torch.Tensor:
         """(questions, m) float64, also of no questions: a process may have none in the last part of an E-step."""

@@ -88,22 +88,21 @@ class Passes:
             self._tried.add(tuple(roles))
         runs = passes(sizes, self.room.tokens)
         self._largest = max((sum(sizes[i] for i in run) for run in runs if len(run) > 1), default=0)
-        if self.room.auto and not self._largest:
-            self.room.alone = _alone(groups[max(range(len(sizes)), key=sizes.__getitem__)], packed)
+        if self.room.auto:
+            largest = groups[max(range(len(sizes)), key=sizes.__getitem__)]
+            self.room.alone = None if self._largest else _alone(largest, packed)
         batches = [[groups[i] for i in run] for run in runs]
         most = int(self.accelerator.gather(torch.tensor([len(batches)], device=self.accelerator.device)).max())
         return [made(batch) for batch in [*batches, *([] for _ in range(most - len(batches)))]]
 
-    def lower(self) -> bool:
-        """Make passes smaller than those that memory ran out in.
+    @property
+    def can_lower(self) -> bool:
+        """Whether passes can be smaller: by `auto`, with several questions together, and no other process waiting."""
+        return bool(self.room.auto and self._largest and self.accelerator.num_processes == 1)
 
-        Returns:
-            Whether they can be: by `auto`, with several questions together, and nobody waiting in another process.
-        """
-        if not (self.room.auto and self._largest and self.accelerator.num_processes == 1):
-            return False
+    def lower(self) -> None:
+        """Make passes smaller than those that memory ran out in."""
         self.room.lower(min(self.room.tokens, self._largest) // 2)
-        return True
 
     def _try(
         self,
@@ -131,7 +130,7 @@ class Passes:
         with self.clock.phase("verification"):
             largest = self.room.find(sizes, fits)
         if largest is not None:
-            self.room.alone = _alone(groups[largest], packed)
+            self.room.alone, self._largest = _alone(groups[largest], packed), 0
             raise failed[0]
 
     def _pass_through(self, batch: MicroBatch) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from dro_rl.errors import InputError
+from dro_rl.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
     from dro_rl.config import DROConfig
@@ -81,12 +80,11 @@ def answerer(config: DROConfig, generator: TrainedSelector, updates: Callable[[]
 
 def _engine(name: str) -> EngineKind:
     if name not in ENGINES:
-        close = difflib.get_close_matches(name, ENGINES, n=1)
         raise InputError(
             "rollout_engine",
             name,
             f"this is one of auto, {', '.join(ENGINES)}",
-            f"Did you mean {close[0]}?" if close else "Use one of them.",
+            did_you_mean(name, ENGINES, "Use one of them."),
         )
     module, _, attribute = ENGINES[name].partition(":")
     return getattr(import_module(module), attribute)

@@ -6,16 +6,14 @@ log-probabilities (`echo`, `logprobs`), where the endpoint gives them: vLLM does
 
 from __future__ import annotations
 
-import difflib
 import logging
 import math
 import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
@@ -24,7 +22,8 @@ from torch import Tensor
 
 from dro_rl.config import DROConfig
 from dro_rl.engines.answers import Written
-from dro_rl.errors import InputError, Phrase
+from dro_rl.engines.requests import Item, Result, at_once
+from dro_rl.errors import InputError, Phrase, did_you_mean
 from dro_rl.likelihood.packing import Row
 from dro_rl.prompts import Prompter
 from dro_rl.proposal import SamplingParams
@@ -43,9 +42,6 @@ GO_ON = "Bring it back, and give the same command with --resume_from_checkpoint 
 PLAIN = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 """Said in each request, so that defaults of the server's own have no part in what is drawn."""
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,17 +169,8 @@ class Endpoint:
 
     def each(self, ask: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
         """`ask` of each, several at once, in order. The first error ends the others' retries."""
-        if not items:
-            return []
         self._stopped.clear()
-        with ThreadPoolExecutor(min(self.settings.concurrency, len(items))) as pool:
-            futures = [pool.submit(ask, item) for item in items]
-            try:
-                return [future.result() for future in futures]
-            except BaseException:
-                self._stopped.set()
-                pool.shutdown(cancel_futures=True)
-                raise
+        return at_once(ask, items, self.settings.concurrency, self._stopped.set)
 
 
 class Unable(InputError):
@@ -214,12 +201,11 @@ class EndpointAnswerer:
             wanted, models = self.endpoint.settings.model, self.endpoint.models()
             names = [str(each["id"]) for each in models]
             if wanted not in names and (wanted is not None or len(names) > 1):
-                close = difflib.get_close_matches(wanted or "", names, n=1)
                 raise InputError(
                     f"{PLACE}_model",
                     wanted,
                     f"{self.endpoint.url} serves {', '.join(names)}",
-                    f"Did you mean {close[0]}?" if close else "Name one of them.",
+                    did_you_mean(wanted or "", names, "Name one of them."),
                 )
             self._served = models[0 if wanted is None else names.index(wanted)]
         return self._served

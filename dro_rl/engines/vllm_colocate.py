@@ -33,7 +33,7 @@ from dro_rl.engines.vllm_common import (
 )
 from dro_rl.errors import InputError, first_line
 from dro_rl.likelihood import without_adapters
-from dro_rl.models.quantization import in_numbers
+from dro_rl.models.quantization import in_numbers, is_quantised
 from dro_rl.models.saving import is_adapted
 from dro_rl.proposal import Completion, SamplingParams
 
@@ -294,11 +294,12 @@ def merged_parameters(model: Any) -> Iterator[tuple[str, Tensor]]:
         for name, module in base.named_modules()
         if hasattr(module, "get_delta_weight")
     }
+    layers = dict(base.named_modules())
     for name, parameter in base.named_parameters():
         if ".lora_" in name:
             continue
-        value = parameter.data
+        layer = layers[name.rpartition(".")[0]]
+        value = in_numbers(layer) if name.endswith(".weight") and is_quantised(layer) else parameter.data
         if name in adapted:
-            value = in_numbers(adapted[name].base_layer)
             value = value + adapted[name].get_delta_weight(model.active_adapter).to(value)
         yield name.replace(".base_layer", ""), value

@@ -23,6 +23,7 @@ from accelerate.utils import broadcast_object_list
 from dro_rl.config import DROConfig
 from dro_rl.engines.guard import KEY, KEY_PLACE, server_key
 from dro_rl.engines.protocol import GenerationRequest
+from dro_rl.engines.requests import at_once
 from dro_rl.engines.vllm_common import LOGITS_PROCESSOR, constrained, request_options
 from dro_rl.errors import InputError, Phrase
 from dro_rl.proposal import Completion, SamplingParams
@@ -276,8 +277,6 @@ class ServerEngine:
     def generate(self, request: GenerationRequest) -> list[list[Completion]]:
         """See `RolloutEngine.generate`. A question is a request; questions go to the servers in turn."""
         prompts, constraints = request.prompts, request.constraints
-        if not prompts:
-            return []
 
         def ask(i: int) -> list[Completion]:
             options = request_options(request, request.seeds[i], self._ends)
@@ -287,13 +286,7 @@ class ServerEngine:
             place = (i + self._config.process_index) % len(self.servers)
             return self._ask(place, {"prompt": list(prompts[i]), "return_tokens_as_token_ids": True, **options})
 
-        with ThreadPoolExecutor(min(CONCURRENCY, len(prompts))) as pool:
-            futures = [pool.submit(ask, i) for i in range(len(prompts))]
-            try:
-                return [future.result() for future in futures]
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+        return at_once(ask, range(len(prompts)), CONCURRENCY)
 
     def _ask(self, place: int, request: dict[str, Any]) -> list[Completion]:
         server, returns = self.servers[place], self._returns[place]

@@ -58,17 +58,13 @@ def check_models(recipe: Recipe) -> dict[Role, PreTrainedModel]:
         if asked.lora_r > 0:
             check_adapters(run, role, model)
         check_precision(recipe, role, model.config)
-        check_positions(recipe, role, model.config)
+        check_positions(recipe, role, *positions_of(model.config))
         _say_what_is_left_out(role, model)
     return models
 
 
 def check_layout(recipe: Recipe) -> None:
     """Refuse what needs whole weights in each process where processes hold parts of them."""
-    if recipe.run.share_base and len(recipe.training.roles) < len(ROLES):
-        raise InputError(
-            "share_base", True, "two models are here to share a base, and the generator is elsewhere", "Leave it out."
-        )
     layout = launched_to_shard()
     if layout is None:
         return
@@ -116,11 +112,10 @@ def check_precision(recipe: Recipe, role: Role, config: PretrainedConfig) -> Non
     )
 
 
-def check_positions(recipe: Recipe, role: Role, config: PretrainedConfig) -> None:
-    """Refuse sequences longer than the model has positions for."""
+def check_positions(recipe: Recipe, role: Role, positions: int | None, what: str) -> None:
+    """Refuse sequences longer than the model has positions for; `what` these are."""
     training = recipe.training
     written = training.max_completion_length if role == "selector" else training.max_answer_length
-    positions, what = positions_of(config)
     if positions is not None and (training.max_prompt_length or 0) + written > positions:
         raise InputError(
             "max_prompt_length",

@@ -23,12 +23,11 @@ from dro_rl.em.schedule import Schedule
 from dro_rl.errors import InputError, Phrase, as_size, first_line
 from dro_rl.evaluation.results import METRICS
 from dro_rl.job.assembly import build_prompters
-from dro_rl.job.model_checks import check_models
-from dro_rl.job.prompt_checks import check_prompts
+from dro_rl.job.model_checks import check_models, check_positions
+from dro_rl.job.prompt_checks import check_lengths, check_prompts
 from dro_rl.job.warmup import selection_order
 from dro_rl.keys.run import RunConfig
 from dro_rl.prompts import Prompter
-from dro_rl.prompts.lengths import check_answers
 from dro_rl.prompts.rows import answer_row
 from dro_rl.recipe import Recipe
 from dro_rl.records import Question
@@ -65,29 +64,22 @@ def prepare(recipe: Recipe, processes: int) -> Prepared:
     disk = check(recipe, train, dev)
     prompters = build_prompters(recipe)
     check_prompts(recipe, [*train, *dev], prompters)
-    check_endpoint(recipe.training, [*train, *dev], prompters["generator"])
+    check_endpoint(recipe, [*train, *dev], prompters["generator"])
     return Prepared(train, dev, prompters, schedule, disk)
 
 
-def check_endpoint(training: DROConfig, questions: Sequence[Question], prompter: Prompter) -> None:
+def check_endpoint(recipe: Recipe, questions: Sequence[Question], prompter: Prompter) -> None:
     """Refuse a generator elsewhere that does not answer, or not as the recipe needs it, or not so many tokens."""
+    training = recipe.training
     answerer = engines.elsewhere(training, prompter)
     if answerer is None:
         return
     numbers = range(1, min(training.spec.most, len(questions[0].documents)) + 1)
     answerer.check(answer_row(prompter, questions[0], numbers, training.answer_aliases))
     positions, what = answerer.positions()
-    if positions is None:
-        return
-    longest = check_answers(questions, prompter, training.answer_aliases, positions, what)
-    written = max(longest, training.max_answer_length)
-    if (training.max_prompt_length or 0) + written > positions:
-        raise InputError(
-            "max_prompt_length",
-            training.max_prompt_length,
-            f"with {written} tokens to write this is at most the generator's {positions} {what}",
-            "Lower it, or serve the generator with more.",
-        )
+    if positions is not None:
+        check_lengths(recipe, questions, "generator", prompter, positions, what)
+        check_positions(recipe, "generator", positions, what)
 
 
 def read_splits(recipe: Recipe) -> tuple[list[Question], list[Question]]:

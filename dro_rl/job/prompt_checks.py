@@ -29,6 +29,8 @@ def check_prompts(recipe: Recipe, questions: Sequence[Question], prompters: Mapp
             if error.place != TEMPLATE:
                 raise
             raise InputError(f"{role}_prompt_template", error.value, error.rule, error.fix) from None
+        if role not in recipe.training.roles:
+            continue  # where it is elsewhere, its endpoint says what it holds
         asked = run.of(role)
         config = AutoConfig.from_pretrained(
             asked.model, revision=asked.revision, trust_remote_code=run.trust_remote_code

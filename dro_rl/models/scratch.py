@@ -7,9 +7,8 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from dro_rl.errors import InputError, Phrase
 from dro_rl.files import folder_written_whole
-from dro_rl.models.loading import check_model, declared_ends, load_tokenizer
+from dro_rl.models.loading import check_model, declared_ends, load_tokenizer, refuse_taken
 
 
 def write_scratch(name: str, folder: Path, seed: int = 0) -> int:
@@ -23,8 +22,7 @@ def write_scratch(name: str, folder: Path, seed: int = 0) -> int:
     Raises:
         InputError: `name` is no causal language model, or something is in the folder's place.
     """
-    if folder.exists() and (folder.is_file() or any(folder.iterdir())):
-        raise InputError(str(folder), Phrase("something is there"), "a model gets a folder of its own", "Name another.")
+    refuse_taken(folder)
     check_model(name, "MODEL")
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name), dtype=torch.float32)

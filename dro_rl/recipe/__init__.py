@@ -6,7 +6,6 @@ One path for both: a command-line value is read as YAML and goes through the sam
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from dro_rl.errors import InputError, Phrase, first_line, shorten
+from dro_rl.errors import InputError, Phrase, did_you_mean, first_line, shorten
 from dro_rl.files import written_whole
 from dro_rl.flat_yaml import parse_yaml
 from dro_rl.keys.inherited import REFUSED, WITHOUT_EFFECT
@@ -110,8 +109,7 @@ def _check_name(key: str, value: object) -> None:
     if key in REFUSED:
         raise InputError(key, value, *REFUSED[key])
     if key not in KEYS:
-        close = difflib.get_close_matches(key, KEYS, n=1)
-        hint = f"Did you mean {close[0]}?" if close else "`dro-rl recipe keys` lists them."
+        hint = did_you_mean(key, KEYS, "`dro-rl recipe keys` lists them.")
         raise InputError(key, value, "there is no such key", hint)
 
 

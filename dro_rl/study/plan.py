@@ -6,14 +6,13 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from dro_rl.errors import InputError, Phrase
+from dro_rl.errors import InputError, Phrase, did_you_mean
 from dro_rl.flat_yaml import read_yaml
 from dro_rl.keys import at_least, check_keys, keys_of, option, within
 from dro_rl.keys.inherited import REFUSED, WITHOUT_EFFECT
@@ -242,7 +241,10 @@ def _check_variant(variant: Variant, variants: Mapping[str, Variant], base: str,
         trained = [name for name, other in variants.items() if other.trains and name != variant.name]
         if named not in trained:
             raise InputError(
-                key, named, f"this is another variant, which trains{_few(trained)}", _nearest(named, trained)
+                key,
+                named,
+                f"this is another variant, which trains{_few(trained)}",
+                did_you_mean(named, trained),
             )
     chain = [variant.name]
     while (before := variants[chain[-1]].starts_from) is not None:
@@ -334,7 +336,7 @@ def _check_names(given: Mapping[str, Any], known: Iterable[str]) -> None:
     known = list(known)
     for key, value in given.items():
         if key not in known:
-            raise InputError(key, value, "there is no such key", _nearest(key, known))
+            raise InputError(key, value, "there is no such key", did_you_mean(key, known))
 
 
 def _check_name_of(variant: str) -> None:
@@ -346,21 +348,22 @@ def _check_is_variant(key: str, name: str, variants: Iterable[str]) -> None:
     names = list(variants)
     if name not in names:
         raise InputError(
-            key, name or Phrase("missing"), f"this is one of the study's variants{_few(names)}", _nearest(name, names)
+            key,
+            name or Phrase("missing"),
+            f"this is one of the study's variants{_few(names)}",
+            did_you_mean(name, names),
         )
 
 
 def _check_metric(place: str, metric: str, known: Sequence[str], of: str = "") -> None:
     if metric not in known:
         raise InputError(
-            place, metric or Phrase("missing"), f"this is a metric{of}{_few(known, 12)}", _nearest(metric, known)
+            place,
+            metric or Phrase("missing"),
+            f"this is a metric{of}{_few(known, 12)}",
+            did_you_mean(metric, known),
         )
 
 
 def _few(names: Sequence[str], most: int = 6) -> str:
     return f" ({', '.join(names[:most])}{', …' if len(names) > most else ''})" if names else ", and there is none"
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(str(name), list(known), n=1)
-    return f"Did you mean {close[0]}?" if close else "Correct it."
