@@ -104,3 +104,16 @@ def test_dropout_does_not_pass_for_a_difference(make_model) -> None:
     dropouts = [module for module in model.modules() if isinstance(module, torch.nn.Dropout)]
     assert dropouts
     assert all(module.training for module in dropouts)
+
+
+@pytest.mark.parametrize(("at", "passes"), [(-20.0, True), (-0.1, False)])
+def test_rounding_grows_with_what_is_rounded(monkeypatch, make_model, at: float, passes: bool) -> None:
+    """0.4 nats in bfloat16: of an answer at -20 a token, as a pre-trained model's before its warm-up, or of one at hand."""
+    monkeypatch.setattr(verify, "_logps", lambda model, rows, scoring, shared: torch.tensor([at - 0.4 * shared, 0.0]))
+    found = verify.difference(make_model(vocab_size=100), ROWS, Scoring(), gradients=False)
+    assert found is not None
+    if passes:
+        verify.check("generator", found, torch.bfloat16)
+    else:
+        with pytest.raises(InputError, match="the generator's log-probabilities differ by"):
+            verify.check("generator", found, torch.bfloat16)

@@ -16,12 +16,17 @@ from dro_rl.likelihood.attention import takes_packed_rows
 from dro_rl.likelihood.packing import Row
 
 TOLERANCES = {torch.float32: (1e-3, 1e-2), torch.bfloat16: (0.25, 0.25), torch.float16: (0.1, 0.1)}
-"""Nats of a token's log-probability, and the share of the gradient's norm, that rounding may account for."""
+"""Nats of a token's log-probability, and the share of the gradient's norm, that rounding may account for.
+
+A log-probability is the difference of numbers that grow with it, and so does its rounding: the nats are those of a token
+that is certain, and as much again for each ten that one lies below zero. A pre-trained model asked for an answer that it
+would never give is at -20 a token.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Between the two paths: the largest of a token's log-probability, nats; of the gradient, over its norm."""
+    """Between the two paths: the largest of a token's log-probability, as nats of a certain one; of the gradient, over its norm."""
 
     logps: float
     gradients: float | None
@@ -85,7 +90,8 @@ def _without_dropout(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def _values(model: Model, rows: Sequence[Row], scoring: Scoring) -> float:
-    return (_logps(model, rows, scoring, True) - _logps(model, rows, scoring, False)).abs().max().item()
+    shared, plain = (_logps(model, rows, scoring, shared) for shared in (True, False))
+    return ((shared - plain).abs() / (1 + plain.abs() / 10)).max().item()
 
 
 def _logps(model: Model, rows: Sequence[Row], scoring: Scoring, shared: bool) -> Tensor:
