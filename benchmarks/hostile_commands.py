@@ -98,6 +98,7 @@ def build_world(folder: Path) -> dict[str, Line]:
         "data show": (q,),
         "index bm25": (c, str(folder / "made"), "--processes", "1"),
         "index colbert": (c, str(folder / "colbert"), "--checkpoint", str(folder / "none")),
+        "index dense": (c, str(folder / "dense"), "--checkpoint", str(folder / "none")),
         "retrieval report": (q,),
     }
 

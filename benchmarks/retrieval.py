@@ -6,10 +6,11 @@
 
 Cases: BM25 on HotpotQA's passages (`corpus/hotpotqa.jsonl.gz` under DRO_RL_DATA or ../shared/data) and on a generated
 corpus of a million; ColBERT on the first passages of HotpotQA, with an encoder that is untrained as ColBERT
-(`untrained_colbert.py`). Building and searching have a process of their own each. Peak memory is the largest sum over a
-process and its children, sampled every tenth of a second; pages of the memory-mapped index that it touched are counted,
-though the system takes them back when it needs room. CPU seconds are of the process and its children: they say what the
-wall clock would on a machine that does nothing else.
+(`untrained_colbert.py`); dense on the first passages of HotpotQA, with all-MiniLM-L6-v2. Building and searching have a
+process of their own each. Peak memory is the largest sum over a process and its children, sampled every tenth of a
+second; pages of the memory-mapped index that it touched are counted, though the system takes them back when it needs
+room. CPU seconds are of the process and its children: they say what the wall clock would on a machine that does nothing
+else.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ import typer
 from benchmarks import generated_corpus, untrained_colbert
 
 DATA = Path(os.environ.get("DRO_RL_DATA") or Path(__file__).parents[2] / "shared" / "data")
-CASES = ("bm25-hotpotqa", "bm25-million", "colbert-hotpotqa")
+CASES = ("bm25-hotpotqa", "bm25-million", "colbert-hotpotqa", "dense-hotpotqa")
+FEW = 100
+"""Questions of the cases with an encoder; else 2,000."""
 K = 20
 WIKIPEDIA = 21_015_324
 """Passages of DPR's Wikipedia, psgs_w100.tsv."""
@@ -43,10 +46,11 @@ def build(retriever: str, corpus: Path, folder: Path, processes: int, checkpoint
     """Seconds to index, in this process and its children."""
     from dro_rl.retrieval.bm25 import BM25
     from dro_rl.retrieval.colbert import ColBERT
+    from dro_rl.retrieval.dense import Dense
     from dro_rl.retrieval.index import build_index
 
     started = time.perf_counter()
-    made = BM25() if retriever == "bm25" else ColBERT(checkpoint)
+    made = {"bm25": BM25, "colbert": lambda: ColBERT(checkpoint), "dense": lambda: Dense(checkpoint)}[retriever]()
     manifest = build_index(made, str(corpus), folder, processes=processes)
     return {"seconds": time.perf_counter() - started, "cpu": _cpu_seconds(), "passages": manifest.passages}
 
@@ -108,7 +112,7 @@ def prepare(case: str, folder: Path, passages: int, count: int) -> tuple[Path, P
         asked = generated_corpus.questions(count, passages)
     else:
         with gzip.open(DATA / "corpus" / "hotpotqa.jsonl.gz", "rt", encoding="utf-8") as lines:
-            corpus.write_text("".join(islice(lines, passages if case == "colbert-hotpotqa" else None)))
+            corpus.write_text("".join(islice(lines, None if case == "bm25-hotpotqa" else passages)))
         with gzip.open(DATA / "dev" / "hotpotqa.jsonl.gz", "rt", encoding="utf-8") as lines:
             asked = [json.loads(line)["question"] for line in lines][:count]
     questions.write_text(json.dumps(asked))
@@ -117,7 +121,7 @@ def prepare(case: str, folder: Path, passages: int, count: int) -> tuple[Path, P
 
 def run_case(case: str, folder: Path, passages: int, processes: int, checkpoint: str) -> dict[str, Any]:
     """Both measurements of one case."""
-    corpus, questions = prepare(case, folder, passages, 100 if case == "colbert-hotpotqa" else 2000)
+    corpus, questions = prepare(case, folder, passages, 2000 if case.startswith("bm25") else FEW)
     index = folder / case
     retriever = case.partition("-")[0]
     built = measured("--build", retriever, str(corpus), str(index), "--processes", str(processes),
@@ -159,6 +163,7 @@ def main(
     case: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(CASES)}.")] = None,
     passages: Annotated[int, typer.Option(help="Passages of the generated corpus.")] = 1_000_000,
     colbert_passages: Annotated[int, typer.Option(help="Passages for ColBERT.")] = 1_000,
+    dense_passages: Annotated[int, typer.Option(help="Passages for the dense retriever.")] = 1_000,
     processes: Annotated[int, typer.Option(help="Processes that index.")] = 2,
     checkpoint: Annotated[
         str, typer.Option(help="A ColBERT checkpoint; without one, an untrained encoder of that form.")
@@ -178,10 +183,13 @@ def main(
     rows = []
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         for name in case or CASES:
-            if name == "colbert-hotpotqa" and not checkpoint:
-                checkpoint = str(untrained_colbert.write_checkpoint(Path(scratch) / "checkpoint"))
-            size = colbert_passages if name == "colbert-hotpotqa" else passages
-            rows.append(run_case(name, Path(scratch), size, 1 if name.startswith("colbert") else processes, checkpoint))
+            encoder, size, workers = checkpoint, passages, processes
+            if name == "colbert-hotpotqa":
+                encoder = checkpoint or str(untrained_colbert.write_checkpoint(Path(scratch) / "checkpoint"))
+                size, workers = colbert_passages, 1
+            elif name == "dense-hotpotqa":
+                encoder, size, workers = str(untrained_colbert.encoder_folder()), dense_passages, 1
+            rows.append(run_case(name, Path(scratch), size, workers, encoder))
     machine = f"{platform.machine()}, {os.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB"
     print(f"{machine}; k={K}; building on {processes} processes, searching on one\n")
     print("| case | passages | built in | CPU | passages/s | peak | index | questions/s | by CPU | peak |")

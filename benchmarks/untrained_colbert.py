@@ -23,9 +23,14 @@ def is_available() -> bool:
     return importlib.util.find_spec(PACKAGE) is not None
 
 
+def encoder_folder() -> Path:
+    """Where the package keeps the encoder, as sentence-transformers saves it."""
+    return Path(str(importlib.import_module(PACKAGE).__file__)).parent / "model"
+
+
 def write_checkpoint(folder: Path) -> Path:
     """Write the checkpoint into a folder."""
-    source = Path(str(importlib.import_module(PACKAGE).__file__)).parent / "model"
+    source = encoder_folder()
     folder.mkdir(parents=True, exist_ok=True)
     for name in FILES:
         shutil.copy(source / name, folder / name)

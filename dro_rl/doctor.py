@@ -58,6 +58,7 @@ def examine(*, self_test: bool = True) -> Iterator[Finding]:
         ("devices", _devices),
         ("vllm", _vllm),
         ("colbert", _colbert),
+        ("dense", _dense),
         ("disk", _disk),
     ]
     for name, check in checks + ([("self-test", _self_test)] if self_test else []):
@@ -164,6 +165,15 @@ def _colbert() -> Iterator[Finding]:
     compiled = sum((build_folder(name) / f"{name}.so").is_file() for name in EXTENSIONS)
     later = "" if compiled == len(EXTENSIONS) else ", the rest at first use, in minutes"
     yield Finding("colbert", "ok", f"{compiled} of {len(EXTENSIONS)} extensions are compiled{later}")
+
+
+def _dense() -> Iterator[Finding]:
+    lacking = [name for name in ("sentence_transformers", "faiss") if importlib.util.find_spec(name) is None]
+    if lacking:
+        says = f"not installed: {', '.join(lacking)}; bm25 retrieves"
+        yield Finding("dense", "note", says, "pip install 'dro_rl[dense]' to have it.")
+        return
+    yield Finding("dense", "ok", f"sentence-transformers {importlib.metadata.version('sentence-transformers')}")
 
 
 def _disk() -> Iterator[Finding]:

@@ -19,8 +19,9 @@ from safetensors.torch import save_file
 from benchmarks import untrained_colbert
 from dro_rl.errors import InputError
 from dro_rl.records import Document
-from dro_rl.retrieval import colbert, colbert_runtime
-from dro_rl.retrieval.colbert import ColBERT, check_checkpoint, checkpoint_folder
+from dro_rl.retrieval import colbert, colbert_runtime, workers
+from dro_rl.retrieval.checkpoint import checkpoint_folder
+from dro_rl.retrieval.colbert import ColBERT, check_checkpoint
 from dro_rl.retrieval.index import Index, build_index
 from tests.retrieval_world import write_corpus
 
@@ -65,7 +66,7 @@ def test_a_torn_checkpoint_is_refused(tmp_path, name):
 @pytest.mark.parametrize("name", ["", "/none/such", "./none", "bert"])
 def test_what_is_no_folder_and_no_hub_name_is_refused_at_once(name):
     with pytest.raises(InputError, match="folder or hub name"):
-        checkpoint_folder(name)
+        checkpoint_folder(name, "a ColBERT checkpoint")
 
 
 def test_a_missing_package_is_named_with_its_extra(monkeypatch):
@@ -114,7 +115,7 @@ def test_ranks_share_out_the_gpus_that_there_are(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for there in (False, True):
         monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
-        assert [colbert_runtime.take_gpu(rank) for rank in range(3)] == [there] * 3
+        assert [workers.take_gpu(rank) for rank in range(3)] == [there] * 3
     assert taken == [0, 1, 0]
 
 

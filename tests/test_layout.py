@@ -20,7 +20,10 @@ from dro_rl.trainer import DROTrainer
 
 PACKAGE = Path(dro_rl.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
-EXTRAS = ("bitsandbytes", "duckdb", "vllm", "colbert", "peft", "wandb", "trackio", "mlflow", "deepspeed")
+EXTRAS = (
+    "bitsandbytes", "duckdb", "vllm", "colbert", "faiss", "sentence_transformers", "peft", "wandb", "trackio", "mlflow",
+    "deepspeed",
+)  # fmt: skip
 
 
 def run_python(source: str) -> subprocess.CompletedProcess[str]:

@@ -88,6 +88,48 @@ def index_colbert(
     _build(made, corpus, folder, config, split, processes, skip_bad, json)
 
 
+@index.command("dense")
+def index_dense(
+    corpus: Corpus,
+    folder: Folder,
+    checkpoint: Annotated[
+        str, typer.Option("--checkpoint", help="An encoder of sentence-transformers.", show_default=False)
+    ],
+    revision: Annotated[str | None, typer.Option("--revision", help="Of a hub name; a commit is the surest.")] = None,
+    query_prompt: Annotated[
+        str | None, typer.Option("--query-prompt", help="What goes before a question; else the encoder's own.")
+    ] = None,
+    passage_prompt: Annotated[
+        str | None, typer.Option("--passage-prompt", help="What goes before a passage; else the encoder's own.")
+    ] = None,
+    similarity: Annotated[
+        str | None, typer.Option("--similarity", help="cosine or dot; else the encoder's own.")
+    ] = None,
+    dtype: Annotated[str, typer.Option("--dtype", help="Of the vectors: float32 or float16.")] = "float32",
+    faiss_index: Annotated[str, typer.Option("--faiss-index", help="flat, exact; or ivf, inverted lists.")] = "flat",
+    nlist: Annotated[int, typer.Option("--nlist", help="Lists of ivf; 0: by the number of passages.")] = 0,
+    nprobe: Annotated[int, typer.Option("--nprobe", help="Lists of ivf that a search looks into.")] = 64,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Texts encoded at once.")] = 64,
+    config: Config = None,
+    split: Split = "train",
+    processes: Processes = 1,
+    skip_bad: SkipBad = False,
+    json: Json = False,
+) -> None:
+    """Index a corpus by a vector a passage. Needs pip install 'dro_rl[dense]'.
+
+    \b
+    Examples:
+      dro-rl index dense corpus.jsonl indexes/mine-dense --checkpoint sentence-transformers/all-MiniLM-L6-v2
+      dro-rl index dense psgs_w100.tsv.gz indexes/wiki --checkpoint me/encoder --faiss-index ivf --dtype float16
+    """
+    from dro_rl.retrieval.dense import Dense
+
+    made = Dense(checkpoint, revision, query_prompt, passage_prompt, similarity, dtype, faiss_index, nlist, nprobe,
+                 batch_size)  # fmt: skip
+    _build(made, corpus, folder, config, split, processes, skip_bad, json)
+
+
 def _build(
     retriever: Retriever,
     corpus: str,

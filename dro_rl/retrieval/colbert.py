@@ -11,25 +11,24 @@ import importlib.metadata
 import io
 import json
 import math
-import os
 import random
 import sys
-import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, ClassVar
 
 from tqdm.auto import tqdm
 
-from dro_rl.errors import InputError, Phrase, first_line
+from dro_rl.errors import InputError, Phrase
 from dro_rl.files import file_sha256
 from dro_rl.records import Document
-from dro_rl.retrieval.colbert_runtime import check_runtime, load_colbert, take_gpu
+from dro_rl.retrieval.checkpoint import checkpoint_folder
+from dro_rl.retrieval.colbert_runtime import check_runtime, load_colbert
 from dro_rl.retrieval.passages import PassageStore
 from dro_rl.retrieval.protocol import Hit
+from dro_rl.retrieval.workers import side_by_side, take_gpu
 
 CHUNKS = 40
 LARGEST_CHUNK = 25_000
@@ -68,7 +67,7 @@ class ColBERT:
     def versions(self) -> Mapping[str, str]:
         """The packages, and the weights by their hash."""
         versions = {package: importlib.metadata.version(package) for package in ("colbert-ai", "torch", "transformers")}
-        return {**versions, "weights": file_sha256(_weights(checkpoint_folder(self.checkpoint)))}
+        return {**versions, "weights": file_sha256(_weights(self.folder()))}
 
     def check(self) -> None:
         """Raise `InputError` for a setting, a checkpoint, a package or a compiler that is not as it must be."""
@@ -78,7 +77,7 @@ class ColBERT:
             if getattr(self, name) < 1:
                 raise InputError(name, getattr(self, name), "this is at least 1", "Use a positive number.")
         check_runtime()
-        check_checkpoint(checkpoint_folder(self.checkpoint))
+        check_checkpoint(self.folder())
 
     def build(self, passages: PassageStore, folder: Path, processes: int) -> None:
         """Centroids from a sample, then the passages chunk by chunk, then the table from centroids to passages."""
@@ -99,14 +98,15 @@ class ColBERT:
                 for number in missing:
                     bar.update(_encode_chunk(indexer, passages, number, size))
             else:
-                _encode_side_by_side(self, passages, folder, missing, size, min(processes, len(missing)), bar)
+                given = (self, passages.folder, folder, size)
+                side_by_side(_encode_chunks, given, missing, min(processes, len(missing)), bar)
         with _quiet():
             indexer.finalize()
 
     def open(self, folder: Path, rank: int = 0) -> None:
         """Load the index, and the checkpoint onto the GPU of this rank where there is one."""
         take_gpu(rank)
-        checkpoint = checkpoint_folder(self.checkpoint)
+        checkpoint = self.folder()
         with _quiet():
             load_colbert()
             from colbert import Searcher
@@ -131,28 +131,9 @@ class ColBERT:
         hits = [[Hit(int(row), float(score)) for row, _, score in zip(*each, strict=False)] for each in found]
         return [sorted(each, key=lambda hit: (-hit.score, hit.row)) for each in hits]
 
-
-def checkpoint_folder(name: str) -> Path:
-    """The folder of a checkpoint; one of the hub is fetched, weights and tokenizer alone."""
-    path = Path(name).expanduser()
-    if name and path.is_dir():
-        return path.absolute()
-    if not name or path.is_absolute() or name.startswith(".") or name.count("/") != 1:
-        raise InputError("checkpoint", name, "this is a ColBERT checkpoint's folder or hub name", "Name one.")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(
-            snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.model", "*.safetensors", "*.metadata"])
-        )
-    except Exception as error:
-        # Between us and the hub stand several libraries with errors of their own; all mean that it is not to be had.
-        raise InputError(
-            "checkpoint",
-            name,
-            f"this is a folder, or a hub name within reach ({first_line(error)})",
-            "Check the name and the network, or name a folder.",
-        ) from None
+    def folder(self) -> Path:
+        """Where the checkpoint is."""
+        return checkpoint_folder(self.checkpoint, "a ColBERT checkpoint")
 
 
 def check_checkpoint(folder: Path) -> None:
@@ -222,7 +203,7 @@ class _Texts(Sequence[str]):
 
 def _indexer(retriever: ColBERT, passages: PassageStore, folder: Path) -> Any:
     """colbert-ai's indexer over our passages. Its sample of passages is drawn from a fixed seed."""
-    checkpoint = checkpoint_folder(retriever.checkpoint)
+    checkpoint = retriever.folder()
     with _quiet():
         load_colbert()
         import torch
@@ -257,52 +238,8 @@ def _encode_chunk(indexer: Any, passages: PassageStore, number: int, size: int) 
     return len(texts)
 
 
-def _encode_side_by_side(
-    retriever: ColBERT, passages: PassageStore, folder: Path, missing: list[int], size: int, processes: int, bar: Any
-) -> None:
-    context = get_context("spawn")
-    done: Any = context.SimpleQueue()
-    workers = [
-        context.Process(
-            target=_encode_chunks,
-            args=(retriever, passages.folder, folder, missing[rank::processes], size, rank, processes, done),
-            daemon=True,
-        )
-        for rank in range(processes)
-    ]
-    for worker in workers:
-        worker.start()
-    try:
-        while True:
-            working = any(worker.is_alive() for worker in workers)
-            while not done.empty():
-                bar.update(done.get())
-            dead = [worker for worker in workers if worker.exitcode not in (None, 0)]
-            if dead:
-                raise InputError(
-                    "index",
-                    Phrase(f"an encoding process died with status {dead[0].exitcode}"),
-                    "what is done is kept",
-                    "Look above for why; of memory, use fewer --processes or a smaller --batch-size. The same command "
-                    "goes on where it stopped.",
-                )
-            if not working:
-                return
-            time.sleep(0.2)
-    finally:
-        for worker in workers:
-            worker.terminate()
-            worker.join()
-
-
-def _encode_chunks(
-    retriever: ColBERT, store: Path, folder: Path, numbers: list[int], size: int, rank: int, processes: int, done: Any
-) -> None:
-    """A process's share of the chunks, on a GPU of its own where there are several."""
-    import torch
-
-    if not take_gpu(rank):
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
+def _encode_chunks(retriever: ColBERT, store: Path, folder: Path, size: int, numbers: list[int], done: Any) -> None:
+    """A process's share of the chunks."""
     passages = PassageStore(store)
     indexer = _indexer(retriever, passages, folder)
     indexer.setup()

@@ -69,15 +69,6 @@ def check_runtime() -> None:
             )
 
 
-def take_gpu(rank: int) -> bool:
-    """Work on the GPU of this rank from now on, with more processes than GPUs on a shared one; False without a GPU."""
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.set_device(rank % torch.cuda.device_count())
-    return torch.cuda.is_available()
-
-
 def load_colbert() -> None:
     """Import colbert-ai, repaired, its extensions compiled. Call `check_runtime` before.
 

@@ -24,12 +24,13 @@ from dro_rl.locks import LOCK, claim, owned
 from dro_rl.records import Document
 from dro_rl.retrieval.bm25 import BM25
 from dro_rl.retrieval.colbert import ColBERT
+from dro_rl.retrieval.dense import Dense
 from dro_rl.retrieval.passages import PassageStore, write_lookup, write_passages
 from dro_rl.retrieval.protocol import Retriever
 from dro_rl.rows import Skips, refuse
 from dro_rl.rows.small import read_object, record
 
-RETRIEVERS: dict[str, type[BM25] | type[ColBERT]] = {"bm25": BM25, "colbert": ColBERT}
+RETRIEVERS: dict[str, type[BM25] | type[ColBERT] | type[Dense]] = {"bm25": BM25, "colbert": ColBERT, "dense": Dense}
 
 
 class FileFact(TypedDict):

@@ -1,4 +1,4 @@
-"""What a retriever is. `bm25` and `colbert` are two of them."""
+"""What a retriever is. `bm25`, `colbert` and `dense` are three of them."""
 
 from __future__ import annotations
 
