@@ -120,7 +120,7 @@ def _table(draw: np.random.Generator, iteration: int, first: int, questions: int
         "prompt_cut": np.zeros(rows, dtype=bool),
         "temperature": np.ones(rows),
     }
-    empty = {"rewards": [[]] * rows, "answer": [None] * rows, "order": [[]] * rows}
+    empty = {"rewards": [[]] * rows, "answer": [None] * rows, "order": [[]] * rows, "windows": [[]] * rows}
     values = [
         pa.array(columns.get(field.name, empty.get(field.name, nan)), field.type)
         if not isinstance(columns.get(field.name), pa.Array)

@@ -65,6 +65,12 @@ class DROConfig(TrainingKeys, _BaseConfig):  # type: ignore[misc]  # keys take o
         )
         if self.engine != "vllm":
             return
+        self._require(
+            "window_size",
+            self.window_size is None or self.vllm_mode == "server" or self.vllm_tensor_parallel_size == 1,
+            "processes that share an engine's shards ask it together, and each has windows of its own to ask for",
+            "Use vllm_tensor_parallel_size: 1, or vllm_mode: server.",
+        )
         needed = (self.max_prompt_length or 0) + self.max_completion_length
         self._require(
             "vllm_max_model_length",
@@ -157,6 +163,15 @@ class DROConfig(TrainingKeys, _BaseConfig):  # type: ignore[misc]  # keys take o
             self.resample_ties != "replace" or (wanted is not None and wanted < num_questions),
             f"others take the places of those that tie, and each iteration has all {num_questions} training questions",
             f"Use questions_per_iteration: {per_step}, or redraw.",
+        )
+
+    def check_windows(self, num_documents: int) -> None:
+        """Raise `InputError` where windows are larger than any list: `num_documents` are the most of a question."""
+        self._require(
+            "window_size",
+            self.window_size is None or self.window_size <= num_documents,
+            f"no question has more than {num_documents} documents to slide over",
+            "Lower it, or leave it unset.",
         )
 
     def check_documents(self, num_documents: int, question_id: str) -> None:

@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from transformers import GenerationConfig
 from dro_rl import engines
 from dro_rl.engines.answers import Answerer, ModelAnswerer
 from dro_rl.engines.decoding import Decoder
-from dro_rl.engines.protocol import GenerationRequest
+from dro_rl.engines.selecting import Selecting
 from dro_rl.errors import InputError, Phrase
 from dro_rl.files import folder_written_whole, written_whole
 from dro_rl.keys.reference import KEYS
@@ -26,12 +26,12 @@ from dro_rl.models.positions import positions_of
 from dro_rl.models.serving import load_role_to_serve
 from dro_rl.prompts import Prompter
 from dro_rl.prompts.lengths import check_answers
-from dro_rl.prompts.rows import constraint_of
 from dro_rl.proposal import SamplingParams
 from dro_rl.records import Document, Question, Selection
 from dro_rl.roles import ROLES, Role
 from dro_rl.rows.small import read_object, record
-from dro_rl.selection import SelectionSpec, parse_selection
+from dro_rl.selection import SelectionSpec
+from dro_rl.selection.windows import Windows
 
 if TYPE_CHECKING:
     from dro_rl.config import DROConfig
@@ -64,6 +64,7 @@ class PipelineSettings:
     Args:
         num_selected: K, or {min: 1, max: 5}, as in the recipe.
         constrain_selection: the selector writes K distinct valid numbers and nothing else, as it was trained to.
+        window_size, window_stride: how candidates are shown where there are more than a window holds, as in the recipe.
         generator_endpoint, generator_endpoint_model: where the generator is served; None where its weights are here.
         max_prompt_length, max_completion_length, max_answer_length: in tokens.
         chat_template_kwargs: as in the recipe.
@@ -77,6 +78,25 @@ class PipelineSettings:
     constrain_selection: bool = False
     generator_endpoint: str | None = None
     generator_endpoint_model: str | None = None
+    window_size: int | None = None
+    window_stride: int | None = None
+
+    @property
+    def windows(self) -> Windows | None:
+        """How long lists of candidates are shown. Raises `InputError` for windows that do not fit K."""
+        return Windows.of(self.window_size, self.window_stride, self.spec.most)
+
+    def slid(self, window_size: int | None, window_stride: int | None) -> PipelineSettings:
+        """With other windows, where any are given: a size comes with its own stride.
+
+        Raises:
+            InputError: windows do not fit K.
+        """
+        settings = self
+        if window_size is not None or window_stride is not None:
+            settings = replace(self, window_size=window_size or self.window_size, window_stride=window_stride)
+        Windows.of(settings.window_size, settings.window_stride, settings.spec.most)
+        return settings
 
     @property
     def spec(self) -> SelectionSpec:
@@ -95,6 +115,8 @@ class PipelineSettings:
             config.constrain_selection,
             config.generator_endpoint,
             config.generator_endpoint_model,
+            config.window_size,
+            config.window_stride,
         )
 
 
@@ -213,18 +235,14 @@ class RAGPipeline:
         ]
 
     def select_all(self, questions: Sequence[Question]) -> list[Selection]:
-        """The selector's greedy selection for each question."""
-        spec, prompter = self.settings.spec, self.prompters["selector"]
-        prompts = [prompter.selector_prompt(question, spec.most, spec.least).ids for question in questions]
-        constraints = [each for question in questions if (each := constraint_of(prompter, question, spec))] or None
-        greedy = SamplingParams(self.settings.max_completion_length, temperature=0.0)
+        """The selector's greedy selection for each question; window by window where they have more candidates."""
+        settings, prompter = self.settings, self.prompters["selector"]
+        greedy = SamplingParams(settings.max_completion_length, temperature=0.0)
+        lists, seeds = [(question, ()) for question in questions], [0] * len(questions)
+        selecting = Selecting(prompter, lists, settings.spec, settings.windows, 1, greedy, seeds)
         with self.open_role("selector") as model:
             decoder = Decoder(model, prompter.ends.stops, self.batch_size, self.shared_prefix)
-            groups = decoder.generate(GenerationRequest(prompts, 1, greedy, [0] * len(prompts), constraints))
-        return [
-            parse_selection(prompter.decode(written.ids), len(question.documents), spec.most, spec.least)
-            for question, (written,) in zip(questions, groups, strict=True)
-        ]
+            return [drawn.selection for drawn in selecting.run(decoder.generate).drawn]
 
 
 def read(selection: Selection, question: Question, most: int) -> tuple[int, ...]:
@@ -249,6 +267,10 @@ def read_settings(directory: Path) -> PipelineSettings:
             KEYS[name].check(value)
         except InputError as error:
             raise InputError(f"{path}: {name}", value, error.rule, fix) from None
+    try:
+        settings.slid(None, None)
+    except InputError as error:
+        raise InputError(f"{path}: {error.place}", error.value, error.rule, fix) from None
     return settings
 
 

@@ -61,7 +61,8 @@ class Question:
         return tuple(n for n, document in enumerate(self.documents, start=1) if document.id in wanted)
 
     def shown(self, order: Sequence[int]) -> Question:
-        """The question with its candidates in another order, given by their numbers; an empty one changes nothing."""
+        """The question with its candidates in another order, or some of them, given by their numbers; an empty one
+        changes nothing."""
         return replace(self, documents=tuple(self.documents[number - 1] for number in order)) if order else self
 
 
@@ -86,8 +87,37 @@ Written = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
+class Window:
+    """What a selector was shown at a time, and what it wrote.
+
+    Args:
+        order: numbers of the candidates as it was shown them; empty for all of the question's, in their own order.
+        token_ids, proposal_logps, text: as in `Sample`.
+        numbers: the documents that it named, in the question's own numbers, best first.
+    """
+
+    order: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    proposal_logps: tuple[float, ...]
+    text: str
+    numbers: tuple[int, ...]
+
+    @property
+    def written(self) -> Written:
+        """The completion that it is: those of a question with the same have the same log p."""
+        return self.order, self.token_ids
+
+    @property
+    def proposal_logp(self) -> float:
+        """log q of what was written, nats."""
+        return float(sum(self.proposal_logps))
+
+
+@dataclass(frozen=True, slots=True)
 class Sample:
     """One selection drawn for one question, not scored or weighed yet.
+
+    Where it was drawn window by window (`selection.windows`), tokens, text and order are those of the last one drawn.
 
     Args:
         question: index of the question in the training set.
@@ -95,8 +125,9 @@ class Sample:
         token_ids: the sampled tokens, end-of-sequence included when it was reached.
         proposal_logps: log q of each token under the distribution it was drawn from, nats.
         text: the decoded tokens.
-        selection: what the text says, in the question's own numbers.
+        selection: what the text says, in the question's own numbers. Its problems are those of all windows.
         order: numbers of the candidates as the selector was shown them; empty for the question's own order.
+        windows: those before the last one, as they slid; empty where the list was shown whole.
         reference_logp: log p(z|x) under the initial selector, nats; NaN without `beta`.
         prompt_cut: whether the selector read documents cut to fit `max_prompt_length`.
         temperature: what it was sampled at.
@@ -114,6 +145,7 @@ class Sample:
     text: str
     selection: Selection
     order: tuple[int, ...] = ()
+    windows: tuple[Window, ...] = ()
     reference_logp: float = math.nan
     prompt_cut: bool = False
     temperature: float = 1.0
@@ -124,18 +156,24 @@ class Sample:
     rewards: tuple[tuple[str, float], ...] = ()
 
     @property
+    def all_windows(self) -> tuple[Window, ...]:
+        """Each window with what was written in it, the last one last; one where the list was shown whole."""
+        last = Window(self.order, self.token_ids, self.proposal_logps, self.text, self.selection.numbers)
+        return (*self.windows, last)
+
+    @property
     def proposal_logp(self) -> float:
-        """log q(z|x), nats."""
-        return float(sum(self.proposal_logps))
+        """log q(z|x), nats: the sum over its windows."""
+        return float(sum(window.proposal_logp for window in self.all_windows))
+
+    @property
+    def tokens_written(self) -> int:
+        """Sampled tokens of all its windows."""
+        return sum(len(window.token_ids) for window in self.all_windows)
 
     def answer_logp_as(self, likelihood: str) -> float:
         """log p(y|x, d_z) as `sum` or as `mean` over the answer's tokens, nats."""
         return self.answer_logp_sum if likelihood == "sum" else self.answer_logp_mean
-
-    @property
-    def written(self) -> Written:
-        """The completion that it is: samples of a question with the same have the same log p."""
-        return self.order, self.token_ids
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,7 +181,8 @@ class Rollout(Sample):
     """A sample that the E-step has scored and weighed: a row of the rollout log.
 
     Args:
-        selection_logp: log p(z|x) at temperature 1 under the selector that the E-step weighed with, nats.
+        selection_logp: log p(z|x), of all its windows, at temperature 1 under the selector that the E-step weighed
+            with, nats.
         answer_logp: log p(y|x, d_z), nats: of the sum and the mean the one that is the likelihood.
         reward: what the objective weighs: under `reward: likelihood` the answer's log-likelihood, nats.
         weight: importance weight; sums to 1 over the group unless every rollout is invalid.

@@ -223,6 +223,7 @@ def test_one_forward_of_two_language_models_has_the_gradient_of_the_evidence(mak
     batch = SimpleNamespace(
         roles=list(rows),
         rows=lambda role, logps: rows[role],
+        begins_alike=lambda role: False,
         coefficients=lambda logps: dict.fromkeys(logps, weights.tolist()),
     )
     sum(model(batch=batch).losses.values()).backward()

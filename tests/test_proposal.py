@@ -145,8 +145,9 @@ def test_posterior_weighted_loss_has_the_gradient_of_the_constrained_evidence(ma
     posterior = importance_weights(answers, proposal_log_ratio=selection.detach())
     row = Row(PROMPT, completions, allowed_for(constraint, completions))
     batch = SimpleNamespace(
-        roles=["selector"], rows=lambda *_: [row], coefficients=lambda _: {"selector": posterior.tolist()}
-    )
+        roles=["selector"], rows=lambda *_: [row], begins_alike=lambda _: False,
+        coefficients=lambda _: {"selector": posterior.tolist()},
+    )  # fmt: skip
     model(batch=batch).losses["selector"].backward()
     for name, parameter in model.selector.named_parameters():
         torch.testing.assert_close(

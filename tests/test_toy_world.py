@@ -177,7 +177,7 @@ def test_types_follow_the_share_of_two_hop_questions(questions):
     assert {question.dataset for question in questions} == {"toy"}
 
 
-@pytest.mark.parametrize("bad", [{"split": "valid"}, {"num_documents": 9}, {"num_documents": 21}, {"same_subject": 9}])
+@pytest.mark.parametrize("bad", [{"split": "valid"}, {"num_documents": 9}, {"num_documents": 101}, {"same_subject": 9}])
 def test_an_argument_out_of_range_is_refused_by_name(bad):
     with pytest.raises(InputError, match=next(iter(bad))):
         make_world(**{"split": "dev", "size": 1, **bad})

@@ -23,6 +23,16 @@ def ask(
     ] = None,
     question_id: Annotated[str | None, typer.Option("--id", help="The question's id in --question-file.")] = None,
     k: Annotated[int | None, typer.Option("--k", min=1, help="Documents to select. Without it, as trained.")] = None,
+    window_size: Annotated[
+        int | None,
+        typer.Option(
+            "--window-size", min=2, help="Candidates shown at a time, of a longer list. Without it, as trained."
+        ),
+    ] = None,
+    window_stride: Annotated[
+        int | None,
+        typer.Option("--window-stride", min=1, help="New ones of each further window. Without it, all with room."),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Answer a question from documents with the selector and generator of a finished run.
@@ -37,12 +47,13 @@ def ask(
     from transformers.utils.logging import disable_progress_bar
 
     from dro_rl.cli.output import console, plain, print_json
-    from dro_rl.pipeline import RAGPipeline, read
+    from dro_rl.pipeline import RAGPipeline, read, read_settings
 
     disable_progress_bar()
-    pipeline = RAGPipeline.from_pretrained(run)
+    settings = read_settings(run)
     if k is not None:
-        pipeline.settings = dataclasses.replace(pipeline.settings, num_selected=k)
+        settings = dataclasses.replace(settings, num_selected=k)
+    pipeline = RAGPipeline.from_pretrained(run, settings=settings.slid(window_size, window_stride))
     answer = pipeline.answer(asked.question, asked.documents)
     numbers = read(answer.selection, asked, pipeline.settings.spec.most)
     if json:

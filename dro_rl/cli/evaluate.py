@@ -71,6 +71,21 @@ def evaluate(
             "--control retriever-order takes them as they stand.",
         ),
     ] = None,
+    window_size: Annotated[
+        int | None,
+        typer.Option(
+            "--window-size",
+            min=2,
+            help="Candidates shown at a time: a window slides from the end of a longer list to its front. "
+            "Without it, as trained.",
+        ),
+    ] = None,
+    window_stride: Annotated[
+        int | None,
+        typer.Option(
+            "--window-stride", min=1, help="New candidates of each further window. Without it, --window-size less K."
+        ),
+    ] = None,
     column: Column = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Questions answered at once.")] = 8,
     device: Annotated[
@@ -92,6 +107,7 @@ def evaluate(
       dro-rl evaluate runs/quickstart --data toy --split test
       dro-rl evaluate runs/musique --data data/musique/test.jsonl --dtype bfloat16 --batch-size 32
       dro-rl evaluate runs/musique --data data/musique/test.jsonl --control retriever-order
+      dro-rl evaluate runs/musique --data data/musique/test-100.jsonl --num-documents 100 --window-size 20
       dro-rl evaluate runs/musique/checkpoint-155 --recipe runs/musique/recipe.yaml --data data/musique/dev.jsonl
     """
     from transformers.utils.logging import disable_progress_bar
@@ -112,6 +128,8 @@ def evaluate(
         limit=limit,
         num_documents=num_documents,
         shuffle_documents=shuffle_documents,
+        window_size=window_size,
+        window_stride=window_stride,
         columns=columns_of(column),
         batch_size=batch_size,
         device=device,

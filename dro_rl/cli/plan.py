@@ -104,6 +104,8 @@ def show(found: Plan, json: bool) -> None:
     )
     out.print(f"loop        {', '.join(loop)}", soft_wrap=True)
     asked = f"{work.prompt:.0f} tokens and {schedule.num_generations} x {work.selection:.0f}"
+    if work.windows > 1:
+        asked += f" in each of {work.windows:.3g} windows"
     read = f"{work.distinct:.1f} x ({work.reading:.0f} and {work.answer:.0f})"
     out.print(f"a question  selector {asked}, generator {read}", soft_wrap=True)
     out.print(f"disk        {_bytes(found.disk)} of checkpoints and models", soft_wrap=True)

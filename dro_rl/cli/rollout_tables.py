@@ -165,6 +165,7 @@ def print_group(out: Console, group: Group) -> None:
         for row in rows:
             table.add_row(*row)
         out.print(table)
+    _print_windows(out, group)
     _print_answers(out, group)
     documents = {d.number: d for rollout in group.rollouts for d in rollout.documents}
     for n, document in sorted(documents.items()):
@@ -179,6 +180,27 @@ def _cut(text: str) -> str:
     """A text of any length in at most `LONGEST` characters."""
     shown = plain(text[: 2 * LONGEST])
     return shown if len(shown) <= LONGEST else f"{shown[:LONGEST]}…"
+
+
+def _print_windows(out: Console, group: Group) -> None:
+    """What each rollout was shown, window by window, and what it picked; rollouts that went the same way once."""
+    ways = {rollout.windows: rollout for rollout in reversed(group.rollouts) if rollout.windows}
+    for way, rollout in reversed(ways.items()):
+        out.print(f"windows of {format_selection(rollout.numbers) or 'the invalid one'}, from the end of the list on:")
+        for window in way:
+            picked = format_selection(window.picked) or f"wrote: {plain(window.text)[:40]}"
+            out.print(Padding(f"{in_runs(window.shown)} → {picked}", (0, 0, 0, 2)))
+
+
+def in_runs(numbers: Sequence[int]) -> str:
+    """Numbers in their order, those that follow each other as one: `81-100, 7, 3-4`."""
+    runs: list[list[int]] = []
+    for each in numbers:
+        if runs and each == runs[-1][-1] + 1:
+            runs[-1][1:] = [each]
+        else:
+            runs.append([each])
+    return ", ".join("-".join(map(str, run)) for run in runs)
 
 
 def _print_answers(out: Console, group: Group) -> None:

@@ -13,17 +13,17 @@ from dro_rl.em.method import Method
 from dro_rl.em.timing import PhaseClock
 from dro_rl.em.weighing import weigh
 from dro_rl.engines.answers import Answerer, ModelAnswerer
-from dro_rl.engines.protocol import GenerationRequest, RolloutEngine
+from dro_rl.engines.protocol import RolloutEngine
+from dro_rl.engines.selecting import Selecting
 from dro_rl.likelihood import Model, answer_logps
 from dro_rl.likelihood.packing import Row
 from dro_rl.likelihood.room import Room
 from dro_rl.prompts import Prompter
-from dro_rl.prompts.rows import answer_row, constraint_of, selector_rows
-from dro_rl.proposal import Completion, candidate_orders, rollout_seed
-from dro_rl.records import Question, Rollout, Sample, Selection
+from dro_rl.prompts.rows import answer_row, selector_rows
+from dro_rl.proposal import candidate_orders, rollout_seed
+from dro_rl.records import Question, Rollout, Sample
 from dro_rl.rewards import Read, score
 from dro_rl.roles import Role
-from dro_rl.selection import parse_selection
 
 OpenRole = Callable[[Role], AbstractContextManager[Model]]
 """Opens a role for scoring, without gradient."""
@@ -89,82 +89,55 @@ class EStep:
             lambda: open_role("generator"), prompters["generator"], method.scoring, room=self.room
         )
 
-    def request(self, asked: Asked) -> tuple[GenerationRequest, list[bool]]:
-        """What the engine is asked for the rollouts of some questions, and which prompts were cut to fit.
-
-        Each question is asked once for each order of its candidates.
-        """
-        prompter, spec, count = self.prompters["selector"], self.method.spec, self.method.candidate_orders
-        shown = [
-            question.shown(order)
-            for question, orders in zip(asked.questions, self._orders(asked), strict=True)
-            for order in orders
+    def selecting(self, asked: Asked) -> Selecting:
+        """The rollouts of some questions, to be drawn. Each question has a list for each order of its candidates."""
+        method, count = self.method, self.method.candidate_orders
+        lists = [
+            (question, order)
+            for question, seed in zip(asked.questions, asked.seeds, strict=True)
+            for order in candidate_orders(seed, len(question.documents), count)
         ]
-        prompts = [prompter.selector_prompt(question, spec.most, spec.least) for question in shown]
-        constraints = [constraint_of(prompter, question, spec) for question in shown]
-        request = GenerationRequest(
-            [prompt.ids for prompt in prompts],
-            self.method.num_generations // count,
-            replace(self.method.sampling, temperature=asked.temperature),
-            asked.seeds if count == 1 else [rollout_seed(seed, n) for seed in asked.seeds for n in range(count)],
-            [each for each in constraints if each is not None] if spec.constrained else None,
-        )
-        return request, [prompt.cut for prompt in prompts]
-
-    def _orders(self, asked: Asked) -> list[list[tuple[int, ...]]]:
-        """Of each question, the orders that its candidates are shown in."""
-        return [
-            candidate_orders(seed, len(question.documents), self.method.candidate_orders)
-            for seed, question in zip(asked.seeds, asked.questions, strict=True)
-        ]
+        sampling = replace(method.sampling, temperature=asked.temperature)
+        seeds = asked.seeds if count == 1 else [rollout_seed(seed, n) for seed in asked.seeds for n in range(count)]
+        prompter, m = self.prompters["selector"], method.num_generations // count
+        return Selecting(prompter, lists, method.spec, method.windows, m, sampling, seeds)
 
     def sample(self, asked: Asked, step: int) -> Sampled:
         """Samples of the weights after `step` updates."""
         with self.clock.phase("inputs"):
-            request, cut = self.request(asked)
+            selecting = self.selecting(asked)
         with self.clock.phase("sync"), self.engine.at(step) as engine, self.clock.phase("rollout"):
-            groups, on_policy = engine.generate(request), engine.samples_policy(request.sampling)
-        return self.read(asked, request, cut, groups, on_policy)
+            selecting.run(engine.generate)
+            on_policy = engine.samples_policy(selecting.sampling)
+        return self.read(asked, selecting, on_policy)
 
-    def read(
-        self,
-        asked: Asked,
-        request: GenerationRequest,
-        cut: Sequence[bool],
-        groups: Sequence[Sequence[Completion]],
-        on_policy: bool,
-    ) -> Sampled:
-        """What the engine's completions say.
+    def read(self, asked: Asked, selecting: Selecting, on_policy: bool) -> Sampled:
+        """What was drawn, as samples.
 
         Args:
             asked: the questions.
-            request, cut: what the engine was asked, with these weights or, ahead of time, with older ones.
-            groups: its answer.
+            selecting: their rollouts, drawn with these weights or, ahead of time, with older ones.
             on_policy: whether log q is log p.
         """
-        tokens = sum(map(len, request.prompts)) + sum(len(each.ids) for group in groups for each in group)
+        tokens, m = selecting.tokens, self.method.num_generations
         self.clock.count("rollout", tokens, tokens * self.flops.get("selector", 0.0))
-        prompter, spec = self.prompters["selector"], self.method.spec
-        answered = iter(zip(groups, cut, strict=True))
         samples = []
-        for index, question, orders in zip(asked.indices, asked.questions, self._orders(asked), strict=True):
-            drawn = [(order, *next(answered)) for order in orders]
-            completions = [(order, was_cut, completion) for order, group, was_cut in drawn for completion in group]
-            for number, (order, was_cut, completion) in enumerate(completions):
-                text = prompter.decode(completion.ids)
-                samples.append(
-                    Sample(
-                        index,
-                        number,
-                        completion.ids,
-                        completion.logps,
-                        text,
-                        _named(parse_selection(text, len(question.documents), spec.most, spec.least), order),
-                        order,
-                        prompt_cut=was_cut,
-                        temperature=request.sampling.temperature,
-                    )
+        for i, drawn in enumerate(selecting.drawn):
+            *earlier, last = drawn.windows
+            samples.append(
+                Sample(
+                    asked.indices[i // m],
+                    i % m,
+                    last.token_ids,
+                    last.proposal_logps,
+                    last.text,
+                    drawn.selection,
+                    last.order,
+                    tuple(earlier),
+                    prompt_cut=drawn.cut,
+                    temperature=selecting.sampling.temperature,
                 )
+            )
         if self.open_reference is not None:
             logps = self._selection_logps(self.open_reference, asked.questions, samples).flatten().tolist()
             samples = [replace(each, reference_logp=logp) for each, logp in zip(samples, logps, strict=True)]
@@ -222,7 +195,8 @@ class EStep:
         questions: Sequence[Question],
         samples: Sequence[Sample],
     ) -> torch.Tensor:
-        """(questions, m) log p of the sampled tokens at temperature 1, under the constraint where there is one."""
+        """(questions, m) log p of the sampled tokens at temperature 1, under the constraint where there is one: the sum
+        over a sample's windows."""
         m, prompter = self.method.num_generations, self.prompters["selector"]
         rows, keys = [], []
         for i, question in enumerate(questions):
@@ -231,7 +205,9 @@ class EStep:
             keys += [(i, each) for each in written]
         scored = [logp.sum().item() for row in self._score_selections(open_model, rows) for logp in row]
         logps = dict(zip(keys, scored, strict=True))
-        return self._matrix([logps[i // m, sample.written] for i, sample in enumerate(samples)])
+        return self._matrix(
+            [sum(logps[i // m, window.written] for window in each.all_windows) for i, each in enumerate(samples)]
+        )
 
     def _scored(self, questions: Sequence[Question], samples: Sequence[Sample]) -> list[Sample]:
         """The samples with log p(y|x, d_z), each distinct selection scored once; the invalid have none."""
@@ -267,8 +243,3 @@ class EStep:
     def _matrix(self, values: Sequence[float]) -> torch.Tensor:
         """(questions, m) float64, also of no questions: a process may have none in the last part of an E-step."""
         return torch.tensor(values, dtype=torch.float64).reshape(-1, self.method.num_generations)
-
-
-def _named(read: Selection, order: Sequence[int]) -> Selection:
-    """A selection in the question's own numbers, of one that was read in an order's."""
-    return replace(read, numbers=tuple(order[place - 1] for place in read.numbers)) if order else read

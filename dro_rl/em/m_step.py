@@ -50,7 +50,7 @@ class Group:
         self.whole, self.mine, self.question = whole, mine, question
         own = [whole[place] for place in mine]
         self.samples: list[Written] = []
-        """Distinct samples: the completions of the selector's rows, in their order."""
+        """Distinct samples, or windows of them: the completions of the selector's rows, in their order."""
         self.selections = list(
             dict.fromkeys(
                 sample.selection.numbers
@@ -119,7 +119,7 @@ class MicroBatch:
         """Of each role's rows, once it has read them."""
         self.completion_tokens = 0
         """Of the selector's completions, once it has read them."""
-        self._places: dict[Role, list[int | None]] = {}  # of each rollout: its completion or row in a role's rows
+        self._places: dict[Role, list[list[int]]] = {}  # of each rollout: its completions, or its row, of a role's rows
         self._counts: dict[Role, int] = {}
 
     def rows(self, role: Role, logps: Mapping[Role, Tensor] = MappingProxyType({})) -> list[Row]:
@@ -142,6 +142,11 @@ class MicroBatch:
             self.completion_tokens = sum(len(completion) for row in rows for completion in row.completions)
         return rows or [self._nothing]  # without rows of our own, the other processes' gradients still wait for ours
 
+    def begins_alike(self, role: Role) -> bool:
+        """Whether prompts of a role may begin alike: those of answers by their first documents, those of selections
+        where a window shows rollouts of a question the same new candidates, and after them what each has picked."""
+        return role not in POLICIES or any(sample.windows for group in self.groups for sample in group.whole)
+
     @property
     def tokens_skipped(self) -> int:
         """Tokens of the selector's rows that were left out."""
@@ -156,9 +161,9 @@ class MicroBatch:
     def proposal_logps(self) -> Tensor:
         """log q of the selector's completions, in the order of its rows."""
         logps = torch.zeros(self._counts["selector"], dtype=torch.float64)
-        for place, rollout in zip(self._places["selector"], self.rollouts, strict=True):
-            if place is not None:
-                logps[place] = rollout.proposal_logp
+        for places, rollout in zip(self._places["selector"], self.rollouts, strict=True):
+            for place, window in zip(places, rollout.all_windows, strict=False):  # a question left out has no places
+                logps[place] = window.proposal_logp
         return logps
 
     def coefficients(self, logps: Mapping[Role, Tensor]) -> dict[Role, list[float]]:
@@ -187,15 +192,14 @@ class MicroBatch:
         return [row for group in self.groups for row in group.rows[role]] or [self._nothing]
 
     def _find_places(self, role: Role, kept: Sequence[bool]) -> None:
-        """Where each rollout stands among a role's completions (of a policy) or rows."""
+        """Where each rollout stands among a role's completions (of a policy, one for each window) or rows."""
         self._places[role], self._counts[role] = [], 0
         for group, stays in zip(self.groups, kept, strict=True):
             keys: Sequence[Any] = (group.samples if role in POLICIES else group.selections) if stays else ()
             at = {key: place for place, key in enumerate(keys, self._counts[role])}
-            own = [group.whole[place] for place in group.mine]
-            self._places[role] += [
-                at.get(sample.written if role in POLICIES else sample.selection.numbers) for sample in own
-            ]
+            for sample in (group.whole[place] for place in group.mine):
+                read = [w.written for w in sample.all_windows] if role in POLICIES else [sample.selection.numbers]
+                self._places[role].append([at[key] for key in read if key in at])
             self._counts[role] += len(at)
 
     def _weigh(self, logps: Mapping[Role, Tensor]) -> None:
@@ -220,9 +224,9 @@ class MicroBatch:
         self.rollouts, self._fresh = [*weighed], False
 
     def _of_rollouts(self, role: Role, logps: Tensor) -> list[float]:
-        """What a role's pass said of each rollout; NaN of those that it did not read."""
+        """What a role's pass said of each rollout, its windows together; NaN of those that it did not read."""
         known = logps.tolist()
-        return [math.nan if place is None else known[place] for place in self._places[role]]
+        return [sum(known[place] for place in places) if places else math.nan for places in self._places[role]]
 
     def _taught_nothing(self) -> list[bool]:
         """Of each group, whether none of its samples would move the selector, whatever their log-probabilities.
@@ -237,7 +241,9 @@ class MicroBatch:
         for group in self.groups:
             summed: dict[Written, float] = defaultdict(float)
             for place in group.mine:
-                summed[group.whole[place].written] += next(values)
+                value = next(values)
+                for window in group.whole[place].all_windows:
+                    summed[window.written] += value
             idle.append(all(abs(value) < NOTHING for value in summed.values()))
         return idle
 
@@ -275,8 +281,8 @@ class MicroBatch:
 
     def _summed(self, role: Role, values: Sequence[float]) -> list[float]:
         summed = [0.0] * self._counts[role]
-        for place, value in zip(self._places[role], values, strict=True):
-            if place is not None:
+        for places, value in zip(self._places[role], values, strict=True):
+            for place in places:
                 summed[place] += value
         return summed
 

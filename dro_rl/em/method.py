@@ -10,6 +10,7 @@ from dro_rl.objective import Weighting
 from dro_rl.proposal import SamplingParams
 from dro_rl.rewards import Reward
 from dro_rl.selection import SelectionSpec
+from dro_rl.selection.windows import Windows
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,7 @@ class Method:
         reward: what they are weighed by.
         answering: how the generator writes the answers that rewards look at.
         candidate_orders: how many orders of a question's candidates its samples are split over.
+        windows: how long lists of candidates are shown; None for whole.
     """
 
     spec: SelectionSpec
@@ -35,6 +37,7 @@ class Method:
     reward: Reward = Reward()
     answering: SamplingParams = SamplingParams(64, temperature=0.0)
     candidate_orders: int = 1
+    windows: Windows | None = None
 
     @classmethod
     def of(cls, config: DROConfig) -> Method:
@@ -48,4 +51,5 @@ class Method:
             config.reward_rule,
             SamplingParams(config.max_answer_length, config.answer_temperature),
             config.candidate_orders,
+            config.windows,
         )

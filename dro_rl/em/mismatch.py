@@ -47,7 +47,7 @@ class EngineMismatch:
         if not plain:
             return {}
         difference = torch.tensor([rollout.selection_logp - rollout.proposal_logp for rollout in plain])
-        return self._measure(difference, sum(len(rollout.token_ids) for rollout in plain), stale=stale)
+        return self._measure(difference, sum(rollout.tokens_written for rollout in plain), stale=stale)
 
     def _measure(self, difference: Tensor, tokens: int, *, stale: bool) -> dict[str, float]:
         if not stale:

@@ -35,6 +35,13 @@ class EnumerationEngine:
                 "what can be listed are the selections that constrain_selection admits",
                 "Set constrain_selection: true.",
             )
+        if config.window_size is not None:
+            raise InputError(
+                "window_size",
+                config.window_size,
+                "rollout_engine: enumeration lists the selections of a whole list, not all ways through its windows",
+                "Leave it unset, or use another engine.",
+            )
         if config.max_log_ratio < MAX_LOG_RATIO:
             raise InputError(
                 "max_log_ratio",

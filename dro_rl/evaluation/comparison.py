@@ -15,6 +15,7 @@ from dro_rl.files import written_whole
 DIFFERENT = {
     "candidates_hash": "the candidates differ: retrieval is part of the difference",
     "num_selected": "K differs",
+    "window_size": "windows differ",
     "control": "what selects differs",
 }
 """Conditions that two evaluations may differ in, and what that means."""

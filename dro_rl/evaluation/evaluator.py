@@ -120,6 +120,8 @@ def evaluate_stage(
         num_selected=pipeline.settings.num_selected,
         answer_likelihood=likelihood,
         answer_aliases=aliases,
+        window_size=pipeline.settings.window_size,
+        window_stride=pipeline.settings.window_stride,
     )
     summary = summarise(results, conditions)
     if state.is_main_process:

@@ -58,6 +58,7 @@ class EvaluationJob:
         num_documents: the first so many candidates of each; None leaves it to the run's recipe.
         shuffle_documents: whether candidates are shuffled by the recipe's seed; None leaves it to the run's recipe, but
             for `control: retriever-order`, which takes them as they stand.
+        window_size, window_stride: how candidates are shown, as in a recipe; None leaves it to the run.
         columns: names of columns by the fields of question files that they are.
         batch_size: questions answered at once.
         device, dtype: as in `RAGPipeline.from_pretrained`.
@@ -75,6 +76,8 @@ class EvaluationJob:
     limit: int | None = None
     num_documents: int | None = None
     shuffle_documents: bool | None = None
+    window_size: int | None = None
+    window_stride: int | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
     batch_size: int = 8
     device: str | None = None
@@ -93,20 +96,27 @@ def run_evaluation(job: EvaluationJob) -> tuple[Report, Path]:
     """
     _check_device(job.device)
     settings, templates = _settings(job)
+    settings = settings.slid(job.window_size, job.window_stride)
     as_they_stand = job.shuffle_documents is None and job.control == "retriever-order"
     shape = shape_of(job.run, job.recipe, job.num_documents, False if as_they_stand else job.shuffle_documents)
     questions, split, manifest = _questions(job)
     questions = shape.apply(questions)
+    longest = max(len(question.documents) for question in questions)
+    if job.window_size is not None and job.window_size > longest:
+        rule = f"no question has more than {longest} documents to slide over"
+        raise InputError("--window-size", job.window_size, rule, "Lower it, or leave it out.")
     conditions = Conditions(
         stage=split if job.control == "none" else f"{split}, {job.control}",
         split=split,
         num_questions=len(questions),
         questions_hash=questions_hash(questions),
         candidates_hash=candidates_hash(questions),
-        num_documents=max(len(question.documents) for question in questions),
+        num_documents=longest,
         num_selected=settings.num_selected,
         control=job.control,
         seed=job.seed,
+        window_size=settings.window_size,
+        window_stride=settings.window_stride,
     )
     asked = [question for question in questions if applies(job.control, question)]
     if not asked:

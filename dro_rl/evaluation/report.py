@@ -13,6 +13,7 @@ from dro_rl.evaluation.results import METRICS, UNITS, Conditions, QuestionResult
 from dro_rl.evaluation.statistics import CONFIDENCE, RESAMPLES, Estimate, estimate
 from dro_rl.files import written_whole
 from dro_rl.selection import SelectionSpec
+from dro_rl.selection.windows import Windows
 from dro_rl.shown import markdown
 
 TYPE_METRICS = ("em", "f1", "recall@5", "answer_recall@5", "answer_logp")
@@ -97,7 +98,8 @@ def headline(report: Report) -> list[tuple[str, str]]:
         ("selector", "the run's own" if conditions.control == "none" else f"control: {_control(conditions)}"),
         (
             "decoding",
-            f"{conditions.decoding}, K={SelectionSpec.of(conditions.num_selected)} of N={conditions.num_documents}",
+            f"{conditions.decoding}, K={SelectionSpec.of(conditions.num_selected)} of N={conditions.num_documents}"
+            f"{_windows(conditions)}",
         ),
     ]
     lines.append(("candidates", report.candidates))
@@ -109,6 +111,15 @@ def headline(report: Report) -> list[tuple[str, str]]:
     if manifest is not None and manifest.changes:
         lines.append(("changes", "; ".join(_flat(change) for change in manifest.changes)))
     return lines + [("left out", f"{count} questions: {reason}") for reason, count in report.skipped.items()]
+
+
+def _windows(conditions: Conditions) -> str:
+    windows = Windows.of(
+        conditions.window_size, conditions.window_stride, SelectionSpec.of(conditions.num_selected).most
+    )
+    if windows is None:
+        return ""
+    return f", in windows of {windows.size} that slide by {windows.stride}: {windows.count(conditions.num_documents)}"
 
 
 def _control(conditions: Conditions) -> str:

@@ -96,6 +96,7 @@ class Conditions:
         answer_likelihood, answer_aliases: what `answer_logp` is, as in the recipe.
         control: what stands in for the selector; `none` for the selector itself.
         seed: of `control: random`.
+        window_size, window_stride: how longer lists were shown, as in the recipe; None for whole.
         decoding: how selections and answers are written.
         dro_rl: the version that evaluated.
     """
@@ -113,6 +114,8 @@ class Conditions:
     seed: int = 0
     decoding: str = "greedy"
     dro_rl: str = __version__
+    window_size: int | None = None
+    window_stride: int | None = None
 
 
 def candidates_hash(questions: Iterable[Question]) -> str:

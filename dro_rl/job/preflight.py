@@ -113,6 +113,7 @@ def check(recipe: Recipe, train: Sequence[Question], dev: Sequence[Question]) ->
     run, training = recipe.run, recipe.training
     for question in (*train, *dev):
         training.check_documents(len(question.documents), question.id)
+    training.check_windows(max(len(question.documents) for question in (*train, *dev)))
     if training.metric_for_best_model not in METRICS:
         raise InputError(
             "metric_for_best_model", training.metric_for_best_model, f"this is one of {', '.join(METRICS)}", "Use one."

@@ -112,8 +112,7 @@ def measure(
         for part in parts:
             seeds = [rollout_seed(training.seed, "solvable", i) for i in part]
             asked = Asked(part, [train[i] for i in part], seeds, method.sampling.temperature)
-            request, cut = e_step.request(asked)
-            samples = e_step.read(asked, request, cut, decoder.generate(request), on_policy=False).samples
+            samples = e_step.read(asked, e_step.selecting(asked).run(decoder.generate), on_policy=False).samples
             for place, i in enumerate(part):
                 drawn[i] = [sample.selection.numbers for sample in samples[place * m : (place + 1) * m]]
             progress.update(len(part))
@@ -151,7 +150,7 @@ def fingerprint(
     parts += [method.spec, method.num_generations, method.sampling, method.answering, training.seed, run.share_base]
     parts += [training.generator_endpoint, training.generator_endpoint_model, run.dtype, training.bf16, training.fp16]
     parts += [run.quantization, [run.of(role).lora_r > 0 for role in training.roles], run.attn_implementation]
-    parts += [method.candidate_orders, transformers.__version__, __version__]
+    parts += [method.candidate_orders, method.windows, transformers.__version__, __version__]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 

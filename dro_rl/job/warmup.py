@@ -42,6 +42,7 @@ from dro_rl.records import Question, check_id
 from dro_rl.roles import Role
 from dro_rl.rows.strict_json import json_lines
 from dro_rl.selection import SelectionSpec, format_selection
+from dro_rl.selection.windows import Slide
 
 logger = logging.getLogger(__name__)
 
@@ -142,17 +143,27 @@ def selector_examples(
     """Selections to imitate: K numbers in the order that `warmup_selector_order` says.
 
     Where the selector is to decide how many, it imitates as many as are labelled, a number by chance in an order by
-    chance, and all K of any other order, which says nothing of how many suffice.
+    chance, and all K of any other order, which says nothing of how many suffice. A list that is shown window by window
+    is an example for each, as who selects in that order goes through them.
     """
     order, spec = selection_order(run, training.seed), training.spec
     for question in questions:
-        count = spec.most
-        if run.warmup_selector_order == "random":
-            count = _by_chance(spec, training.seed, question)
-        elif run.warmup_selector_order == "labels" and question.supporting_numbers:
-            count = min(max(len(question.supporting_numbers), spec.least), spec.most)
-        selection = format_selection(order(question)[:count])
-        yield prompter.selector_prompt(question, spec.most, spec.least).ids, prompter.completion(selection)
+        ranks = {number: rank for rank, number in enumerate(order(question))}
+        slide = Slide.begin(training.windows, len(question.documents))
+        while True:
+            shown = question.shown(slide.shown)
+            numbers = slide.shown or range(1, len(question.documents) + 1)
+            count = spec.most
+            if run.warmup_selector_order == "random":
+                count = _by_chance(spec, training.seed, question)
+            elif run.warmup_selector_order == "labels" and shown.supporting_numbers:
+                count = min(max(len(shown.supporting_numbers), spec.least), spec.most)
+            picked = sorted(numbers, key=ranks.__getitem__)[:count]
+            selection = format_selection([numbers.index(number) + 1 for number in picked])
+            yield prompter.selector_prompt(shown, spec.most, spec.least).ids, prompter.completion(selection)
+            if slide.last:
+                break
+            slide = slide.after(picked)
 
 
 def _by_chance(spec: SelectionSpec, seed: int, question: Question) -> int:
@@ -259,7 +270,7 @@ def fingerprint(
         sorted(job.model_kwargs.items(), key=str),
         (job.lora, job.merged),
         (job.prompter.source, job.prompter.max_prompt_length, job.prompter.chat_template_kwargs),
-        (training.num_selected, order if job.role == "selector" else run.warmup_generator_documents),
+        (training.num_selected, training.windows, order if job.role == "selector" else run.warmup_generator_documents),
         (job.steps, job.learning_rate, run.warmup_batch_size, training.weight_decay, training.max_grad_norm),
         (training.seed, training.bf16, training.fp16, PartialState().num_processes),
         (transformers.__version__, trl.__version__, __version__),

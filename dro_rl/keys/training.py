@@ -11,6 +11,7 @@ from dro_rl.keys import Rule, above, at_least, check_keys, either, option, withi
 from dro_rl.keys.addresses import ADDRESSES, API, urls
 from dro_rl.rewards import parse_reward
 from dro_rl.selection import SelectionSpec
+from dro_rl.selection.windows import Windows
 
 RATE = at_least(0, "Use 0 to freeze the model.")
 SHARE = within("(0, 1)", "Use 0.5, or leave it unset.")
@@ -102,6 +103,17 @@ class TrainingKeys:
     )
     num_selected: int | dict[str, Any] = option(
         5, "Documents that the selector is asked for (K), or {min: 1, max: 5}: it decides how many.", COUNT
+    )
+    window_size: int | None = option(
+        None,
+        "Candidates that the selector is shown at a time: a window slides from the end of a longer list to its front, "
+        "and what is picked goes on to the next; unset: all at once.",
+        at_least(2),
+    )
+    window_stride: int | None = option(
+        None,
+        "New candidates of each further window; unset: window_size less K, all that there is room for.",
+        at_least(1),
     )
     max_prompt_length: int | None = option(
         4096, "Tokens of a prompt at most; documents are cut evenly to fit, the question never.", at_least(1)
@@ -426,6 +438,13 @@ class TrainingKeys:
             f"each order has as many of the num_generations = {self.num_generations} rollouts of a question",
             "Use a divisor of it.",
         )
+        Windows.of(self.window_size, self.window_stride, self.spec.most)
+        self._require(
+            "window_size",
+            self.window_size is None or not self.overlap_rollouts,
+            "rollouts sampled ahead are one request each, and each window is one of its own",
+            "Leave overlap_rollouts out.",
+        )
         highest = max(self.temperature, self.temperature_end or 0.0)
         self._require(
             "temperature_max",
@@ -560,6 +579,11 @@ class TrainingKeys:
     def spec(self) -> SelectionSpec:
         """What the selector is asked for."""
         return SelectionSpec.of(self.num_selected, self.constrain_selection)
+
+    @property
+    def windows(self) -> Windows | None:
+        """How long lists of candidates are shown."""
+        return Windows.of(self.window_size, self.window_stride, self.spec.most)
 
     def _check_answers(self) -> None:
         """Rules over what writes answers."""

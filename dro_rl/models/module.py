@@ -28,6 +28,10 @@ class Batch(Protocol):
 
     roles: Sequence[Role]
 
+    def begins_alike(self, role: Role) -> bool:
+        """Whether prompts of a role may begin alike, and that be worth computing once."""
+        ...
+
     def rows(self, role: Role, logps: Mapping[Role, Tensor]) -> Sequence[Row]:
         """What a role reads, given the log-probabilities of the roles before it, detached, nats."""
         ...
@@ -98,7 +102,7 @@ class SelectorGenerator(nn.Module):
         for role in batch.roles:
             rows = batch.rows(role, detached)
             switch(role)
-            tree = scoring.prefix_tree and role not in POLICIES
+            tree = scoring.prefix_tree and batch.begins_alike(role)
             scored = row_logps(getattr(self, role), rows, shared_prefix=scoring.shared_prefix, prefix_tree=tree)
             found = _totals(role, scored, scoring)
             logps[role] = found if role in POLICIES else found[:, LIKELIHOODS.index(scoring.answer_likelihood)]

@@ -21,21 +21,20 @@ def selector_rows(
 ) -> tuple[list[Row], list[Written]]:
     """The selector's prompts with distinct samples as their completions, under the constraint where there is one.
 
+    A sample that was drawn window by window has a completion in a row for each of them.
+
     Returns:
-        A row for each order that the samples' selector was shown, and what its completions are, row after row.
+        A row for each list that the samples' selector was shown, and what its completions are, row after row.
     """
     by_order: dict[tuple[int, ...], dict[tuple[int, ...], None]] = {}
     for sample in samples:
-        by_order.setdefault(sample.order, {})[sample.token_ids] = None
-    constraint = constraint_of(prompter, question, spec)
-    rows = [
-        Row(
-            prompter.selector_prompt(question.shown(order), spec.most, spec.least).ids,
-            list(completions),
-            allowed_for(constraint, list(completions)),
-        )
-        for order, completions in by_order.items()
-    ]
+        for window in sample.all_windows:
+            by_order.setdefault(window.order, {})[window.token_ids] = None
+    rows = []
+    for order, completions in by_order.items():
+        shown, written = question.shown(order), list(completions)
+        prompt = prompter.selector_prompt(shown, spec.most, spec.least).ids
+        rows.append(Row(prompt, written, allowed_for(constraint_of(prompter, shown, spec), written)))
     return rows, [(order, ids) for order, completions in by_order.items() for ids in completions]
 
 

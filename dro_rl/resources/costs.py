@@ -81,16 +81,20 @@ def operations(
     """
     m = counts.schedule.num_generations
     selector, generator = sizes["selector"], sizes.get("generator")
-    sampled = work.prompt + m * work.selection
+    written = m * work.windows * work.selection
+    sampled = _prompts(work, m) * work.prompt + written
     done = [
         Done(
             "rollout",
             counts.sampled * sampled,
-            counts.sampled * _forward(selector, sampled, work.prompt + work.selection, m * work.selection),
+            counts.sampled * _forward(selector, sampled, work.prompt + work.selection, written),
         )
     ]
     context = {"selector": work.prompt + work.selection, "generator": work.reading + work.answer}
-    predicting = {"selector": work.distinct * work.selection, "generator": work.distinct * work.answer}
+    predicting = {
+        "selector": work.distinct * work.windows * work.selection,
+        "generator": work.distinct * work.answer,
+    }
     read = {role: _forward(size, work.tokens[role], context[role], predicting[role]) for role, size in sizes.items()}
     if scores and generator:
         done.append(Done("scoring", counts.sampled * work.tokens["generator"], counts.sampled * read["generator"]))
@@ -101,8 +105,8 @@ def operations(
             done.append(Done(role, counts.trained * work.tokens[role], counts.trained * (ratio * read[role] + again)))
     asked = counts.evaluations * counts.dev
     if asked:
-        tokens = work.prompt + work.selection + 2 * (work.reading + work.answer)
-        answered = _forward(selector, work.prompt + work.selection, context["selector"], work.selection)
+        tokens = work.windows * (work.prompt + work.selection) + 2 * (work.reading + work.answer)
+        answered = _forward(selector, work.prompt + work.selection, context["selector"], work.selection) * work.windows
         if generator:
             answered += 2 * _forward(generator, work.reading + work.answer, context["generator"], work.answer)
         done.append(Done("evaluation", asked * tokens, asked * answered))
@@ -126,20 +130,25 @@ def by_card(
         return done
     rate = PEAK_FLOPS[machine.card] * UTILISATION * machine.devices
     bandwidth = BANDWIDTH[machine.card] * machine.devices
-    batches = counts.sampled / at_once
+    batches = counts.sampled * _prompts(work, counts.schedule.num_generations) / at_once
     asked = counts.evaluations * counts.dev / at_once
     answering = sizes["generator"].parameters if "generator" in sizes else 0
     decoding = {
         "rollout": batches * work.selection * 2.0 * sizes["selector"].parameters / bandwidth,
         "evaluation": 2.0
         * asked
-        * (work.selection * sizes["selector"].parameters + work.answer * answering)
+        * (work.windows * work.selection * sizes["selector"].parameters + work.answer * answering)
         / bandwidth,
     }
     return [
         Done(each.phase, each.tokens, each.operations, each.operations / rate + decoding.get(each.phase, 0.0))
         for each in done
     ]
+
+
+def _prompts(work: Work, m: int) -> float:
+    """The selector's prompts of a question: one for all rollouts, and from the second window on one for each."""
+    return 1 + m * (work.windows - 1)
 
 
 def _forward(size: RoleSize, tokens: float, context: float, predicting: float) -> float:

@@ -24,7 +24,7 @@ from dro_rl.resources.costs import Counts, Done, by_card, operations
 from dro_rl.resources.machine import Machine, Sharding
 from dro_rl.resources.memory import CONTEXT, Phase, Settings, peak, phases
 from dro_rl.resources.models import RoleSize, size_of
-from dro_rl.resources.work import Rows, Work, rows_of, work_of
+from dro_rl.resources.work import Rows, Work, rows_of, windows_of, work_of
 from dro_rl.roles import ROLES, Role
 
 GIB = 2**30
@@ -131,9 +131,11 @@ def make_plan(
     training = recipe.training
     for question in (*train, *dev):
         training.check_documents(len(question.documents), question.id)
+    training.check_windows(max(len(question.documents) for question in (*train, *dev)))
     training.check_batch(machine.devices, len(train))
     schedule = Schedule.of(training, machine.devices, len(train))
-    planner = _Planner(machine, rows_of(training, train, build_prompters(recipe)), psutil.Process().memory_info().rss)
+    rows = rows_of(training, train, build_prompters(recipe))
+    planner = _Planner(machine, rows, windows_of(training, train), psutil.Process().memory_info().rss)
     sizes, work, found = planner.at(recipe, sharding)
     counts = _counts(recipe, schedule, len(train), len(dev), machine.devices)
     done = operations(
@@ -190,11 +192,12 @@ class _Planner:
     Args:
         machine: what it is for.
         rows: of some questions.
+        windows: that a question's candidates are shown in.
         resident: bytes of this process, which has imported what a job imports and read what it reads.
     """
 
-    def __init__(self, machine: Machine, rows: Sequence[Rows], resident: int) -> None:
-        self.machine, self.rows = machine, rows
+    def __init__(self, machine: Machine, rows: Sequence[Rows], windows: float, resident: int) -> None:
+        self.machine, self.rows, self.windows = machine, rows, windows
         self.process = resident if machine.kind == "cpu" else CONTEXT
         self._sizes: dict[Any, RoleSize] = {}
 
@@ -209,7 +212,8 @@ class _Planner:
     def at(self, recipe: Recipe, sharding: Sharding) -> tuple[dict[Role, RoleSize], Work, list[Phase]]:
         """Models, work and memory of a recipe."""
         sizes = {role: self._size(recipe, role) for role in recipe.training.roles}
-        work = work_of(recipe.training, self.rows, {role: size.packed for role, size in sizes.items()})
+        packed = {role: size.packed for role, size in sizes.items()}
+        work = work_of(recipe.training, self.rows, packed, self.windows)
         return sizes, work, phases(self._settings(recipe, sharding, sizes, work), sizes, work)
 
     def scores(self, recipe: Recipe, sizes: Mapping[Role, RoleSize]) -> bool:

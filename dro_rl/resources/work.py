@@ -20,14 +20,15 @@ from dro_rl.records import Question
 from dro_rl.roles import ROLES, Role
 from dro_rl.selection import format_selection
 from dro_rl.selection.constraint import allowed_for
+from dro_rl.selection.windows import Slide
 
 SAMPLED = 48
 """Questions that are looked at, evenly over the training set."""
 
 
 Rows = Mapping[Role, Sequence[Row]]
-"""What both models read of a question in a step: the selector's row of each order of the candidates, the generator's of
-each distinct selection."""
+"""What both models read of a question in a step: the selector's row of each order of the candidates, and of each window
+after the first that a rollout is shown, the generator's of each distinct selection."""
 
 
 def rows_of(training: DROConfig, questions: Sequence[Question], prompters: Mapping[Role, Prompter]) -> list[Rows]:
@@ -38,14 +39,26 @@ def rows_of(training: DROConfig, questions: Sequence[Question], prompters: Mappi
 
 def _rows(training: DROConfig, question: Question, prompters: Mapping[Role, Prompter]) -> Rows:
     spec, draw = training.spec, random.Random(f"{training.seed}/plan/{question.id}")
-    numbers = range(1, len(question.documents) + 1)
+    prompter = prompters["selector"]
+    written: dict[tuple[int, ...], dict[tuple[int, ...], None]] = {}  # by the order, and what is shown of it
     lengths = [draw.randint(spec.least, spec.most) for _ in range(training.num_generations)]
-    distinct = list(dict.fromkeys(tuple(draw.sample(numbers, length)) for length in lengths))
-    prompter, constraint = prompters["selector"], constraint_of(prompters["selector"], question, spec)
-    prompt = prompter.selector_prompt(question, spec.most, spec.least).ids
-    samples = [prompter.completion(format_selection(each)) for each in distinct]
-    orders = [samples[first :: training.candidate_orders] for first in range(training.candidate_orders)]
-    asked = [Row(prompt, own, allowed_for(constraint, own)) for own in orders if own]
+    distinct: dict[tuple[int, ...], None] = {}
+    for number, length in enumerate(lengths):
+        slide, order = Slide.begin(training.windows, len(question.documents)), number % training.candidate_orders
+        while True:
+            numbers = slide.shown or tuple(range(1, len(question.documents) + 1))
+            picked = tuple(draw.sample(numbers, length))
+            places = [numbers.index(each) + 1 for each in picked]
+            written.setdefault((order, *slide.shown), {})[prompter.completion(format_selection(places))] = None
+            if slide.last:
+                break
+            slide = slide.after(picked)
+        distinct[picked] = None
+    asked = []
+    for shown_as, completions in written.items():
+        shown, own = question.shown(shown_as[1:]), list(completions)
+        prompt = prompter.selector_prompt(shown, spec.most, spec.least).ids
+        asked.append(Row(prompt, own, allowed_for(constraint_of(prompter, shown, spec), own)))
     read = [answer_row(prompters["generator"], question, each, training.answer_aliases) for each in distinct]
     return {"selector": asked, "generator": read}
 
@@ -63,6 +76,7 @@ class Work:
         pass_tokens: of each role in the fullest pass.
         passes: of a device in one step.
         predicting: tokens of completions in the fullest pass, of each role.
+        windows: that a question's candidates are shown in.
     """
 
     prompt: float
@@ -77,14 +91,22 @@ class Work:
     pass_tokens: Mapping[Role, int]
     passes: int
     predicting: Mapping[Role, int]
+    windows: float = 1.0
 
 
-def work_of(training: DROConfig, questions: Sequence[Rows], packed: Mapping[Role, bool]) -> Work:
+def windows_of(training: DROConfig, questions: Sequence[Question]) -> float:
+    """In how many windows a question's candidates are shown, the mean."""
+    windows = training.windows
+    return 1.0 if windows is None else statistics.fmean(windows.count(len(each.documents)) for each in questions)
+
+
+def work_of(training: DROConfig, questions: Sequence[Rows], packed: Mapping[Role, bool], windows: float = 1.0) -> Work:
     """What a step comes to.
 
     Args:
         questions: their rows.
         packed: whether a role takes each prompt once for all its completions.
+        windows: that a question's candidates are shown in.
     """
     moves = [role for role in training.roles if training.role_learning_rate(role) > 0]
     taken = [
@@ -118,4 +140,5 @@ def work_of(training: DROConfig, questions: Sequence[Rows], packed: Mapping[Role
         pass_tokens={role: int(scale * sum(taken[i][role] for i in fullest)) for role in ROLES},
         passes=len(runs) * training.gradient_accumulation_steps,
         predicting={role: int(scale * len(fullest) * ends[role]) for role in ROLES},
+        windows=windows,
     )

@@ -31,7 +31,8 @@ class Columns:
     """The rollouts of some questions: groups one after another, all rollouts of a group together.
 
     Args:
-        size, num_documents, num_supporting: (questions,) m, N, and how many of the N are labelled as supporting.
+        size, num_documents, num_supporting: (questions,) m, the candidates that the selector saw at a time (N, or those
+            of a window), and how many of the N are labelled as supporting.
         ess, weight_temperature: (questions,) effective sample size of the weights, 0..m, and their temperature.
         prompt_cut: (questions,) the selector read documents cut to fit.
         valid, clean: (rollouts,) a document is named; the selection is exactly as asked.
@@ -109,7 +110,9 @@ def columns(groups: Sequence[Sequence[Rollout]], questions: Sequence[Question]) 
 
     return Columns(
         size=np.array([len(group) for group in groups], dtype=int),
-        num_documents=np.array([len(question.documents) for question in asked], dtype=int),
+        num_documents=np.array(
+            [len(group[0].order) or len(q.documents) for group, q in zip(groups, asked, strict=True)], dtype=int
+        ),
         num_supporting=of_group(lambda r: len(gold[r.question]), int),
         ess=of_group(lambda r: r.ess),
         weight_temperature=of_group(lambda r: r.weight_temperature),
@@ -314,7 +317,8 @@ class Summary:
         recall, recall_sd, weighted_recall: by k, over the labelled questions; see `GroupFigures`.
         first, selected: for each place in the list that the selector saw, in order, the share of the likely rollouts
             that name it first, and at all.
-        first_chance: what the share of a place would be if it were drawn at random: the mean of 1/N.
+        first_chance: what the share of a place would be if it were drawn at random: the mean of one over the list's
+            length.
         problems: how many rollouts have each problem, the most frequent first.
     """
 

@@ -24,8 +24,21 @@ class SelectedDocument:
 
 
 @dataclass(frozen=True, slots=True)
+class ShownWindow:
+    """A window of a rollout: the numbers of the candidates as the selector was shown them, those that it picked, best
+    first, and what it wrote."""
+
+    shown: tuple[int, ...]
+    picked: tuple[int, ...]
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class GroupRollout:
-    """One rollout of a `Group`. Log-probabilities in nats; the fields are the columns of the log."""
+    """One rollout of a `Group`. Log-probabilities in nats; the fields are the columns of the log.
+
+    `windows` are all that it went through, the last one last; empty where the list was shown whole.
+    """
 
     sample: int
     weight: float
@@ -42,6 +55,7 @@ class GroupRollout:
     rewards: Mapping[str, float] = field(default_factory=dict)
     reward: float = math.nan
     advantage: float = math.nan
+    windows: tuple[ShownWindow, ...] = ()
 
     @property
     def worth(self) -> float:

@@ -1,7 +1,7 @@
 """The rollout log: Parquet files under `output_dir/rollouts/`, one or more an iteration.
 
 The command line, the report and resuming read the same files. Columns are described in `SCHEMA`; a file says its
-version, and a reader refuses another one.
+version, and a reader refuses one that is not among `READ`.
 """
 
 from __future__ import annotations
@@ -17,14 +17,25 @@ import pyarrow.parquet as pq
 
 from dro_rl.errors import InputError, Phrase, first_line
 from dro_rl.files import write_json_lines, written_whole
-from dro_rl.records import Question, Rollout, Selection
+from dro_rl.records import Question, Rollout, Selection, Window
 
-VERSION = "6"
+VERSION = "7"
 
 
 def _column(name: str, kind: pa.DataType, description: str) -> pa.Field:
     return pa.field(name, kind, metadata={"description": description})
 
+
+WINDOW = pa.struct(
+    {
+        "order": pa.list_(pa.int32()),
+        "selection": pa.list_(pa.int32()),
+        "text": pa.string(),
+        "token_ids": pa.list_(pa.int32()),
+        "proposal_logps": pa.list_(pa.float64()),
+    }
+)
+"""What was shown in a window and written there: as the columns of the same names say it of the last one."""
 
 SCHEMA = pa.schema(
     [
@@ -42,6 +53,7 @@ SCHEMA = pa.schema(
         _column(
             "order", pa.list_(pa.int32()), "document numbers as the selector was shown them; empty: in their order"
         ),
+        _column("windows", pa.list_(WINDOW), "the windows before the last one drawn; empty: the list was shown whole"),
         _column("valid", pa.bool_(), "at least one valid document is named"),
         _column("problems", pa.list_(pa.string()), "format, out_of_range, repeated, too_few, too_many"),
         _column("document_ids", pa.list_(pa.string()), "ids of the selected documents"),
@@ -72,6 +84,8 @@ SCHEMA = pa.schema(
     ],
     metadata={"dro_rl.rollouts.version": VERSION},
 )
+READ = {VERSION: SCHEMA, "6": SCHEMA.remove(SCHEMA.get_field_index("windows"))}
+"""The columns of the versions that are read, by their names. In version 6 every list was shown whole."""
 
 
 def part_path(output_dir: str | Path, iteration: int, part: int) -> Path:
@@ -121,6 +135,16 @@ def to_table(
                 "token_ids": rollout.token_ids,
                 "selection": rollout.selection.numbers,
                 "order": rollout.order,
+                "windows": [
+                    {
+                        "order": window.order,
+                        "selection": window.numbers,
+                        "text": window.text,
+                        "token_ids": window.token_ids,
+                        "proposal_logps": window.proposal_logps,
+                    }
+                    for window in rollout.windows
+                ],
                 "valid": rollout.selection.valid,
                 "problems": rollout.selection.problems,
                 "document_ids": [document.id for document in selected],
@@ -168,21 +192,23 @@ def read(paths: Sequence[Path], columns: Sequence[str] | None = None) -> pa.Tabl
         try:
             file = pq.ParquetFile(path)
             found = (file.schema_arrow.metadata or {}).get(b"dro_rl.rollouts.version", b"none").decode()
-            if found != VERSION:
+            if found not in READ:
                 raise InputError(
                     str(path),
                     Phrase(f"version {found}"),
-                    f"this release reads version {VERSION}",
+                    f"this release reads versions {' and '.join(sorted(READ))}",
                     "Use the release that wrote it.",
                 )
-            if not file.schema_arrow.equals(SCHEMA):
+            if not file.schema_arrow.equals(READ[found]):
                 raise InputError(
                     str(path),
                     Phrase("other columns"),
                     "a rollout file has the columns of docs/rollout-log.md",
                     "Delete it and resume.",
                 )
-            tables.append(file.read(columns=None if columns is None else list(columns), use_threads=False))
+            wanted = list(SCHEMA.names if columns is None else columns)
+            there = [name for name in wanted if name in READ[found].names]
+            tables.append(_whole(file.read(columns=there, use_threads=False), wanted))
         except (pa.ArrowException, OSError) as error:
             raise InputError(
                 str(path),
@@ -193,6 +219,14 @@ def read(paths: Sequence[Path], columns: Sequence[str] | None = None) -> pa.Tabl
     if not tables:
         return SCHEMA.empty_table()
     return pa.concat_tables(tables)
+
+
+def _whole(table: pa.Table, columns: Sequence[str]) -> pa.Table:
+    """A table with the columns that its version did not have, empty."""
+    for name in [name for name in columns if name not in table.column_names]:
+        kind = SCHEMA.field(name)
+        table = table.append_column(kind, pa.repeat(pa.scalar([], kind.type), table.num_rows))
+    return table.select(list(columns))
 
 
 def export_rows(tables: Iterable[pa.Table], path: Path) -> int:
@@ -233,6 +267,16 @@ def to_rollouts(table: pa.Table) -> list[Rollout]:
             text=row["text"],
             selection=Selection(tuple(row["selection"]), row["valid"], tuple(row["problems"])),
             order=tuple(row["order"]),
+            windows=tuple(
+                Window(
+                    order=tuple(window["order"]),
+                    token_ids=tuple(window["token_ids"]),
+                    proposal_logps=tuple(window["proposal_logps"]),
+                    text=window["text"],
+                    numbers=tuple(window["selection"]),
+                )
+                for window in row["windows"]
+            ),
             selection_logp=row["selection_logp"],
             reference_logp=row["reference_logp"],
             answer_logp=row["answer_logp"],

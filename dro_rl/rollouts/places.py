@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from dro_rl.rollouts import log
 from dro_rl.rollouts.diagnostics import Columns, GroupFigures
-from dro_rl.rollouts.explain import Group, GroupRollout, SelectedDocument, explain
+from dro_rl.rollouts.explain import Group, GroupRollout, SelectedDocument, ShownWindow, explain
 from dro_rl.rollouts.read import COLUMNS, as_arrow, column, columns_of, in_order
 from dro_rl.selection import format_selection
 
@@ -148,6 +148,10 @@ def _group(rows: Sequence[dict[str, Any]], bound: float) -> Group:
             rewards=dict(row["rewards"]),
             reward=row["reward"],
             advantage=row["advantage"],
+            windows=tuple(
+                ShownWindow(tuple(each["order"]), tuple(each["selection"]), each["text"])
+                for each in ([*row["windows"], row] if row["windows"] else ())
+            ),
         )
         for row in rows
     ]

@@ -44,7 +44,7 @@ def query(run: str | Path, statement: str, limit: int) -> Answer:
             "Use pip install 'dro_rl[sql]'.",
         ) from None
     iterations(run)
-    log.read(log.part_paths(run), ["sample"])  # refuses a part that is broken, or of another version
+    log.read(log.part_paths(run), ["sample"])  # refuses a part that is broken, or of a version that is not read
     connection = duckdb.connect(config={"enable_external_access": False, "lock_configuration": True})
     connection.register(TABLE, ds.dataset([str(path) for path in log.part_paths(run)], schema=log.SCHEMA))
     try:

@@ -29,7 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from dro_rl.toy.world import (
     CLAIMS,
     FIRST_CLAIMS,
-    MAX_DOCUMENTS,
+    NUMBERED,
     PEOPLE,
     PLACES,
     RELATIONS,
@@ -42,13 +42,13 @@ from dro_rl.toy.world import (
 
 SPECIAL = ("<pad>", "<eos>", "<unk>")
 PROMPT_WORDS = ("answer", "select", "in", "?", "=", ":", ">")
-NUMBERS = tuple(f"[{n}]" for n in range(1, MAX_DOCUMENTS + 1))
+NUMBERS = tuple(f"[{n}]" for n in range(1, NUMBERED + 1))
 COPIED = (*chain.from_iterable(zip(PEOPLE, PLACES, strict=True)), *RELATIONS, *SOURCES, *NUMBERS)
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """One token a word, `[3]` included, so that decoding a selection gives exactly `[3] > [1] > [2]`."""
-    counts = [str(n) for n in range(1, MAX_DOCUMENTS + 1)]
+    counts = [str(n) for n in range(1, NUMBERED + 1)]
     words = [*SPECIAL, *PROMPT_WORDS, *counts, *NUMBERS, *SOURCES, *RELATIONS, *PEOPLE, *PLACES]
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = WhitespaceSplit()

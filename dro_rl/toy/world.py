@@ -46,7 +46,9 @@ CLAIMS: int = 5
 """Sources that speak of what a one-hop question asks; one of them is trusted."""
 FIRST_CLAIMS: int = 3
 """Sources that speak of the first hop of a two-hop question; of each person whom they name one speaks, whichever."""
-MIN_DOCUMENTS, MAX_DOCUMENTS = 10, 20
+MIN_DOCUMENTS, MAX_DOCUMENTS = 10, 100
+NUMBERED = 20
+"""Documents that the shipped model has numbers for: a longer list is shown to it window by window."""
 
 
 class Fact(NamedTuple):
@@ -125,7 +127,7 @@ def make_world(
         split: which facts to draw from.
         size: how many questions.
         seed: another seed, other questions.
-        num_documents: N, from 10 to 20.
+        num_documents: N, from 10 to 100. In more than twenty the people of the distractors come again.
         two_hop_share: chance that a question needs two documents, 0..1.
         same_subject: distractors that tell another relation of the person in the question.
         same_relation: share of the other distractors that tell a relation asked for of somebody else, 0..1.
@@ -176,12 +178,16 @@ def _make_question(
     answer = needed[-1].fact.object
     named = {subject, *(claim.fact.object for claim in candidates)}
     others = [name for name in people if name not in named]
+    again = list(others)
     for relation in rng.sample([relation for relation in RELATIONS if relation not in asked], same_subject):
         candidates.append(Claim(rng.choice(SOURCES), draw_fact(rng, split, subject, relation, {subject, answer})))
     while len(candidates) < num_documents:
         relation = rng.choice(asked if rng.random() < same_relation else RELATIONS)
+        others = others or list(again)
         fact = draw_fact(rng, split, others.pop(), relation, {subject, answer})
-        candidates.append(Claim(rng.choice(SOURCES), fact))
+        claim = Claim(rng.choice(SOURCES), fact)
+        if claim not in candidates:
+            candidates.append(claim)
     words = {*asked, subject}
     rng.shuffle(candidates)
     candidates.sort(key=lambda claim: -len(words.intersection(claim.fact)))
