@@ -764,17 +764,21 @@ class Settings:
         """How many documents."""
         return SelectionSpec.of(self.num_selected)
 
+    def slid(self, size: int | None, stride: int | None) -> Settings:
+        """It shows all at once."""
+        return self
+
 
 class Pipeline:
     """Stands in for `RAGPipeline`: selects the last K documents."""
 
-    def __init__(self) -> None:
-        self.settings = Settings()
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
 
     @classmethod
-    def from_pretrained(cls, directory: Path) -> Pipeline:
+    def from_pretrained(cls, directory: Path, *, settings: Settings) -> Pipeline:
         """Nothing to load."""
-        return cls()
+        return cls(settings)
 
     def answer(self, question: str, documents: Sequence[Document]) -> Answer:
         """Say what was asked."""
@@ -787,6 +791,7 @@ def pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replace the pipeline, which needs models."""
     module = types.ModuleType("dro_rl.pipeline")
     module.RAGPipeline = Pipeline  # type: ignore[attr-defined]
+    module.read_settings = lambda directory: Settings()  # type: ignore[attr-defined]
     module.read = lambda selection, question, k: selection.numbers  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "dro_rl.pipeline", module)
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from test_cli_rollouts import document, invoke
 from training_world import largest_difference, questions, weights, world
 
+from dro_rl import likelihood
 from dro_rl.em.e_step import Asked, EStep
 from dro_rl.em.m_step import Group, MicroBatch
 from dro_rl.em.method import Method
@@ -29,7 +30,7 @@ from dro_rl.errors import InputError
 from dro_rl.job.assembly import build_prompters, load_models
 from dro_rl.job.preflight import prepare
 from dro_rl.job.warmup import selector_examples
-from dro_rl.likelihood import completion_logps, row_logps
+from dro_rl.likelihood import completion_logps, packing, row_logps
 from dro_rl.likelihood.packing import Row
 from dro_rl.pipeline import PipelineSettings, RAGPipeline, read_settings, save_settings
 from dro_rl.prompts.rows import answer_row
@@ -317,8 +318,21 @@ PROPOSED = {**SLIDING, "temperature": 1.3, "beta": 0.1, "num_iterations": 2, "qu
 """One step an iteration, of another proposal than the policy, with the reference's divergence."""
 
 
-def test_rollouts_are_scored_as_products_and_every_arrangement_trains_alike(job: Job) -> None:
+def test_rollouts_are_scored_as_products_and_every_arrangement_trains_alike(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "WORTH_SHARING", 1)
+    monkeypatch.setattr(packing, "WORTH_SAVING", 0.0)
+    branches, lay_out = [], likelihood.lay_out
+
+    def spy(rows: Any, **options: Any) -> Any:
+        layout = lay_out(rows, **options)
+        branches.append(sum(len(segment.keys) > 1 for segment in layout.segments))
+        return layout
+
+    monkeypatch.setattr(likelihood, "lay_out", spy)
     run = job("fused", **PROPOSED, load_best_model_at_end=False)
+    assert sum(branches) > 10, "windows of a question begin alike"
     apart = job("apart", **PROPOSED, load_best_model_at_end=False, fused_e_step="off", shared_prefix="off",
                 per_device_train_batch_size=1, gradient_accumulation_steps=16)  # fmt: skip
     assert largest_difference(weights(run), weights(apart)) < 2e-6
@@ -341,7 +355,8 @@ def test_rollouts_are_scored_as_products_and_every_arrangement_trains_alike(job:
     shown = columns([rollouts[i : i + 4] for i in range(0, len(rollouts), 4)], made)
     table = rollout_log.read(rollout_log.part_paths(run))
     assert columns_of(table).shown.tolist() == shown.shown.tolist()
-    assert columns_of(table).num_documents.tolist() == shown.num_documents.tolist() == [3] * 8
+    assert set(shown.shown.tolist()) == {0}
+    assert summarize(shown).first == (), "places of a window are of what was picked before"
     _is_shown(run)
 
 

@@ -31,8 +31,7 @@ class Columns:
     """The rollouts of some questions: groups one after another, all rollouts of a group together.
 
     Args:
-        size, num_documents, num_supporting: (questions,) m, the candidates that the selector saw at a time (N, or those
-            of a window), and how many of the N are labelled as supporting.
+        size, num_documents, num_supporting: (questions,) m, N, and how many of the N are labelled as supporting.
         ess, weight_temperature: (questions,) effective sample size of the weights, 0..m, and their temperature.
         prompt_cut: (questions,) the selector read documents cut to fit.
         valid, clean: (rollouts,) a document is named; the selection is exactly as asked.
@@ -43,7 +42,8 @@ class Columns:
         length: (rollouts,) documents selected.
         numbers, supporting: (documents selected,) the selections one after another: 1-based numbers, best first, and
             whether each is labelled as supporting.
-        shown: (documents selected,) the place of each in the list that the selector saw, from 1.
+        shown: (documents selected,) the place of each in the list that the selector saw, from 1; 0 where it saw the
+            list window by window: there places are of what was picked before.
         problems: how many rollouts have each problem.
         draw: (questions,) which draw for its place each group is; all the first, unless told.
     """
@@ -86,6 +86,11 @@ class Columns:
         return np.repeat(np.arange(len(self.length)), self.length)
 
     @property
+    def saw_all(self) -> np.ndarray:
+        """(rollouts,) whether it names a document, of a list that it saw whole."""
+        return np.bincount(self.row, self.shown > 0, minlength=len(self.length)) > 0
+
+    @property
     def place(self) -> np.ndarray:
         """(documents selected,) its 0-based place in the selection."""
         return np.arange(len(self.numbers)) - np.repeat(np.cumsum(self.length) - self.length, self.length)
@@ -110,9 +115,7 @@ def columns(groups: Sequence[Sequence[Rollout]], questions: Sequence[Question]) 
 
     return Columns(
         size=np.array([len(group) for group in groups], dtype=int),
-        num_documents=np.array(
-            [len(group[0].order) or len(q.documents) for group, q in zip(groups, asked, strict=True)], dtype=int
-        ),
+        num_documents=np.array([len(question.documents) for question in asked], dtype=int),
         num_supporting=of_group(lambda r: len(gold[r.question]), int),
         ess=of_group(lambda r: r.ess),
         weight_temperature=of_group(lambda r: r.weight_temperature),
@@ -129,15 +132,19 @@ def columns(groups: Sequence[Sequence[Rollout]], questions: Sequence[Question]) 
         length=of_rollout(lambda r: len(r.selection.numbers), int),
         numbers=np.array([n for r in everything for n in r.selection.numbers], dtype=int),
         supporting=np.array([n in gold[r.question] for r in everything for n in r.selection.numbers], dtype=bool),
-        shown=np.array([place for r in everything for place in _places(r)], dtype=int),
+        shown=np.array(
+            [place for r in everything for place in _places(r, len(questions[r.question].documents))], dtype=int
+        ),
         problems=Counter(problem for rollout in everything for problem in rollout.selection.problems),
         draw=of_group(lambda r: r.draw, int),
     )
 
 
-def _places(rollout: Rollout) -> Sequence[int]:
-    """The places, from 1, in the list that the selector saw, of what it selected."""
+def _places(rollout: Rollout, num_documents: int) -> Sequence[int]:
+    """The places, from 1, in the list that the selector saw, of what it selected; 0 where that was no whole list."""
     numbers = rollout.selection.numbers
+    if len(rollout.order) not in (0, num_documents):
+        return [0] * len(numbers)
     return [rollout.order.index(number) + 1 for number in numbers] if rollout.order else numbers
 
 
@@ -316,9 +323,8 @@ class Summary:
         dropped_mass: weight that the generator does not learn from (`min_weight`), mean over questions.
         recall, recall_sd, weighted_recall: by k, over the labelled questions; see `GroupFigures`.
         first, selected: for each place in the list that the selector saw, in order, the share of the likely rollouts
-            that name it first, and at all.
-        first_chance: what the share of a place would be if it were drawn at random: the mean of one over the list's
-            length.
+            that name it first, and at all; of those that saw the whole list.
+        first_chance: what the share of a place would be if it were drawn at random: the mean of 1/N.
         problems: how many rollouts have each problem, the most frequent first.
     """
 
@@ -386,7 +392,7 @@ def summarize_groups(rollouts: Columns, groups: GroupFigures, *, max_log_ratio: 
     dropped = np.where(rollouts.weight < min_weight, rollouts.weight, 0.0)
     likely = rollouts.size * groups.policy_valid
     first, selected = rollouts.place == 0, np.ones_like(rollouts.row, dtype=bool)
-    chance = (1 / rollouts.num_documents)[rollouts.group][rollouts.valid]
+    chance = (1 / rollouts.num_documents)[rollouts.group][rollouts.saw_all]
     with np.errstate(invalid="ignore", over="ignore"):
         return Summary(
             **count,
@@ -483,7 +489,7 @@ def _shares(rollouts: Columns, policy: np.ndarray, which: np.ndarray) -> tuple[f
     most = int(rollouts.num_documents.max(initial=0))
     likely = rollouts.size[rollouts.group] * policy
     counts = np.bincount(rollouts.shown[which], likely[rollouts.row[which]], minlength=most + 1)[1:]
-    of = likely[rollouts.valid].sum()
+    of = likely[rollouts.saw_all].sum()
     return tuple((counts / of).tolist()) if of else ()
 
 

@@ -195,7 +195,7 @@ def columns_of(table: pa.Table) -> Columns:
 
     return Columns(
         size=np.diff(start, append=len(position)),
-        num_documents=_seen(table, start),
+        num_documents=a_question("num_documents"),
         num_supporting=a_question("num_supporting"),
         ess=a_question("ess"),
         weight_temperature=a_question("weight_temperature"),
@@ -233,29 +233,21 @@ def _as_numpy(array: pa.Array) -> np.ndarray:
     return np.from_dlpack(array)
 
 
-def _seen(table: pa.Table, start: np.ndarray) -> np.ndarray:
-    """Of each question, the candidates of the list that the selector saw: all of them, or those of its last window."""
-    if "num_documents" not in table.column_names:
-        return np.empty(0)
-    everything, size = column(table, "num_documents")[start], _lengths(table, "order")
-    return np.where(size[start] > 0, size[start], everything) if len(size) else everything
-
-
 def _shown(table: pa.Table) -> np.ndarray:
-    """For each document selected, its place in the list that the selector saw, from 1."""
+    """For each document selected, its place in the list that the selector saw, from 1; 0 where that was a window."""
     numbers, order = _as_numpy(_flat(table, "selection")), _as_numpy(_flat(table, "order"))
     length, size = _lengths(table, "selection"), _lengths(table, "order")
     if not size.any():
         return numbers
-    # A number's row and itself as one: where that stands among the lists' own is where the row's list has it.
-    base = int(max(order.max(initial=0), numbers.max(initial=0))) + 1
-    listed = np.repeat(np.arange(len(size)), size) * base + order
-    ordered = np.repeat(size > 0, length)
-    row = np.repeat(np.arange(len(length)), length)[ordered]
-    by_value = np.argsort(listed)
-    found = by_value[np.searchsorted(listed, row * base + numbers[ordered], sorter=by_value)]
-    shown = numbers.copy()
-    shown[ordered] = found - (np.cumsum(size) - size)[row] + 1
+    whole = size == column(table, "num_documents")
+    begin = np.cumsum(size) - size
+    place = np.empty(len(order), dtype=int)
+    listed = np.repeat(whole, size)  # each of them holds all numbers, once
+    at = np.arange(len(order)) - np.repeat(begin, size)
+    place[(np.repeat(begin, size) + order - 1)[listed]] = at[listed] + 1
+    ordered = np.repeat(whole, length)
+    shown = np.where(np.repeat(size > 0, length), 0, numbers)
+    shown[ordered] = place[(np.repeat(begin, length) + numbers - 1)[ordered]]
     return shown
 
 
