@@ -103,7 +103,7 @@ def build_world(folder: Path) -> dict[str, Line]:
     }
 
 
-WITHOUT_AN_END = {"rollouts watch", "study run", "study gradients", "model fetch"}
+WITHOUT_AN_END = {"rollouts watch", "study run", "study gradients", "model fetch", "data fetch"}
 """They wait, train, or ask the network, as soon as their line is right."""
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dro_rl.cli.export import export
+from dro_rl.cli.fetch import fetch
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -303,3 +304,4 @@ def _bars(hub: str = "") -> Iterator[Watch]:
 
 
 app.command("export")(export)
+app.command("fetch")(fetch)
