@@ -103,8 +103,8 @@ def build_world(folder: Path) -> dict[str, Line]:
     }
 
 
-WITHOUT_AN_END = {"rollouts watch", "study run", "study gradients", "model fetch", "data fetch"}
-"""They wait, train, or ask the network, as soon as their line is right."""
+WITHOUT_AN_END = {"rollouts watch", "study run", "study gradients", "model fetch", "data fetch", "serve"}
+"""They wait, serve, train, or ask the network, as soon as their line is right."""
 
 
 def commands() -> dict[str, Any]:

@@ -22,7 +22,7 @@ PACKAGE = Path(dro_rl.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 EXTRAS = (
     "bitsandbytes", "duckdb", "vllm", "colbert", "faiss", "sentence_transformers", "peft", "wandb", "trackio", "mlflow",
-    "deepspeed",
+    "deepspeed", "fastapi", "starlette", "uvicorn", "prometheus_client",
 )  # fmt: skip
 
 
@@ -105,7 +105,7 @@ LAYERS = (
     ("recipe",),
     ("engines",),
     ("pipeline",),
-    ("evaluation",),
+    ("evaluation", "serve"),
     ("runs",),
     ("em",),
     ("trainer",),

@@ -53,6 +53,7 @@ app.command("ask")(ask.ask)
 app.command("explain")(explain.explain)
 app.command("evaluate")(evaluate.evaluate)
 app.command("compare")(evaluate.compare)
+app.command("serve")(serve.serve)
 app.command("serve-rollouts", context_settings={"allow_extra_args": True})(serve.serve_rollouts)
 app.command("retrieve")(retrieval.retrieve)
 
@@ -101,4 +102,5 @@ def main(
       dro-rl study show joint
       dro-rl ask out/musique "Who wrote it?" --documents documents.jsonl
       dro-rl explain out/musique 2hop__482757_12019
+      dro-rl serve out/musique
     """
