@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 from benchmarks.serving import PATH, Clients, bodies_of, server, toy_pair
 from dro_rl.cli import app
 from dro_rl.data import load_questions
+from dro_rl.pipeline import read_settings
 from dro_rl.records import Document, Question, Selection
 from dro_rl.retrieval.bm25 import BM25
 from dro_rl.retrieval.index import Index, build_index
@@ -96,7 +97,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     """The toy pair, which selects three, with an index over eight passages."""
     folder = tmp_path_factory.mktemp("served")
     build_index(BM25(), str(write_corpus(folder / "corpus.jsonl")), folder / "index")
-    return Pair.open(toy_pair(folder / "toy"), folder / "index", 4, None, 8)
+    run = toy_pair(folder / "toy")
+    return Pair.open(run, read_settings(run), folder / "index", 4, 8)
 
 
 @pytest.fixture(scope="module")
@@ -321,6 +323,19 @@ def test_fewer_documents_than_are_selected_are_all_ranked(client: httpx.Client) 
     said = client.post("/rerank", json={"query": "home_of mira ?", "documents": DOCUMENTS[:2], "top_n": 50}).json()
     assert sorted(result["index"] for result in said["results"]) == [0, 1]
     assert sorted(said["selection"]["indices"]) == [0, 1]
+
+
+def test_more_documents_than_are_shown_at_once_go_through_windows(pair: Pair) -> None:
+    """The toy selector has numbers for twenty."""
+    settings = pair.pipeline.settings
+    documents = tuple(Document(str(place), "", f"home_of mira {place}") for place in range(30))
+    pair.pipeline.settings = settings.slid(10, None)
+    try:
+        (served,) = pair.work([Asked("home_of mira ?", documents)])
+    finally:
+        pair.pipeline.settings = settings
+    assert len(served.selection.numbers) == 3
+    assert sorted(ranked(served.selection, 30)) == list(range(1, 31))
 
 
 def test_very_long_documents_are_cut_to_the_prompt(client: httpx.Client) -> None:
@@ -584,6 +599,7 @@ def test_a_port_in_use_is_said_before_anything_is_loaded(tmp_path: Path) -> None
         (["--host", "\x00"], "--host"),
         (["--port", "70000"], "--port"),
         (["--k", "0"], "--k"),
+        (["--window-size", "1"], "--window-size"),
         (["--rate", "-1"], "--rate"),
         ([], "pipeline.json"),
     ],

@@ -27,6 +27,16 @@ def serve(
     ] = None,
     candidates: Annotated[int, typer.Option("--candidates", min=1, help="Documents to find in it.")] = 20,
     k: Annotated[int | None, typer.Option("--k", min=1, help="Documents to select. Without it, as trained.")] = None,
+    window_size: Annotated[
+        int | None,
+        typer.Option(
+            "--window-size", min=2, help="Candidates shown at a time, of a longer list. Without it, as trained."
+        ),
+    ] = None,
+    window_stride: Annotated[
+        int | None,
+        typer.Option("--window-stride", min=1, help="New ones of each further window. Without it, all with room."),
+    ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Questions in work together, at most.")] = 8,
     queue: Annotated[
         int, typer.Option("--queue", min=1, help="Questions that wait; more are refused.")
@@ -80,11 +90,15 @@ def serve(
     from transformers.utils.logging import disable_progress_bar
 
     from dro_rl.cli.output import console, print_json
+    from dro_rl.pipeline import read_settings
     from dro_rl.serve.serving import Serving, is_loopback
     from dro_rl.serve.work import Pair
 
     disable_progress_bar()
-    pair = Pair.open(run, corpus, candidates, k, batch_size)
+    settings = read_settings(run)
+    if k is not None:
+        settings = dataclasses.replace(settings, num_selected=k)
+    pair = Pair.open(run, settings.slid(window_size, window_stride), corpus, candidates, batch_size)
     model, url = name or run.resolve().name, address_of(listening)
     if not is_loopback(str(listening.getsockname()[0])):
         console(stderr=True).print("there is no key: whoever reaches this interface can ask", soft_wrap=True)

@@ -111,7 +111,7 @@ class SelectionSaid:
 class Usage:
     """Tokens, by the models' tokenizers."""
 
-    prompt_tokens: int = told("Of the generator's prompt; where documents were ranked and no more, of the selector's.")
+    prompt_tokens: int = told("Of the generator's prompt; of a ranking, of the question and all documents, whole.")
     completion_tokens: int = told("Of the answer, its end included.")
     total_tokens: int = told("Both.")
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from dro_rl.pipeline import Answer, RAGPipeline, read, read_settings
+from dro_rl.pipeline import Answer, PipelineSettings, RAGPipeline, read
 from dro_rl.records import Document, Question, Selection
 from dro_rl.retrieval.index import Index, check_k, read_index_manifest
 
@@ -39,7 +39,7 @@ class Served:
         numbers: the documents that the generator reads, from 1: the first candidates where none was selected.
         text: the answer; empty where none was asked for.
         cut: whether the answer was longer than it may be.
-        prompt_tokens: of the generator's prompt where it was asked, else of the selector's.
+        prompt_tokens: of the generator's prompt; where it was not asked, of the question and all documents, whole.
         completion_tokens: of the answer, its end included where it came to it.
     """
 
@@ -66,24 +66,21 @@ class Pair:
         self.pipeline, self.index, self.candidates = pipeline, index, candidates
 
     @classmethod
-    def open(cls, run: Path, index: Path | None, candidates: int, k: int | None, batch_size: int) -> Pair:
+    def open(cls, run: Path, settings: PipelineSettings, index: Path | None, candidates: int, batch_size: int) -> Pair:
         """Load what a run left behind, and an index.
 
         Args:
             run: the run's `output_dir`.
+            settings: lengths, K and windows.
             index: what `dro-rl index` filled; None without one.
             candidates: how many documents are found there.
-            k: documents to select; None for as many as the run was trained to.
             batch_size: questions answered at once.
 
         Raises:
             InputError: one of the folders is not what it should be.
         """
-        settings = read_settings(run)
         if index is not None:
             check_k(candidates, read_index_manifest(index), index)
-        if k is not None:
-            settings = replace(settings, num_selected=k)
         pipeline = RAGPipeline.from_pretrained(run, settings=settings, batch_size=batch_size)
         return cls(pipeline, None if index is None else Index(index), candidates)
 
@@ -130,11 +127,11 @@ class Pair:
         selection: Selection,
         answer: Answer | None,
     ) -> Served:
-        spec = self.pipeline.settings.spec
-        numbers = read(selection, question, spec.most)
+        numbers = read(selection, question, self.pipeline.settings.spec.most)
         if answer is None:
-            prompt = self.pipeline.prompters["selector"].selector_prompt(question, spec.most, spec.least)
-            return Served(question.documents, scores, selection, numbers, prompt_tokens=len(prompt.ids))
+            texts = [question.question, *(text for each in question.documents for text in (each.title, each.text))]
+            tokens = self.pipeline.prompters["selector"].tokenizer(texts, add_special_tokens=False)["input_ids"]
+            return Served(question.documents, scores, selection, numbers, prompt_tokens=sum(map(len, tokens)))
         prompter = self.pipeline.prompters["generator"]
         prompt, text = prompter.generator_prompt(question, numbers), answer.text
         ids = prompter.tokenizer(text, add_special_tokens=False)["input_ids"]
