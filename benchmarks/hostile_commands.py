@@ -58,6 +58,9 @@ def build_world(folder: Path) -> dict[str, Line]:
     (folder / "empty").write_bytes(b"")
     (folder / "noise").write_bytes(bytes(range(256)) * 16)
     (folder / "dangling").symlink_to(folder / "nowhere")
+    candidates = [{"docid": row["id"], "score": 0, "doc": {"text": row["text"]}} for row in rows]
+    request = {"query": {"qid": "q", "text": found[0].question}, "candidates": candidates}
+    (folder / "requests.jsonl").write_text(json.dumps(request) + "\n")
     index = folder / "index"
     CliRunner().invoke(app, ["index", "bm25", str(corpus), str(index), "--processes", "1"])
     r, q, c = str(run), str(questions), str(corpus)
@@ -100,6 +103,7 @@ def build_world(folder: Path) -> dict[str, Line]:
         "index colbert": (c, str(folder / "colbert"), "--checkpoint", str(folder / "none")),
         "index dense": (c, str(folder / "dense"), "--checkpoint", str(folder / "none")),
         "retrieval report": (q,),
+        "rerank": (r, "--input", str(folder / "requests.jsonl"), "--output", str(folder / "r.trec"), "--overwrite"),
     }
 
 

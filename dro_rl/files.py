@@ -131,17 +131,22 @@ def _sync(path: Path) -> None:
 
 
 def write_json_lines(path: Path, rows: Iterable[Any]) -> int:
-    """Write one JSON value a line, whole, from a stream; packed where the name ends in `.gz`. Equal rows, equal bytes.
+    """`write_lines` of one JSON value each."""
+    return write_lines(path, (json.dumps(row, ensure_ascii=False) for row in rows))
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> int:
+    """Write lines, whole, from a stream; packed where the name ends in `.gz`. Equal lines, equal bytes.
 
     Returns:
         How many were written.
     """
     count = 0
     with written_whole(path) as beside, beside.open("wb") as raw, ExitStack() as stack:
-        lines: Any = raw
+        file: Any = raw
         if path.name.lower().endswith(".gz"):
-            lines = stack.enter_context(gzip.GzipFile("", "wb", fileobj=raw, mtime=0, compresslevel=6))
-        for row in rows:
-            lines.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+            file = stack.enter_context(gzip.GzipFile("", "wb", fileobj=raw, mtime=0, compresslevel=6))
+        for line in lines:
+            file.write(line.encode() + b"\n")
             count += 1
     return count

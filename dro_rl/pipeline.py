@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -143,10 +144,16 @@ class RAGPipeline:
     ) -> None:
         self.open_role, self.prompters, self.settings = open_role, prompters, settings
         self.batch_size, self.shared_prefix = batch_size, shared_prefix
-        scoring = Scoring(shared_prefix=shared_prefix, prefix_tree=False)
-        self.answerer = answerer or ModelAnswerer(
-            lambda: open_role("generator"), prompters["generator"], scoring, batch_size
-        )
+        self._answerer = answerer
+
+    @cached_property
+    def answerer(self) -> Answerer:
+        """The generator."""
+        if self._answerer is not None:
+            return self._answerer
+        scoring = Scoring(shared_prefix=self.shared_prefix, prefix_tree=False)
+        open_generator = partial(self.open_role, "generator")
+        return ModelAnswerer(open_generator, self.prompters["generator"], scoring, self.batch_size)
 
     @classmethod
     def from_pretrained(
@@ -168,7 +175,7 @@ class RAGPipeline:
             dtype: that of the saved weights, unless told.
             settings: those of `pipeline.json`, unless told.
             templates: of the prompts; those that were saved with the models, unless told.
-            roles: the models to load; the generator alone answers from given selections.
+            roles: the models to load; the generator alone answers from given selections, the selector alone selects.
             batch_size: questions answered at once.
 
         Raises:

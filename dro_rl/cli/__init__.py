@@ -17,6 +17,7 @@ from dro_rl.cli import (
     plan,
     recipe,
     report,
+    rerank,
     retrieval,
     rollouts,
     runs,
@@ -54,6 +55,7 @@ app.command("explain")(explain.explain)
 app.command("evaluate")(evaluate.evaluate)
 app.command("compare")(evaluate.compare)
 app.command("serve")(serve.serve)
+app.command("rerank")(rerank.rerank)
 app.command("serve-rollouts", context_settings={"allow_extra_args": True})(serve.serve_rollouts)
 app.command("retrieve")(retrieval.retrieve)
 
@@ -103,4 +105,5 @@ def main(
       dro-rl ask out/musique "Who wrote it?" --documents documents.jsonl
       dro-rl explain out/musique 2hop__482757_12019
       dro-rl serve out/musique
+      dro-rl rerank out/musique --input bm25.trec --queries q.tsv --corpus indexes/mine --output selected.trec
     """

@@ -13,4 +13,5 @@ app           the routes
 connections   connections that send nothing, and the stop that loses nothing: uvicorn's part
 page          a page to ask by hand
 serving       all of it together
+ranked_files  the selector over files of rankings, without a server
 """

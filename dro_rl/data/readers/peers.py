@@ -106,17 +106,18 @@ def rank_llm(row: Fields, source: Source) -> Iterator[Question]:
             "requests have no answers, and the answers file has none for this id",
             "Give --answers FILE, JSON lines of {id, answers}.",
         )
-    found, _ = documents(_candidate(each) for each in row.objects("candidates"))
+    found, _ = documents(candidate(each) for each in row.objects("candidates"))
     yield Question(identifier, query.text("text"), source.answers[identifier], found, dataset=source.dataset)
 
 
-def _candidate(candidate: Fields) -> Passage:
-    doc = candidate.within("doc")
+def candidate(row: Fields) -> Passage:
+    """A candidate of rank_llm's: `docid`, `doc`; the text of `doc` has one of several names."""
+    doc = row.within("doc")
     name, _ = doc.get("text", "contents", "segment", "passage", "content", "body")
     title, text = doc.title(), doc.text(name)
     if name == "contents" and not title:
         title, text = split_contents(text)
-    return Passage(title, text, id=candidate.identifier("docid"))
+    return Passage(title, text, id=row.identifier("docid"))
 
 
 PASSAGE = re.compile(r'Title: (?:"(?P<quoted>.*?)" Text: |(?P<plain>.*?)\s?\. ?Content: )(?P<text>.*)', re.DOTALL)
