@@ -5,7 +5,7 @@
 # make quickstart  train the toy world into runs/quickstart, before/after table and curves
 # make test        all tests
 # make lint        formatter, linter, type checker
-# make bench       five benchmarks into runs/bench; four took about 25 minutes on two quiet cores, for the fifth see docs/one-card.md
+# make bench       six benchmarks into runs/bench; four took about 25 minutes on two quiet cores, for one_card see docs/one-card.md
 # make bench-large the same on larger models and with more baselines, hours on a CPU
 # make bench-rollouts  vLLM against the transformers engine and plain generate
 # make bench-retrieval  reading, indexing and search: a corpus of a million passages is made, and takes minutes
@@ -64,6 +64,7 @@ bench bench-large: export OMP_NUM_THREADS = $(shell getconf _NPROCESSORS_ONLN)
 bench: setup
 	$(BIN)/python -m benchmarks.selector_update
 	$(BIN)/python -m benchmarks.generator_update
+	$(BIN)/python -m benchmarks.sampling_pass
 	$(BIN)/python -m benchmarks.trl_step
 	$(BIN)/python -m benchmarks.one_card
 	$(BIN)/python -m benchmarks.scaling

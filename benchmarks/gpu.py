@@ -52,6 +52,7 @@ class Part:
 CPU = (
     ("exact", 120, "exactness --model 64x1 --prompt 40 --completion 4 --m 3 --matrix 64"),
     ("selector", 120, "selector_update --model 64x1 --prompt 60 --completion 4 --m 2 --plain-m 2 --repeats 1"),
+    ("sampling", 120, "sampling_pass --model 64x1 --prompt 60 --completion 4 --m 2 --repeats 1"),
     (
         "generator",
         180,
@@ -62,6 +63,7 @@ CPU = (
 CUDA = (
     ("exact", 90, "exactness --model llama-1b --prompt 3000 --matrix 8192"),
     ("selector-1b", 120, "selector_update --dtype bfloat16 --model llama-1b --m 1 --m 8 --m 16 --plain-m 8"),
+    ("sampling-1b", 120, "sampling_pass --dtype bfloat16 --model llama-1b --m 8"),
     ("generator-1b", 120, "generator_update --dtype bfloat16 --model llama-1b"),
     ("step-1b", 180, "trl_step --dtype bfloat16 --model llama-1b --questions 2 --checkpointing --steps 3"),
     ("selector-8b", 120, "selector_update --dtype bfloat16 --model llama-8b --m 8 --plain-m 8 --repeats 3"),

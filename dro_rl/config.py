@@ -63,6 +63,16 @@ class DROConfig(TrainingKeys, _BaseConfig):  # type: ignore[misc]  # keys take o
             "only a server samples while the trainer trains",
             "Use vllm_mode: server, or leave it out.",
         )
+        for key, asked in (
+            ("activation_offloading", self.activation_offloading),
+            ("gradient_checkpointing_kwargs", (self.gradient_checkpointing_kwargs or {}).get("offload", False)),
+        ):
+            self._require(
+                key,
+                not asked or (torch.accelerator.is_available() and not self.use_cpu),
+                "only an accelerator has activations that the CPU's memory can hold for it",
+                "Leave it out on a CPU.",
+            )
         if self.engine != "vllm":
             return
         self._require(
@@ -150,6 +160,19 @@ class DROConfig(TrainingKeys, _BaseConfig):  # type: ignore[misc]  # keys take o
             f"rollouts are at most one step old, so an iteration is one step, of {per_step} questions",
             f"Use questions_per_iteration: {per_step} and m_step_epochs: 1.",
         )
+        self._require(
+            "reuse_sampling_pass",
+            self.reuse_sampling_pass != "on"
+            or (
+                processes == 1
+                and self.reuses_sampling
+                and self.weighs_in_training
+                and per_step == (wanted or num_questions // per_step * per_step)
+            ),
+            "the pass that samples trains with rollout_engine: transformers, in one process, with shared_prefix, "
+            "gradient_accumulation_steps: 1 and no windows, where the E-step is fused",
+            "Use auto, which falls back, or see docs/speed.md.",
+        )
         needed = per_step if wanted is None else wanted
         if needed > num_questions:
             raise InputError(
@@ -216,6 +239,19 @@ class DROConfig(TrainingKeys, _BaseConfig):  # type: ignore[misc]  # keys take o
             and self.min_weight == 0
             and self.resample_ties == "none"
             and self.reward_rule.is_likelihood
+        )
+
+    @property
+    def reuses_sampling(self) -> bool:
+        """Whether the pass over the prompts that samples may be the one that trains, where the E-step is fused."""
+        saves_memory = bool(self.gradient_checkpointing or self.activation_offloading)
+        return (
+            (self.reuse_sampling_pass == "on" or (self.reuse_sampling_pass == "auto" and not saves_memory))
+            and self.engine == "transformers"
+            and self.shared_prefix != "off"
+            and self.window_size is None
+            and self.gradient_accumulation_steps == 1
+            and self.world_size == 1
         )
 
     @property

@@ -36,7 +36,7 @@ from dro_rl.em.memory import KEYS, TOKENS, held, out_of_memory, to_come
 from dro_rl.em.method import Method
 from dro_rl.em.mismatch import EngineMismatch
 from dro_rl.em.optimizer import align, clip, parameter_groups, role_factors
-from dro_rl.em.passes import Passes
+from dro_rl.em.passes import Passes, accumulating
 from dro_rl.em.progress import LineProgress, SignalWatch, say_at_the_start
 from dro_rl.em.schedule import Schedule, Slots, SlotSampler
 from dro_rl.em.timing import PhaseClock, flops_per_token, peak_flops, rates
@@ -45,15 +45,17 @@ from dro_rl.errors import InputError, is_out_of_memory
 from dro_rl.evaluation.evaluator import evaluate_stage
 from dro_rl.evaluation.results import UNITS
 from dro_rl.evaluation.stages import with_stage
+from dro_rl.likelihood.prefill import Prefills
 from dro_rl.likelihood.room import Room
 from dro_rl.models.module import SelectorGenerator
+from dro_rl.models.offloading import offloading
 from dro_rl.models.saving import export_role, load_role, of_role, save_role
 from dro_rl.models.sharding import inference
 from dro_rl.pipeline import PROMPT, PipelineSettings, RAGPipeline, save_settings
 from dro_rl.processes import told_by_main
 from dro_rl.prompts import Prompter
 from dro_rl.records import Question, Rollout
-from dro_rl.roles import ROLES, Role
+from dro_rl.roles import POLICIES, ROLES, Role
 from dro_rl.rollouts.diagnostics import Summary, columns, logged, summarize
 from dro_rl.runs import step_of
 
@@ -115,9 +117,7 @@ class DROTrainer(_BaseTrainer):
         self._losses: dict[str, float] = defaultdict(float)
         self._skipped = 0  # tokens of the selector's rows in the step that would have taught it nothing
         self._mismatch = EngineMismatch(self.method.sampling)
-        self._drops_out = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()) or any(
-            getattr(getattr(model, role).config.get_text_config(), "attention_dropout", 0) for role in args.roles
-        )
+        self._drops_out = model.drops_out
         self._flops = {role: flops_per_token(getattr(model, role)) for role in args.roles}
         self.peak_flops = peak_flops(args.device)
         self.clock = PhaseClock(args.device)
@@ -144,17 +144,19 @@ class DROTrainer(_BaseTrainer):
         self.fast_path = FastPath(
             args, self._module, self._open, sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled
         )
+        room = Room(args.tokens_per_microbatch)
+        self.prefills = Prefills(room, wanted=self.fused and args.reuses_sampling and not self.fast_path.sharded)
+        self.offloading = offloading(self._unwrapped()) if args.activation_offloading else nullcontext()
         self.passes = Passes(
-            self.schedule, train_questions, self.prompters, self.method, self.fast_path,
-            Room(args.tokens_per_microbatch), self._unwrapped, lambda: to_come(self.optimizer, args.optim),
-            self.accelerator, self.clock,
+            self.schedule, train_questions, self.prompters, self.method, self.fast_path, room, self.prefills,
+            self._unwrapped, lambda: to_come(self.optimizer, args.optim), self.offloading, self.accelerator, self.clock,
         )  # fmt: skip
         self.engine = engines.start(args, self._trained("selector"))
         generator, updates = self._trained("generator"), partial(self._updates, "generator")
-        self.answerer = engines.answerer(args, generator, updates, self.passes.room)
+        self.answerer = engines.answerer(args, generator, updates, room)
         opened = self._open_reference if self.reference is not None else None
         flops = {role: each.forward for role, each in self._flops.items()}
-        told = (self.prompters, self.method, self.clock, flops, self.answerer, self.passes.room)
+        told = (self.prompters, self.method, self.clock, flops, self.answerer, room)
         e_step = EStep(self.engine, self._open, opened, *told)
         self.iterations = Iterations(self.schedule, train_questions, e_step, self.run_dir, args, fused=self.fused)
         self._pipeline = RAGPipeline(
@@ -219,7 +221,9 @@ class DROTrainer(_BaseTrainer):
         loss = torch.zeros((), device=self.args.device)
         micro_batches = self._micro_batches(rollouts, slots)
         for micro_batch in micro_batches:
-            with nullcontext() if micro_batch is micro_batches[-1] else self._accumulating(model):
+            last = micro_batch is micro_batches[-1]
+            more = nullcontext() if last else accumulating(self.accelerator, model, sharded=self.is_fsdp_enabled)
+            with self.offloading, more:
                 before = self.clock.switch("other")
                 loss += super().training_step(model, cast(Any, micro_batch))
                 self.clock.switch(before)
@@ -298,7 +302,8 @@ class DROTrainer(_BaseTrainer):
     def _trained(self, role: Role) -> TrainedSelector:
         """A role, as an engine may ask for it."""
         opened, module, save = partial(self._open, role), partial(self._module, role), partial(self._save_served, role)
-        return TrainedSelector(opened, module, save, self.prompters[role], self.accelerator, self.run_dir)
+        kept = self.prefills if role in POLICIES else None
+        return TrainedSelector(opened, module, save, self.prompters[role], self.accelerator, self.run_dir, kept)
 
     def _save_served(self, role: Role, folder: Path) -> None:
         """Write a role to be read by a server."""
@@ -328,18 +333,6 @@ class DROTrainer(_BaseTrainer):
         turn = self.state.global_step % (self.args.selector_steps + self.args.generator_steps)
         return ["selector" if turn < self.args.selector_steps else "generator"]
 
-    @contextmanager
-    def _accumulating(self, model: nn.Module) -> Iterator[None]:
-        """A backward pass that more of the same step follow. Sharded gradients are reduced in each all the same."""
-        state = self.accelerator.gradient_state
-        before = state.sync_gradients
-        state._set_sync_gradients(False)
-        try:
-            with nullcontext() if self.is_fsdp_enabled else self.accelerator.no_sync(model):
-                yield
-        finally:
-            state._set_sync_gradients(before)
-
     def _micro_batches(self, rollouts: Rollouts, slots: Sequence[int]) -> list[MicroBatch]:
         unmoved = self.schedule.begins_iteration(self.state.global_step) and not self._drops_out
         with self.clock.phase("inputs"):
@@ -353,9 +346,11 @@ class DROTrainer(_BaseTrainer):
         for role in micro_batch.roles:
             with self.clock.phase("verification"), self.accelerator.autocast():
                 self.fast_path.verify(role, micro_batch.all_rows(role))
-        output = model(batch=micro_batch, scoring=self.method.scoring, switch=self.clock.switch)
+        scoring, prefills = self.method.scoring, self.prefills
+        output = model(batch=micro_batch, scoring=scoring, switch=self.clock.switch, prefills=prefills)
         for role, tokens in micro_batch.tokens.items():
-            self.clock.count(role, tokens, tokens * self._flops[role].step)
+            read = prefills.used * self._flops[role].forward if role in POLICIES else 0.0  # while sampling
+            self.clock.count(role, tokens, tokens * self._flops[role].step - read)
         self._skipped += micro_batch.tokens_skipped
         losses = {role: loss / self.args.questions_per_batch for role, loss in output.losses.items()}
         for role, loss in losses.items():

@@ -82,6 +82,16 @@ def test_selector_update_measures_both_paths(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("in_this_process")
+def test_sampling_pass_measures_prompts_read_once_and_twice(tmp_path: Path) -> None:
+    sizes = ["--m", "1", "--m", "3", "--prompt", "20", "--completion", "4", "--questions", "2", "--repeats", "2"]
+    for options, passes in (([], 4), (["--checkpointing"], 5)):
+        rows = run("sampling_pass", tmp_path, *TINY, *sizes, *options)["rows"]
+        assert [row["m"] for row in rows] == [1, 3]
+        assert all(len(row[way]["seconds"]) == 2 for row in rows for way in ("twice", "once"))
+        assert rows[1]["fewer_operations"] == passes * 32 / ((passes - 1) * 20 + passes * 12)
+
+
+@pytest.mark.usefixtures("in_this_process")
 def test_generator_update_measures_each_way_on_both_policies(tmp_path: Path) -> None:
     sizes = ["--m", "8", "--distinct", "4", "--documents", "20", "--k", "5", "--tokens", "40", "--repeats", "2"]
     rows = run("generator_update", tmp_path, *TINY, *sizes)["rows"]
@@ -197,7 +207,7 @@ def test_a_step_needs_its_rollouts_and_three_passes_of_each_distinct_one() -> No
 
 
 def test_make_bench_runs_every_benchmark(makefile: Callable[[], str]) -> None:
-    for name in ("selector_update", "generator_update", "trl_step", "scaling", "one_card"):
+    for name in ("selector_update", "generator_update", "sampling_pass", "trl_step", "scaling", "one_card"):
         assert f"benchmarks.{name}" in makefile()
 
 

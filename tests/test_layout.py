@@ -211,6 +211,7 @@ def test_these_are_the_trl_names_that_we_use() -> None:
     assert trl_names() == {
         "trl": {"SFTConfig", "SFTTrainer", "__version__"},
         "trl.generation": {"vllm_generation"},
+        "trl.models": {"get_act_offloading_ctx_manager"},
         "trl.trainer.base_config": {"_BaseConfig"},
         "trl.trainer.base_trainer": {"_BaseTrainer"},
     }

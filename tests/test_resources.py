@@ -74,6 +74,7 @@ SETTINGS = Settings(
     optim="adamw_torch",
     accumulates=True,
     scores=False,
+    reuses=False,
     shares_base=False,
     reference=False,
     warms=(),
@@ -287,7 +288,7 @@ def test_a_generator_that_is_elsewhere_takes_nothing_here() -> None:
     found = phases(replace(SETTINGS, scores=True), {"selector": SIZE}, WORK)
     assert [each.name for each in found] == ["sampling", "training", "optimizer step"]
     assert peak(found).weights == 4000
-    done = operations({"selector": SIZE}, WORK, counts(), scores=True, recomputes=False)
+    done = operations({"selector": SIZE}, WORK, counts(), scores=True, reuses=False, recomputes=False)
     assert [each.phase for each in done] == ["rollout", "selector", "evaluation"]
 
 
@@ -305,12 +306,25 @@ def test_operations_are_two_a_weight_and_token_forward_and_four_backward() -> No
     size = replace(SIZE, attention=0, width=0)
     done = {
         each.phase: each
-        for each in operations({"selector": size, "generator": size}, WORK, counts(), scores=True, recomputes=False)
+        for each in operations(
+            {"selector": size, "generator": size}, WORK, counts(), scores=True, reuses=False, recomputes=False
+        )
     }
     assert done["rollout"].operations == 24 * (10 + 4 * 2) * 2000
     assert done["scoring"].operations == 24 * 24 * 2000
     assert done["selector"].operations == 24 * 18 * 6000
     assert done["generator"].tokens == 24 * 24
+
+
+def test_a_prompt_that_is_read_once_goes_forward_in_sampling_alone() -> None:
+    size = replace(SIZE, attention=0, width=0)
+    twice, once = (
+        operations({"selector": size}, WORK, counts(), scores=False, reuses=reuses, recomputes=False)[1].operations
+        for reuses in (False, True)
+    )
+    assert twice - once == 24 * (18 - WORK.distinct * WORK.selection) * 2000
+    held = [training_phase(replace(SETTINGS, reuses=reuses)).activations for reuses in (False, True)]
+    assert held[1] - held[0] == 100 * SIZE.cache_bytes + SIZE.casts
 
 
 def test_a_card_does_its_share_of_the_peak_and_reads_all_weights_for_each_decoded_token() -> None:

@@ -14,7 +14,7 @@ TOKENS = "tokens_per_microbatch"
 EVALUATION = "per_device_eval_batch_size"
 KEYS = {"rollout": EVALUATION, "answers": EVALUATION, "evaluation": EVALUATION, "optimizer": "optim"}
 """Which key bounds what a phase takes; of all others it is `tokens_per_microbatch`."""
-LESS = "Less is held with gradient_checkpointing, adapters, share_base or quantization."
+LESS = "Less is held with gradient_checkpointing, activation_offloading, adapters, share_base or quantization."
 ALONE = f"Lower max_prompt_length or num_generations. {LESS}"
 FIXES = {
     TOKENS: f"Lower it, or use auto in one process. {LESS}",

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 
 from dro_rl.em.fast_path import FastPath
 from dro_rl.em.iteration import Rollouts
@@ -16,6 +19,7 @@ from dro_rl.em.schedule import Schedule
 from dro_rl.em.timing import PhaseClock
 from dro_rl.errors import Phrase, is_out_of_memory
 from dro_rl.likelihood import passes
+from dro_rl.likelihood.prefill import Prefills
 from dro_rl.likelihood.room import Room, free
 from dro_rl.models.module import SelectorGenerator
 from dro_rl.prompts import Prompter
@@ -33,8 +37,10 @@ class Passes:
         method: what is asked, scored and weighed.
         fast_path: which roles pack their rows.
         room: for how many tokens a pass has room.
+        prefills: prompts that one pass may take as sampling read them.
         model: both models, unwrapped, to try that out.
         to_come: bytes that the optimizer is still going to hold.
+        offloading: what each pass is within.
         accelerator, clock: the trainer's.
     """
 
@@ -46,14 +52,16 @@ class Passes:
         method: Method,
         fast_path: FastPath,
         room: Room,
+        prefills: Prefills,
         model: Callable[[], SelectorGenerator],
         to_come: Callable[[], int],
+        offloading: AbstractContextManager[Any],
         accelerator: Accelerator,
         clock: PhaseClock,
     ) -> None:
         self.schedule, self.questions, self.prompters, self.method = schedule, questions, prompters, method
-        self.fast_path, self.room, self.model, self.to_come = fast_path, room, model, to_come
-        self.accelerator, self.clock = accelerator, clock
+        self.fast_path, self.room, self.prefills, self.model, self.to_come = fast_path, room, prefills, model, to_come
+        self.offloading, self.accelerator, self.clock = offloading, accelerator, clock
         self._tried: set[tuple[Role, ...]] = set()
         self._largest = 0  # tokens of the largest of the last passes that has several questions
 
@@ -87,6 +95,8 @@ class Passes:
             self._try(groups, sizes, packed, made)
             self._tried.add(tuple(roles))
         runs = passes(sizes, self.room.tokens)
+        if len(runs) > 1:
+            self.prefills.drop()  # what later passes take up would be held through the first
         self._largest = max((sum(sizes[i] for i in run) for run in runs if len(run) > 1), default=0)
         if self.room.auto:
             largest = groups[max(range(len(sizes)), key=sizes.__getitem__)]
@@ -97,12 +107,14 @@ class Passes:
 
     @property
     def can_lower(self) -> bool:
-        """Whether passes can be smaller: by `auto`, with several questions together, and no other process waiting."""
-        return bool(self.room.auto and self._largest and self.accelerator.num_processes == 1)
+        """Whether passes can hold less: without what was kept of sampling, or with fewer questions together by `auto`
+        where no other process waits."""
+        return self.prefills.holds or bool(self.room.auto and self._largest and self.accelerator.num_processes == 1)
 
     def lower(self) -> None:
-        """Make passes smaller than those that memory ran out in."""
-        self.room.lower(min(self.room.tokens, self._largest) // 2)
+        """Hold less than the passes that memory ran out in."""
+        if not self.prefills.give_up():
+            self.room.lower(min(self.room.tokens, self._largest) // 2)
 
     def _try(
         self,
@@ -137,11 +149,24 @@ class Passes:
         """Forward and backward of both models, with as much taken as the optimizer will take."""
         device, model = self.accelerator.device, self.model().train()
         taken = torch.empty(self.to_come(), dtype=torch.uint8, device=device)
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with self.offloading, torch.random.fork_rng([device] if device.type == "cuda" else []):
             with self.accelerator.autocast():
                 losses = model(batch=batch, scoring=self.method.scoring).losses
             torch.stack([*losses.values()]).sum().backward()
         del taken
+
+
+@contextmanager
+def accumulating(accelerator: Accelerator, model: nn.Module, *, sharded: bool) -> Iterator[None]:
+    """A backward pass that more of the same step follow. Sharded gradients are reduced in each all the same."""
+    state = accelerator.gradient_state
+    before = state.sync_gradients
+    state._set_sync_gradients(False)
+    try:
+        with nullcontext() if sharded else accelerator.no_sync(model):
+            yield
+    finally:
+        state._set_sync_gradients(before)
 
 
 def _alone(group: Group, packed: Mapping[Role, bool]) -> Phrase:

@@ -9,16 +9,19 @@ of one prompt at a time: its state cannot be expanded, and padding would change 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers import DynamicCache
 
 from dro_rl.engines.protocol import GenerationRequest
-from dro_rl.likelihood import Model, among_allowed
+from dro_rl.likelihood import Model, among_allowed, head_logits, without_adapters
 from dro_rl.likelihood.attention import NO_MASK, keeps_state, takes_packed_rows
 from dro_rl.likelihood.packing import Row, lay_out
+from dro_rl.likelihood.prefill import Prefills
 from dro_rl.proposal import Completion, SamplingParams, uniforms
 from dro_rl.selection.constraint import SelectionConstraint
 
@@ -54,8 +57,12 @@ class Decoder:
         self.shared_prefix = shared_prefix
 
     @torch.no_grad()
-    def generate(self, request: GenerationRequest) -> list[list[Completion]]:
-        """See `RolloutEngine.generate`. Prompts of similar length share a batch; results keep the given order."""
+    def generate(self, request: GenerationRequest, prefills: Prefills | None = None) -> list[list[Completion]]:
+        """See `RolloutEngine.generate`. Prompts of similar length share a batch; results keep the given order.
+
+        Args:
+            prefills: where what a prompt comes to is kept with its graph, if its samples decode side by side.
+        """
         prompts, m, sampling = request.prompts, request.num_generations, request.sampling
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         results: list[list[Completion]] = [[] for _ in prompts]
@@ -64,7 +71,7 @@ class Decoder:
             chunk = order[start : start + together]
             draws = torch.stack([uniforms(request.seeds[i], m, sampling.max_completion_length) for i in chunk])
             admitted = None if request.constraints is None else [request.constraints[i] for i in chunk]
-            decoded = self._decode([prompts[i] for i in chunk], sampling, draws, admitted)
+            decoded = self._decode([prompts[i] for i in chunk], sampling, draws, admitted, prefills)
             for i, completions in zip(chunk, decoded, strict=True):
                 results[i] = completions
         return results
@@ -75,6 +82,7 @@ class Decoder:
         sampling: SamplingParams,
         draws: Tensor,
         constraints: Sequence[SelectionConstraint] | None,
+        prefills: Prefills | None,
     ) -> list[list[Completion]]:
         """Decode one batch. `draws`: (prompts, m, length) uniform numbers, one for each token."""
         device = self.model.device
@@ -82,7 +90,7 @@ class Decoder:
         if keeps_state(self.model.config):
             begin = self._copied
         elif self.shared_prefix and takes_packed_rows(self.model, max(map(len, prompts)) + length):
-            begin = self._side_by_side
+            begin = partial(self._side_by_side, prefills=prefills)
         else:
             begin = self._expanded
         logits, step = begin([list(prompt) for prompt in prompts], m)
@@ -167,9 +175,12 @@ class Decoder:
 
         return logits, step
 
-    def _side_by_side(self, prompts: list[list[int]], m: int) -> tuple[Tensor, Step]:
+    def _side_by_side(self, prompts: list[list[int]], m: int, prefills: Prefills | None = None) -> tuple[Tensor, Step]:
         """Prompts without padding, and their m samples as m queries of one row over one cache."""
-        logits, cache, mask = self._prefill_packed(prompts)
+        if prefills is None:
+            logits, cache, mask = self._prefill_packed(prompts)
+        else:
+            logits, cache, mask = self._prefill_kept(prompts, prefills)
         positions = mask.sum(dim=-1, keepdim=True)
 
         def step(tokens: Tensor, t: int) -> Tensor:
@@ -206,21 +217,29 @@ class Decoder:
         if len(prompts) > 1:
             layers: list[Any] = packed.layers  # attention layers all: `takes_packed_rows` saw to it
             for layer in layers:
-                layer.keys = _as_batch(layer.keys, lengths, width)
-                layer.values = _as_batch(layer.values, lengths, width)
+                layer.keys = _as_batch(layer.keys.split(lengths, dim=2), width)
+                layer.values = _as_batch(layer.values.split(lengths, dim=2), width)
         return logits.transpose(0, 1), packed, _left_padded_mask(prompts, width).to(device)
+
+    def _prefill_kept(self, prompts: list[list[int]], prefills: Prefills) -> tuple[Tensor, DynamicCache, Tensor]:
+        """`_prefill_packed`, each prompt by itself and kept for training."""
+        read, width = [prefills.read(self.model, prompt) for prompt in prompts], max(map(len, prompts))
+        cache = DynamicCache()
+        for layer in sorted(read[0].states):
+            keys, values = (_as_batch([each.states[layer][i].detach() for each in read], width) for i in range(2))
+            cache.update(keys, values, layer)
+        last = torch.cat([each.last.detach() for each in read])
+        logits = head_logits(without_adapters(self.model), last).unsqueeze(1)
+        return logits, cache, _left_padded_mask(prompts, width).to(self.model.device)
 
 
 def _left_padded_mask(prompts: list[list[int]], width: int) -> Tensor:
     return torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
 
 
-def _as_batch(states: Tensor, lengths: list[int], width: int) -> Tensor:
-    """(1, heads, all tokens, size) of packed prompts as (prompts, heads, width, size), padded on the left."""
-    batch = states.new_zeros(len(lengths), states.shape[1], width, states.shape[3])
-    for i, piece in enumerate(states[0].split(lengths, dim=1)):
-        batch[i, :, width - lengths[i] :] = piece
-    return batch
+def _as_batch(states: Sequence[Tensor], width: int) -> Tensor:
+    """(1, heads, tokens, size) of each prompt as (prompts, heads, width, size), padded on the left."""
+    return torch.cat([functional.pad(piece, (0, 0, width - piece.shape[2], 0)) for piece in states])
 
 
 def draw(logits: Tensor, sampling: SamplingParams, u: Tensor) -> tuple[Tensor, Tensor]:

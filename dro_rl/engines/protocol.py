@@ -12,6 +12,7 @@ from accelerate import Accelerator
 
 from dro_rl.config import DROConfig
 from dro_rl.likelihood import Model
+from dro_rl.likelihood.prefill import Prefills
 from dro_rl.prompts import Prompter
 from dro_rl.proposal import Completion, SamplingParams
 from dro_rl.selection.constraint import SelectionConstraint
@@ -50,6 +51,7 @@ class TrainedSelector:
         prompter: its prompts and its tokenizer.
         accelerator: the trainer's.
         run_dir: where the run leaves its files.
+        prefills: keeps what prompts come to for training, where that is the same pass; None without.
     """
 
     open: Callable[[], AbstractContextManager[Model]]
@@ -58,6 +60,7 @@ class TrainedSelector:
     prompter: Prompter
     accelerator: Accelerator
     run_dir: Path
+    prefills: Prefills | None = None
 
 
 class RolloutEngine(Protocol):

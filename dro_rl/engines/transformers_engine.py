@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dro_rl.config import DROConfig
 from dro_rl.engines.decoding import Decoder
 from dro_rl.engines.protocol import GenerationRequest, TrainedSelector
+from dro_rl.errors import is_out_of_memory
 from dro_rl.proposal import Completion, SamplingParams
 
 
@@ -43,6 +44,13 @@ class TransformersEngine:
 
     def generate(self, request: GenerationRequest) -> list[list[Completion]]:
         assert self._decoder is not None, "within `at`"
+        prefills = self._selector.prefills
+        if prefills is not None and prefills.begin(request.prompts):
+            try:
+                return self._decoder.generate(request, prefills)
+            except Exception as error:
+                if not (is_out_of_memory(error) and prefills.give_up()):
+                    raise
         return self._decoder.generate(request)
 
     def samples_policy(self, sampling: SamplingParams) -> bool:

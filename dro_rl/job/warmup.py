@@ -299,6 +299,8 @@ def train_supervised(job: WarmUp, scratch: Path, run: RunConfig, training: DROCo
         fp16=training.fp16,
         use_cpu=training.use_cpu,
         gradient_checkpointing=training.gradient_checkpointing,
+        gradient_checkpointing_kwargs=training.gradient_checkpointing_kwargs,
+        activation_offloading=training.activation_offloading,
         seed=training.seed,
         save_strategy="no",
         report_to="none",

@@ -105,10 +105,6 @@ REFUSED = {
         "noise on embeddings would make the policy that trains another than the one that sampled",
         "Leave it out.",
     ),
-    "gradient_checkpointing_kwargs": (
-        "activations are recomputed without entering autograd again, which is what packed rows take",
-        "Leave it out.",
-    ),
     "torch_compile": (
         "rows have other lengths in every step, and each would be compiled anew",
         "Leave it out; rollout_engine: vllm is what makes sampling fast.",

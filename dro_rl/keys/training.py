@@ -29,6 +29,18 @@ OPTIM_ARGS = {
 }
 """What `optim_args` may say of an optimizer. Others have keys of their own, or nothing to say."""
 
+RECOMPUTATION = Rule(
+    "every_n_layers, a whole number from 1 on, and offload, true or false; activations are recomputed without entering "
+    "autograd again, which is what packed rows take",
+    "Use {every_n_layers: 2, offload: true}, say, or leave it out.",
+    lambda value: (
+        {*value} <= {"every_n_layers", "offload"}
+        and type(value.get("every_n_layers", 1)) is int
+        and value.get("every_n_layers", 1) >= 1
+        and type(value.get("offload", False)) is bool
+    ),
+)
+
 NAMED_VALUES = Rule(
     "name=value, or several with commas between, of numbers and true or false",
     "Use momentum=0.9, say, or leave it out.",
@@ -336,6 +348,16 @@ class TrainingKeys:
     fp16: bool = option(False, "Compute in float16, with a scaled loss.")
     tf32: bool | None = option(None, "Multiply float32 by TF32 (Ampere and later GPUs); unset: as torch has it.")
     gradient_checkpointing: bool = option(True, "Recompute activations in the backward pass: less memory, more time.")
+    gradient_checkpointing_kwargs: dict[str, Any] | None = option(
+        None,
+        "Which layers gradient_checkpointing recomputes, {every_n_layers: 2}, and where their inputs wait, "
+        "{offload: true}: in the CPU's memory.",
+        RECOMPUTATION,
+    )
+    activation_offloading: bool = option(
+        False,
+        "Keep activations in the CPU's memory from forward to backward (TRL's): less of the accelerator's, more time.",
+    )
     torch_empty_cache_steps: int | None = option(
         None, "Steps after which torch's cache of GPU memory is emptied; unset: never.", at_least(1)
     )
@@ -355,6 +377,12 @@ class TrainingKeys:
         "auto",
         "Where an iteration is one step (questions_per_iteration), one forward pass gives likelihoods, weights and "
         "losses: auto where that is exact, off to score first.",
+    )
+    reuse_sampling_pass: Literal["auto", "on", "off"] = option(
+        "auto",
+        "Where the E-step is fused, let the pass over the prompts that sampling begins with keep its graph and be the "
+        "one that trains (rollout_engine: transformers, one process, one pass a step): auto where activations are "
+        "kept in any case, on with gradient_checkpointing too, off never.",
     )
     min_weight: float = option(
         0.0,
@@ -504,6 +532,12 @@ class TrainingKeys:
             self.interleave == "joint" or min(rates) > 0,
             "taking turns needs two models that train",
             "Use interleave: joint, which skips the frozen model.",
+        )
+        self._require(
+            "gradient_checkpointing_kwargs",
+            self.gradient_checkpointing or not self.gradient_checkpointing_kwargs,
+            "gradient_checkpointing is off, and takes none",
+            "Leave it out, or use gradient_checkpointing: true.",
         )
         takes = OPTIM_ARGS.get(self.optim, ())
         given = [part.partition("=")[0].strip() for part in (self.optim_args or "").split(",") if part]

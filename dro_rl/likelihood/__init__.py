@@ -10,14 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from dro_rl.likelihood.attention import NO_MASK, keeps_state, takes_packed_rows
-from dro_rl.likelihood.packing import Layout, Row, lay_out
+from dro_rl.likelihood.packing import Layout, Row, lay_out, lay_out_after
+
+if TYPE_CHECKING:
+    from dro_rl.likelihood.prefill import Prefill
 
 TOKENS_PER_PASS = 16384
 """Tokens that go through a model at once, unless told."""
@@ -87,19 +90,25 @@ def completion_logps(
 
 
 def row_logps(
-    model: Model, rows: Sequence[Row], *, shared_prefix: bool = True, prefix_tree: bool = False
+    model: Model,
+    rows: Sequence[Row],
+    *,
+    shared_prefix: bool = True,
+    prefix_tree: bool = False,
+    prefills: Sequence[Prefill] = (),
 ) -> list[list[Tensor]]:
     """`completion_logps` for several rows in one forward pass.
 
-    With `prefix_tree`, rows whose prompts begin alike share their beginnings.
+    With `prefix_tree`, rows whose prompts begin alike share their beginnings. With `prefills`, one a row, the prompts
+    have been through the model, and completions alone go through it.
     """
     for row in rows:
         if not len(row.prompt) or not row.completions or not all(len(c) for c in row.completions):
             raise ValueError("a row has a prompt token, at least one completion, and no empty completion")
     if shared_prefix and takes_packed_rows(model, max(depth(row) for row in rows)):
         within = getattr(model, "within", None)
-        layout = lay_out(rows, prefix_tree=prefix_tree)
-        logps = _packed(model, layout, rows) if within is None else within(_packed, layout, rows)
+        layout = lay_out_after(rows) if prefills else lay_out(rows, prefix_tree=prefix_tree)
+        logps = _packed(model, layout, rows, prefills) if within is None else within(_packed, layout, rows)
     else:
         pairs = [(row.prompt, completion) for row in rows for completion in row.completions]
         logps = _padded(model, pairs, _allowed(rows))
@@ -169,17 +178,40 @@ def without_adapters(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "peft_config") else model
 
 
-def _packed(model: Any, layout: Layout, rows: Sequence[Row]) -> list[Tensor]:
-    """One pass over all rows without padding; each completion's token log-probabilities, in order."""
-    device = model.device
-    plain = without_adapters(model)
-    hidden = plain.base_model(
+def hidden_states(
+    plain: Any,
+    layout: Layout,
+    prefills: Sequence[Prefill] = (),
+    keep: dict[int, tuple[Tensor, Tensor]] | None = None,
+) -> Tensor:
+    """(tokens, width) that a decoder makes of a layout, before its head.
+
+    Args:
+        plain: a causal LM that takes packed rows.
+        layout: what goes through it.
+        prefills: what stands before the layout, one after another.
+        keep: filled with the keys and values of each layer.
+    """
+    device = plain.device
+    hidden: Tensor = plain.base_model(
         input_ids=torch.tensor([layout.ids], device=device),
         position_ids=torch.tensor([layout.positions], device=device),
         attention_mask=NO_MASK.to(device),
         packing=[segment.to(device) for segment in layout.segments],
+        before=[prefill.states for prefill in prefills],
+        keep=keep,
         use_cache=False,
     ).last_hidden_state[0]
+    return hidden
+
+
+def _packed(model: Any, layout: Layout, rows: Sequence[Row], prefills: Sequence[Prefill] = ()) -> list[Tensor]:
+    """One pass over all rows without padding; each completion's token log-probabilities, in order."""
+    device = model.device
+    plain = without_adapters(model)
+    hidden = hidden_states(plain, layout, prefills)
+    if prefills:
+        hidden = torch.cat([*(prefill.last for prefill in prefills), hidden])
     # The last token of a prompt predicts the first of each completion: its logits are made once for all of them.
     sources = [place for row in layout.sources for completion in row for place in completion]
     kept, where = (each.to(device) for each in torch.tensor(sources).unique(return_inverse=True))
@@ -189,6 +221,17 @@ def _packed(model: Any, layout: Layout, rows: Sequence[Row]) -> list[Tensor]:
     return list(logps.split([len(completion) for completion in completions]))
 
 
+def head_logits(model: Any, hidden: Tensor) -> Tensor:
+    """Float32 logits of hidden states, scaled and softcapped as the architectures that pack have them."""
+    config = model.config.get_text_config()
+    logits: Tensor = model.get_output_embeddings()(hidden).float()
+    if scaling := getattr(config, "logits_scaling", None):
+        logits = logits / scaling
+    if cap := getattr(config, "final_logit_softcapping", None):
+        logits = cap * (logits / cap).tanh()
+    return logits
+
+
 def _head_logps(
     model: Any, hidden: Tensor, where: Tensor, targets: Tensor, allowed: Sequence[Sequence[int]] | None
 ) -> Tensor:
@@ -196,20 +239,14 @@ def _head_logps(
 
     Each chunk is computed again for its gradient, so at most `LOGITS_PER_CHUNK` numbers are held.
     """
-    head, config = model.get_output_embeddings(), model.config.get_text_config()
-
     among = () if allowed is None else _padded_ids(allowed, hidden.device)
 
     def chunk(hidden: Tensor, where: Tensor, targets: Tensor, *among: Tensor) -> Tensor:
-        logits = head(hidden).float()
-        if scaling := getattr(config, "logits_scaling", None):
-            logits = logits / scaling
-        if cap := getattr(config, "final_logit_softcapping", None):
-            logits = cap * (logits / cap).tanh()
-        return _pick(logits, where, targets, *among)
+        return _pick(head_logits(model, hidden), where, targets, *among)
 
     # A sharded head is gathered each time it is called, by all processes together, so it is called once.
-    size = len(hidden) if hasattr(head.weight, "ds_id") else max(1, LOGITS_PER_CHUNK // config.vocab_size)
+    sharded = hasattr(model.get_output_embeddings().weight, "ds_id")
+    size = len(hidden) if sharded else max(1, LOGITS_PER_CHUNK // model.config.get_text_config().vocab_size)
     if len(hidden) <= size:
         return chunk(hidden, where, targets, *among)
     logps = torch.zeros(len(targets), device=hidden.device)

@@ -7,7 +7,7 @@ their attention interface; without a packing it is their own `sdpa`, so a model 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,14 +34,28 @@ def packed_attention(
     attention_mask: Tensor | None,
     *,
     packing: Sequence[Segment] | None = None,
+    before: Sequence[Mapping[int, tuple[Tensor, Tensor]]] = (),
+    keep: dict[int, tuple[Tensor, Tensor]] | None = None,
     dropout: float = 0.0,
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function, from (1, heads, tokens, head size) to (1, tokens, heads, head size)."""
+    """The attention function, from (1, heads, tokens, head size) to (1, tokens, heads, head size).
+
+    Keys and values may begin with what stands `before`, by layer; with `keep` those of this layer are left there.
+    """
     if packing is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+
+    layer: Any = module.layer_idx
+    if keep is not None:
+        keep.setdefault(layer, (key, value))  # a layer that is recomputed comes here again
+    if before:
+        key, value = (
+            torch.cat([*(states[layer][which] for states in before), own], dim=2)
+            for which, own in enumerate((key, value))
         )
 
     def look(segment: Segment) -> Tensor:

@@ -81,15 +81,16 @@ class Layout:
         self.positions += range(position, position + len(tokens))
         return slice(start, len(self.ids))
 
-    def _attend(self, context: tuple[slice, ...], queries: slice, owners: Sequence[int]) -> None:
-        """Let tokens see the context, and those before them of the same owner."""
+    def _attend(self, context: tuple[slice, ...], queries: slice, owners: Sequence[int], shift: int = 0) -> None:
+        """Let tokens see the context, and those before them of the same owner; their keys stand `shift` places on."""
         if not context and len(set(owners)) == 1:
             self.segments.append(Segment(queries, (queries,), None))
             return
         owner = torch.tensor(owners)
         own = (owner.unsqueeze(1) == owner).tril()
         seen = torch.ones(len(owner), sum(piece.stop - piece.start for piece in context), dtype=torch.bool)
-        self.segments.append(Segment(queries, _joined((*context, queries)), torch.cat([seen, own], dim=1)))
+        mine = slice(queries.start + shift, queries.stop + shift)
+        self.segments.append(Segment(queries, _joined((*context, mine)), torch.cat([seen, own], dim=1)))
 
 
 def lay_out(rows: Sequence[Row], *, prefix_tree: bool = False) -> Layout:
@@ -105,6 +106,26 @@ def lay_out(rows: Sequence[Row], *, prefix_tree: bool = False) -> Layout:
     else:
         for i in range(len(rows)):
             _branch(layout, rows, [i], 0, ())
+    return layout
+
+
+def lay_out_after(rows: Sequence[Row]) -> Layout:
+    """Completions alone, as one sequence, after prompts that stand elsewhere.
+
+    Keys are counted over all prompts, one after another, and then the sequence; sources over the last token of each
+    prompt, and then the sequence.
+    """
+    layout = Layout(sources=[[[] for _ in row.completions] for row in rows])
+    shift, start = sum(len(row.prompt) for row in rows), 0
+    for i, row in enumerate(rows):
+        prompt = slice(start, start + len(row.prompt))
+        start, written = prompt.stop, []
+        for j, completion in enumerate(row.completions):
+            piece = layout._write(completion, len(row.prompt))
+            layout.sources[i][j] = [i, *range(len(rows) + piece.start, len(rows) + piece.stop - 1)]
+            written.append(piece)
+        owners = [owner for owner, piece in enumerate(written) for _ in range(piece.stop - piece.start)]
+        layout._attend((prompt,), slice(written[0].start, written[-1].stop), owners, shift)
     return layout
 
 

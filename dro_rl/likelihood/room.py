@@ -28,6 +28,8 @@ class Room:
     def __init__(self, tokens: int | str) -> None:
         self.auto = tokens == AUTO
         self.tokens = TOKENS_PER_PASS if isinstance(tokens, str) else tokens
+        self.found = not self.auto
+        """Whether it is known, or has been tried out."""
         self.alone: Phrase | None = None
         """What goes whole and is all of a pass, and how much it takes."""
 
@@ -73,7 +75,7 @@ class Room:
             count = min(2 * low, len(order)) if high > len(order) else (low + high) // 2
         if not low:
             return order[0]
-        self.tokens = sum(sizes[i] for i in order[:low])
+        self.tokens, self.found = sum(sizes[i] for i in order[:low]), True
         logger.info(f"{self.tokens:,} tokens go through the models at once: {low} of {len(order)} questions fit")
         return None
 

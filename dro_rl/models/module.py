@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from dro_rl.likelihood import LIKELIHOODS, Scoring, answer_logps, row_logps
 from dro_rl.likelihood.packing import Row
+from dro_rl.likelihood.prefill import Prefills
 from dro_rl.objective import weighted_nll
 from dro_rl.roles import POLICIES, ROLES, Role
 
@@ -74,11 +75,19 @@ class SelectorGenerator(nn.Module):
         """The selector's: the Trainer asks a model for one."""
         return self.selector.config
 
+    @property
+    def drops_out(self) -> bool:
+        """Whether two passes over the same tokens may differ, by dropout in layers or in attention."""
+        return any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.modules()) or any(
+            getattr(getattr(self, role).config.get_text_config(), "attention_dropout", 0) for role in self.roles
+        )
+
     def forward(
         self,
         batch: Batch | None = None,
         scoring: Scoring | None = None,
         switch: Switch = lambda role: None,
+        prefills: Prefills | None = None,
         call: tuple[Role, Callable[[Any], Any]] | None = None,
     ) -> Any:
         """Score a micro-batch for training, or call a function with one role.
@@ -90,6 +99,7 @@ class SelectorGenerator(nn.Module):
             batch: the rows of each role, and what makes their losses.
             scoring: how they are scored.
             switch: told the role whose computation begins, in the backward pass too.
+            prefills: prompts that a policy has been through already.
             call: a role and a function of it.
         """
         if call is not None:
@@ -103,12 +113,17 @@ class SelectorGenerator(nn.Module):
             rows = batch.rows(role, detached)
             switch(role)
             tree = scoring.prefix_tree and batch.begins_alike(role)
-            scored = row_logps(getattr(self, role), rows, shared_prefix=scoring.shared_prefix, prefix_tree=tree)
+            kept = prefills.take(rows) if prefills is not None and role in POLICIES else []
+            scored = row_logps(
+                getattr(self, role), rows, shared_prefix=scoring.shared_prefix, prefix_tree=tree, prefills=kept
+            )
             found = _totals(role, scored, scoring)
             logps[role] = found if role in POLICIES else found[:, LIKELIHOODS.index(scoring.answer_likelihood)]
             detached[role] = found.detach()
             # Backward begins with the model that came last, and comes to this tensor when it is through with it.
-            _on_backward(logps[role], partial(switch, role))
+            # Prompts that were read before all else come after all else.
+            for tensor in (logps[role], *(each.last for each in kept)):
+                _on_backward(tensor, partial(switch, role))
         coefficients = batch.coefficients(detached)
         losses = {role: weighted_nll(values, _like(values, coefficients[role])) for role, values in logps.items()}
         return SelectorGeneratorOutput(losses, detached)

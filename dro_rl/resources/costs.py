@@ -68,7 +68,7 @@ class Done:
 
 
 def operations(
-    sizes: Mapping[Role, RoleSize], work: Work, counts: Counts, *, scores: bool, recomputes: bool
+    sizes: Mapping[Role, RoleSize], work: Work, counts: Counts, *, scores: bool, reuses: bool, recomputes: bool
 ) -> list[Done]:
     """What a run does, by phase, without an optimizer's few operations a weight.
 
@@ -77,6 +77,7 @@ def operations(
 
     Args:
         scores: whether the E-step scores in passes of its own.
+        reuses: whether the selector's prompts go forward once, in sampling.
         recomputes: whether layers are computed again in the backward pass.
     """
     m = counts.schedule.num_generations
@@ -102,7 +103,10 @@ def operations(
         if size.trained:
             again = size.forward * work.tokens[role] if recomputes else 0.0
             ratio = size.step / size.forward
-            done.append(Done(role, counts.trained * work.tokens[role], counts.trained * (ratio * read[role] + again)))
+            prompts = work.tokens[role] - work.distinct * work.selection
+            spared = _forward(size, prompts, work.prompt, 0.0) if reuses and role == "selector" else 0.0
+            each = ratio * read[role] + again - spared
+            done.append(Done(role, counts.trained * work.tokens[role], counts.trained * each))
     asked = counts.evaluations * counts.dev
     if asked:
         tokens = work.windows * (work.prompt + work.selection) + 2 * (work.reading + work.answer)

@@ -61,6 +61,7 @@ class Settings:
         optim: as in the recipe.
         accumulates: whether a step is several passes, whose gradients wait for each other.
         scores: whether the E-step scores in passes of its own.
+        reuses: whether the pass that samples keeps its graph and trains.
         shares_base: whether both roles' adapters are on one base.
         reference: whether the initial selector is kept beside the trained one.
         warms: roles that are warmed up.
@@ -82,6 +83,7 @@ class Settings:
     optim: str
     accumulates: bool
     scores: bool
+    reuses: bool
     shares_base: bool
     reference: bool
     warms: tuple[Role, ...]
@@ -114,19 +116,23 @@ def phases(settings: Settings, sizes: Mapping[Role, RoleSize], work: Work) -> li
     def phase(name: str, *, activations: float = 0.0, cache: float = 0.0, gradients: float = 0.0) -> Phase:
         return Phase(name, weights, gradients, optimizer, activations, cache, settings.process)
 
+    kept = {role: _kept(settings, size, work.pass_tokens[role]) for role, size in sizes.items()}
     if settings.engine == "vllm":
         found.append(phase("sampling", cache=vllm))
     else:
         cache, activations = _sampling(settings, selector, work)
+        if settings.reuses:
+            activations += kept["selector"] + selector.casts
         found.append(phase("sampling", activations=activations, cache=cache + vllm))
     if settings.scores and "generator" in sizes:
         found.append(phase("scoring", activations=_scoring(sizes, work), cache=asleep))
-    kept = {role: _kept(settings, size, work.pass_tokens[role]) for role, size in sizes.items()}
     layer = max(_layer(size, work.pass_tokens[role]) for role, size in sizes.items())
     logits = max(_logits(size, work.predicting[role]) for role, size in sizes.items())
     casts = sum(size.casts for size in sizes.values())
     whole = sum(gradients.values())
     activations = sum(kept.values()) + casts + _gathered(settings, sizes)
+    if settings.reuses:  # the keys and values of prompts twice, and what weights are cast to
+        activations += work.pass_tokens["selector"] * selector.cache_bytes + selector.casts
     if settings.accumulates:
         found.append(phase("training", activations=activations + max(layer, logits), cache=asleep, gradients=whole))
     else:

@@ -90,7 +90,8 @@ def size_of(recipe: Recipe, role: Role, half: torch.dtype | None, questions: Seq
         half = None if half == weights[0].dtype else half
         rows = _some(questions)
         kept = _kept(model, rows, half, packed, training)
-        model.gradient_checkpointing_enable()
+        every = (training.gradient_checkpointing_kwargs or {}).get("every_n_layers", 1)
+        model.gradient_checkpointing_enable(every_n_layers=every)
         model.enable_input_require_grads()
         recomputing = _kept(model, rows, half, packed, training)
         head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -138,9 +138,9 @@ def make_plan(
     planner = _Planner(machine, rows, windows_of(training, train), psutil.Process().memory_info().rss)
     sizes, work, found = planner.at(recipe, sharding)
     counts = _counts(recipe, schedule, len(train), len(dev), machine.devices)
-    done = operations(
-        sizes, work, counts, scores=planner.scores(recipe, sizes), recomputes=bool(training.gradient_checkpointing)
-    )
+    scores, reuses = planner.scores(recipe, sizes), planner.reuses(recipe, sizes, work)
+    recomputes = bool(training.gradient_checkpointing)
+    done = operations(sizes, work, counts, scores=scores, reuses=reuses, recomputes=recomputes)
     measured = None
     if calibrated:
         steps, per_step = schedule.steps_per_iteration, schedule.questions_per_step
@@ -226,6 +226,11 @@ class _Planner:
         )
         return not (training.weighs_in_training and one_step and not drops_out)
 
+    def reuses(self, recipe: Recipe, sizes: Mapping[Role, RoleSize], work: Work) -> bool:
+        """Whether the pass over the prompts that samples is the one that trains."""
+        alone = self.machine.devices == 1 and work.passes == 1 and sizes["selector"].packed
+        return recipe.training.reuses_sampling and alone and not self.scores(recipe, sizes)
+
     def advice(self, path: str | None, overrides: Mapping[str, Any], sharding: Sharding) -> Advice:
         """The first single change that makes it fit, else the changes that come nearest to it together."""
         room, recipe = self.machine.memory_of_a_process, load_recipe(path, overrides)
@@ -308,6 +313,7 @@ class _Planner:
             optim=str(getattr(training.optim, "value", training.optim)),
             accumulates=work.passes > 1,
             scores=self.scores(recipe, sizes),
+            reuses=self.reuses(recipe, sizes, work),
             shares_base=run.share_base,
             reference=training.beta > 0,
             warms=tuple(role for role in ROLES if run.of(role).warms),
