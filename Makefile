@@ -3,6 +3,7 @@
 # make smoke       a small training on real questions: DATASET=musique DATA=folder
 # make setup-vllm  vLLM for a CPU, into the same environment (on CUDA: pip install 'dro_rl[vllm]')
 # make quickstart  train the toy world into runs/quickstart, before/after table and curves
+# make docs        the pages of docs/ as a site in build/docs: open build/docs/index.html; to search it, serve that folder
 # make test        all tests
 # make lint        formatter, linter, type checker
 # make bench       six benchmarks into runs/bench; four took about 25 minutes on two quiet cores, for one_card see docs/one-card.md
@@ -20,7 +21,7 @@ TEST_PROCESSES ?= 2
 DATASET ?= musique
 DATA ?= $(or $(DRO_RL_DATA),data)
 
-.PHONY: setup setup-vllm quickstart real smoke test lint bench bench-large bench-rollouts bench-retrieval clean
+.PHONY: setup setup-vllm quickstart real smoke docs test lint bench bench-large bench-rollouts bench-retrieval clean
 
 setup: .venv/.complete
 
@@ -50,6 +51,9 @@ smoke: setup
 	$(BIN)/python -m dro_rl.toy.tiny_model --output runs/tiny/$(DATASET) \
 		--questions $(firstword $(wildcard $(DATA)/train/$(DATASET).jsonl* $(DATA)/$(DATASET)/train.jsonl*) $(DATA)/train/$(DATASET).jsonl)
 	$(BIN)/dro-rl train $(DATASET)_smoke --dataset_name $(DATA) --launch "--config_file cpu"
+
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --config-file docs/site/mkdocs.yml
 
 test: setup
 	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile

@@ -327,8 +327,11 @@ def renamed(rows: Rows, columns: Mapping[str, str]) -> Rows:
 
 
 def _alone(field: str, value: Any) -> Any:
-    """A text in a column that somebody names for a list is the only item of one."""
-    return [value] if isinstance(value, str) and field in ("answers", "supporting", "missed") else value
+    """A text in a column that somebody names for a list spells that list, or is the only item of one."""
+    if not isinstance(value, str) or field not in ("answers", "supporting", "missed"):
+        return value
+    found = spelled(value)
+    return found if isinstance(found, list) else [value]
 
 
 def parse_questions(rows: Rows, *, candidates: Candidates = "required", bad: Bad = refuse) -> Iterator[Question]:

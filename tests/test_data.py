@@ -23,7 +23,7 @@ from dro_rl.data.check import check
 from dro_rl.data.hub import is_local
 from dro_rl.data.prepare import Preparation, prepare
 from dro_rl.errors import InputError
-from dro_rl.records import Question
+from dro_rl.records import Question, read_questions
 
 
 def rows(made: list[Question]) -> list[dict[str, Any]]:
@@ -196,6 +196,14 @@ def test_a_name_means_a_file_or_a_hub_dataset(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "someone" / "questions").mkdir(parents=True)
     assert is_local(name) == local
+
+
+def test_a_list_that_is_spelled_in_a_column_of_another_name_is_that_list(tmp_path: Path) -> None:
+    """Its text was the only answer, brackets and all."""
+    path = tmp_path / "mine.csv"
+    path.write_text('id,question,gold\n1,How long?,"[""two years"", ""24 months""]"\n2,Which oil?,ISO 46\n')
+    found = read_questions(path, candidates="optional", columns={"answers": "gold"})
+    assert [question.answers for question in found] == [("two years", "24 months"), ("ISO 46",)]
 
 
 def test_columns_of_other_names_are_the_fields_that_the_recipe_says(tmp_path: Path) -> None:

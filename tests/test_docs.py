@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 from dataclasses import fields
@@ -13,6 +14,7 @@ from test_layout import LAYERS
 
 import dro_rl
 from dro_rl.cli import app
+from dro_rl.keys.reference import KEYS
 from dro_rl.rollouts.diagnostics import Summary
 from dro_rl.rollouts.log import SCHEMA, VERSION
 from dro_rl.rollouts.signals import RULES
@@ -24,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 def test_every_column_of_the_rollout_log_is_documented() -> None:
     text = (ROOT / "docs" / "rollout-log.md").read_text()
     assert f"Version {VERSION}:" in text
-    rows = re.findall(r"^\| `(\w+)` \| (.+?) \| (.+) \|$", text, flags=re.MULTILINE)
+    rows = re.findall(r"^\| `(\w+)` \| `?(.+?)`? \| (.+) \|$", text.replace("\\|", "|"), flags=re.MULTILINE)
     assert rows == [(f.name, str(f.type), f.metadata[b"description"].decode()) for f in SCHEMA]
 
 
@@ -60,7 +62,7 @@ def test_trees_agree_on_make_targets() -> None:
 
 def test_commands_that_documents_give_exist_with_their_options() -> None:
     """A command that is renamed, or loses an option, would leave its reader alone."""
-    found = 0
+    found, root = 0, typer.main.get_command(app)
     for document in [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "recipes").glob("*.md")]:
         for block in re.findall(r"^```bash\n(.*?)^```", document.read_text(), flags=re.MULTILINE | re.DOTALL):
             for line in block.replace("\\\n", " ").splitlines():
@@ -68,7 +70,7 @@ def test_commands_that_documents_give_exist_with_their_options() -> None:
                 if "dro-rl" not in words:
                     continue
                 found += 1
-                command, rest = typer.main.get_command(app), words[words.index("dro-rl") + 1 :]
+                command, rest = root, words[words.index("dro-rl") + 1 :]
                 while hasattr(command, "commands"):
                     assert rest, f"{document.name}: {line}"
                     assert rest[0] in command.commands, f"{document.name}: {line}"
@@ -100,3 +102,25 @@ def test_the_citation_has_the_version_and_the_paper() -> None:
     cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert cited["version"] == dro_rl.__version__
     assert DROTrainer._paper["id"] in cited["preferred-citation"]["url"]
+
+
+def test_troubleshooting_quotes_what_the_code_says() -> None:
+    """A message that changes its words would no longer be found on the page, nor a key that has another name."""
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    said = "\n".join(
+        node.value
+        for path in (ROOT / "dro_rl").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    )
+    signals, quoted, keys = {rule.name for rule in RULES}, 0, 0
+    for row in re.findall(r"^\| (.*?) \| .*? \| (.*) \|$", page, flags=re.MULTILINE):
+        for words in re.findall(r"`([a-z][^`]* [^`]*)`", row[0]):
+            quoted += 1
+            for part in words.split("…"):
+                assert part.strip() in said, words
+        for word in re.findall(r"`([a-z]+_[a-z_]+)(?:: [^`]+)?`", " ".join(row)):
+            keys += 1
+            assert word in KEYS or word in signals, word
+    assert quoted > 20
+    assert keys > 40

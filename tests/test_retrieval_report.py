@@ -84,6 +84,7 @@ def test_from_a_corpus_to_a_report(tmp_path):
     places = [tmp_path / name for name in ("report.json", "report.png")]
     done = run("retrieval", "report", tmp_path / "out.jsonl", "--output", places[0], "--plot", places[1])
     assert "bm25, 3 questions, 4 candidates" in done.stdout
+    assert "\\n" not in done.stdout  # of a heading on two lines
     assert places[1].read_bytes().startswith(b"\x89PNG")
     (report,) = json.loads(places[0].read_text())["reports"]
     assert report["judged"]["ids"]["measures"]["recall"][-1] == 1.0

@@ -108,7 +108,7 @@ def test_dropout_does_not_pass_for_a_difference(make_model) -> None:
 
 @pytest.mark.parametrize(("at", "passes"), [(-20.0, True), (-0.1, False)])
 def test_rounding_grows_with_what_is_rounded(monkeypatch, make_model, at: float, passes: bool) -> None:
-    """0.4 nats in bfloat16: of an answer at -20 a token, as a pre-trained model's before its warm-up, or of one at hand."""
+    """0.4 nats in bfloat16: of an answer at -20 a token, as a pre-trained model's before its warm-up, or at hand."""
     monkeypatch.setattr(verify, "_logps", lambda model, rows, scoring, shared: torch.tensor([at - 0.4 * shared, 0.0]))
     found = verify.difference(make_model(vocab_size=100), ROWS, Scoring(), gradients=False)
     assert found is not None

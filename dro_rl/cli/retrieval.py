@@ -249,6 +249,7 @@ def report(
 
 def _print_report(report: Report) -> None:
     from rich.table import Table
+    from rich.text import Text
 
     from dro_rl.cli.output import console
 
@@ -262,7 +263,7 @@ def _print_report(report: Report) -> None:
     table.add_column("k", justify="right")
     for by, judged in report.judged.items():
         for name in judged.measures:
-            table.add_column(f"{name}\n{by}", justify="right")
+            table.add_column(Text(f"{name}\n{by}"), justify="right")
     for place, k in enumerate(report.ks):
         if k in report.shown:
             cells = [f"{100 * m[place]:.1f}" for judged in report.judged.values() for m in judged.measures.values()]

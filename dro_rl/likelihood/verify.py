@@ -18,15 +18,16 @@ from dro_rl.likelihood.packing import Row
 TOLERANCES = {torch.float32: (1e-3, 1e-2), torch.bfloat16: (0.25, 0.25), torch.float16: (0.1, 0.1)}
 """Nats of a token's log-probability, and the share of the gradient's norm, that rounding may account for.
 
-A log-probability is the difference of numbers that grow with it, and so does its rounding: the nats are those of a token
-that is certain, and as much again for each ten that one lies below zero. A pre-trained model asked for an answer that it
-would never give is at -20 a token.
+A log-probability is the difference of numbers that grow with it, and so does its rounding: the nats are those of a
+token that is certain, and as much again for each ten that one lies below zero. A pre-trained model asked for an answer
+that it would never give is at -20 a token.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Between the two paths: the largest of a token's log-probability, as nats of a certain one; of the gradient, over its norm."""
+    """Between the two paths: the largest of a token's log-probability, as nats of a certain one; of the gradient, over
+    its norm."""
 
     logps: float
     gradients: float | None

@@ -102,7 +102,6 @@ class Encoder:
                 "sentence-transformers loads it",
                 "Save it anew, or name another.",
             ) from None
-        self.dimension = int(self._model.get_embedding_dimension())
         self.similarity = similarity or str(self._model.similarity_fn_name)
         if self.similarity not in ("cosine", "dot"):
             raise InputError(
@@ -113,6 +112,7 @@ class Encoder:
             )
         self.query_prompt = self._prompt(query_prompt, "query")
         self.passage_prompt = self._prompt(passage_prompt, "document", "passage", "corpus")
+        self.dimension = int(self.queries(["?"], 1).shape[1])
 
     def _prompt(self, given: str | None, *names: str) -> str:
         """Its own prompt is the first of these names that says something, unless one is given."""
