@@ -1,7 +1,7 @@
 """The pages that lead by the hand do what they say: their commands run, and print what stands beneath them.
 
-Of a page, blocks named `bash` run in their order in one empty folder (`sh` is for another machine). A block named `text`
-after one is what it prints: each line in its order, with any number for a number and anything for `…`.
+Of a page, blocks named `bash` run in their order in one empty folder (`sh` is for another machine). A block named
+`text` after one is what it prints: each line in its order, with any number for a number and anything for `…`.
 """
 
 from __future__ import annotations
