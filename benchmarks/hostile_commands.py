@@ -104,6 +104,8 @@ def build_world(folder: Path) -> dict[str, Line]:
         "index dense": (c, str(folder / "dense"), "--checkpoint", str(folder / "none")),
         "retrieval report": (q,),
         "rerank": (r, "--input", str(folder / "requests.jsonl"), "--output", str(folder / "r.trec"), "--overwrite"),
+        "model card": (r,),
+        "push": (r, "--repo-selector", "me/selector", "--dry-run"),
     }
 
 

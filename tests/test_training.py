@@ -53,7 +53,15 @@ def test_every_parameter_of_both_models_moves(job: Job) -> None:
 
 def test_a_run_leaves_all_its_files(job: Job) -> None:
     run = job()
-    for name in ("recipe.yaml", "selector/config.json", "generator/config.json", "trainer_state.json", "pipeline.json"):
+    for name in (
+        "recipe.yaml",
+        "selector/config.json",
+        "generator/config.json",
+        "selector/README.md",
+        "generator/README.md",
+        "trainer_state.json",
+        "pipeline.json",
+    ):
         assert (run / name).is_file(), name
     assert {path.name for path in (run / "evaluation").iterdir()} == {
         "summary.json", "curves.png", "base.parquet", "iteration-1.parquet", "iteration-2.parquet", "final.parquet",

@@ -15,6 +15,7 @@ from dro_rl.cli import (
     explain,
     model,
     plan,
+    push,
     recipe,
     report,
     rerank,
@@ -58,6 +59,7 @@ app.command("serve")(serve.serve)
 app.command("rerank")(rerank.rerank)
 app.command("serve-rollouts", context_settings={"allow_extra_args": True})(serve.serve_rollouts)
 app.command("retrieve")(retrieval.retrieve)
+app.command("push")(push.push)
 
 
 def _version(wanted: bool) -> None:
@@ -82,6 +84,7 @@ def main(
       dro-rl doctor
       dro-rl train quickstart
       dro-rl plan musique --gpus 8 --memory 80GB --card A100 --sharding fsdp2
+      dro-rl data fetch musique
       dro-rl data prepare hotpotqa --input hotpot_dev_distractor_v1.json --output dev.jsonl.gz
       dro-rl model convert SmolLM2-135M-Instruct.Q4_1.gguf models/smollm2
       dro-rl index bm25 corpus.jsonl.gz indexes/mine
@@ -106,4 +109,5 @@ def main(
       dro-rl explain out/musique 2hop__482757_12019
       dro-rl serve out/musique
       dro-rl rerank out/musique --input bm25.trec --queries q.tsv --corpus indexes/mine --output selected.trec
+      dro-rl push out/musique --repo-selector me/selector --dry-run
     """

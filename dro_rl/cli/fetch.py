@@ -40,7 +40,7 @@ def fetch(
     """
     import sys
 
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     from dro_rl.cli.output import console, print_json
     from dro_rl.data.fetch import commit_of, release_of

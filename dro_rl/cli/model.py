@@ -1,4 +1,4 @@
-"""`dro-rl model`: make a model folder that trains."""
+"""`dro-rl model`: make a model folder that trains, and the cards of trained ones."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
-app = typer.Typer(no_args_is_help=True, help="Make a model folder that trains.")
+app = typer.Typer(no_args_is_help=True, help="Make a model folder that trains, and cards of trained ones.")
 
 
 @app.command("convert")
@@ -83,6 +83,30 @@ def scratch(
 
     weights = write_scratch(str(TOY_BASE) if model == "toy" else model, output, seed)
     _say(json, output, f"{weights:,} random weights")
+
+
+@app.command("card")
+def card(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The output_dir of a training.", show_default=False)],
+    json: Json = False,
+) -> None:
+    """Write the model cards of a run anew: README.md in selector/ and generator/.
+
+    A run writes them at its end. After dro-rl evaluate they have its results too.
+
+    \b
+    Examples:
+      dro-rl model card runs/musique
+    """
+    from dro_rl.cli.output import console, print_json
+    from dro_rl.job.cards import write_cards
+
+    cards = write_cards(run)
+    if json:
+        print_json({"cards": cards})
+        return
+    for path in cards:
+        console().print(str(path), soft_wrap=True)
 
 
 def _say(json: bool, folder: Path, made: str) -> None:

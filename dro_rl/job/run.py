@@ -13,6 +13,7 @@ from dro_rl.em.timing import rates
 from dro_rl.evaluation.plots import plot_curves
 from dro_rl.job import preflight
 from dro_rl.job.assembly import evaluate_base, load_models, load_reference, warm_up_models
+from dro_rl.job.cards import write_cards
 from dro_rl.job.console import print_run, signal_spans
 from dro_rl.job.identity import inputs_of
 from dro_rl.job.output import claimed_output_dir, note_ending
@@ -63,6 +64,7 @@ def run_training(recipe: Recipe, job: preflight.Prepared, checkpoint: str | None
         plot_curves(trainer.run_dir)
         note_ending(trainer.run_dir, ending_of(trainer))
         print_run(read_run(trainer.run_dir))
+        write_cards(trainer.run_dir)
 
 
 def ending_of(trainer: DROTrainer) -> Ending:
