@@ -10,9 +10,7 @@ the models were made: weights, adapters, gradients, activations.
 
 from __future__ import annotations
 
-import shutil
 import tempfile
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -82,18 +80,16 @@ def main(
 ) -> None:
     """Measure two bases and one, in each way that bases are held."""
     harness.check(model, device)
-    folder = tempfile.mkdtemp(prefix="one_card")
-    options: dict[str, Any] = {"folder": folder, "m": m, "prompt": prompt, "read": read, "device": device}
+    options: dict[str, Any] = {"m": m, "prompt": prompt, "read": read, "device": device}
     options |= {"dtype": dtype, "repeats": repeats}
-    try:
+    with tempfile.TemporaryDirectory(prefix="one_card") as folder:
+        options["folder"] = folder
         harness.apart(write_base, folder=folder, model=model, device="cpu", dtype=dtype)
         rows = [
             {"held": each, "shared": shared, **harness.apart(update, shared=shared, held=each, **options)}
             for each in held
             for shared in (False, True)
         ]
-    finally:
-        shutil.rmtree(Path(folder), ignore_errors=True)
     plain = rows[0]
     lines = [
         [

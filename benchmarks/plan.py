@@ -5,8 +5,6 @@ Time is the processor's, which other jobs on the machine disturb less; both side
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -14,8 +12,8 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks import harness
-from dro_rl.recipe import parse_command_line
+from benchmarks import child, harness
+from dro_rl.recipe import load_recipe, parse_command_line
 from dro_rl.resources.machine import machine
 from dro_rl.resources.plan import make_plan
 
@@ -55,8 +53,7 @@ def _row(arguments: str) -> dict[str, Any]:
 
 def planned(words: list[str]) -> dict[str, Any]:
     """Bytes and seconds that a plan says, in a process that has done nothing else."""
-    path, overrides = parse_command_line(words)
-    found = make_plan(path, overrides, machine(on_cpu=True), calibrated=True, clock="processor")
+    found = make_plan(load_recipe(*parse_command_line(words)), machine(on_cpu=True), calibrated=True, clock="processor")
     parts = {each.phase: each.seconds for each in found.done}
     return {
         "planned_bytes": found.peak.total,
@@ -68,14 +65,8 @@ def planned(words: list[str]) -> dict[str, Any]:
 
 def trained(words: list[str]) -> dict[str, Any]:
     """Bytes and seconds that the job took, in a process of its own."""
-    command = [sys.executable, "-m", "dro_rl.train", *words]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"{' '.join(command)}: exit status {process.returncode}")
-    scale = 1 if sys.platform == "darwin" else 1024
-    return {"bytes": usage.ru_maxrss * scale, "seconds": usage.ru_utime + usage.ru_stime}
+    taken = child.measure([sys.executable, "-m", "dro_rl.train", *words])
+    return {"bytes": taken.peak_mib * 2**20, "seconds": taken.cpu_seconds}
 
 
 def _line(row: dict[str, Any]) -> list[str]:

@@ -10,17 +10,19 @@ time includes the interpreter's start. This process holds little: a child's peak
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import platform
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from benchmarks import child
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,7 +33,6 @@ ROWS_A_PART = 20_000
 """Rollouts that a training writes into one file, at most."""
 
 TARGETS: dict[str, tuple[list[str], float]] = {
-    "help": (["--help"], 0.2),
     "show, one question": (["rollouts", "show", "RUN", "q77"], 1),
     "show, the hardest": (["rollouts", "show", "RUN", "--sort", "evidence"], 1),
     "stats": (["rollouts", "stats", "RUN"], 5),
@@ -119,6 +120,7 @@ def _table(draw: np.random.Generator, iteration: int, first: int, questions: int
         "weight_temperature": np.ones(rows),
         "prompt_cut": np.zeros(rows, dtype=bool),
         "temperature": np.ones(rows),
+        "draw": np.ones(rows),
     }
     empty = {"rewards": [[]] * rows, "answer": [None] * rows, "order": [[]] * rows, "windows": [[]] * rows}
     values = [
@@ -128,22 +130,6 @@ def _table(draw: np.random.Generator, iteration: int, first: int, questions: int
         for field in log.SCHEMA
     ]
     return pa.Table.from_arrays(values, schema=log.SCHEMA)
-
-
-def measure(arguments: list[str]) -> dict[str, float]:
-    """Seconds, those of the processor, and the peak memory in MiB of one `dro-rl`."""
-    command = [sys.executable, "-c", "from dro_rl.cli import app; app()", *arguments]
-    started = time.perf_counter()
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"{' '.join(arguments)}: exit status {process.returncode}")
-    return {
-        "seconds": time.perf_counter() - started,
-        "cpu_seconds": usage.ru_utime + usage.ru_stime,
-        "peak_mib": usage.ru_maxrss / 1024,
-    }
 
 
 def main(
@@ -164,11 +150,13 @@ def main(
         found = {}
         for name, (command, target) in TARGETS.items():
             if only in name:
-                found[name] = each = measure([str(run) if word == "RUN" else word for word in command])
-                met = each["seconds"] < target and each["peak_mib"] < MIB
-                took = f"{each['seconds']:6.2f} s ({each['cpu_seconds']:.2f} s of processor)"
+                words = [str(run) if word == "RUN" else word for word in command]
+                each = child.measure([*child.DRO_RL, *words])
+                found[name] = dataclasses.asdict(each)
+                met = each.seconds < target and each.peak_mib < MIB
+                took = f"{each.seconds:6.2f} s ({each.cpu_seconds:.2f} s of processor)"
                 told = f"target {target:g} s, {MIB:,} MiB: {'met' if met else 'MISSED'}"
-                print(f"{name:20} {took} {each['peak_mib']:6,.0f} MiB peak; {told}", flush=True)
+                print(f"{name:20} {took} {each.peak_mib:6,.0f} MiB peak; {told}", flush=True)
     print(json.dumps({"machine": f"{platform.machine()}, {os.cpu_count()} cores", "cases": found}))
 
 

@@ -9,7 +9,6 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
-import re
 import shutil
 import subprocess
 import sys
@@ -75,6 +74,7 @@ def _python() -> Iterator[Finding]:
 
 def _packages() -> Iterator[Finding]:
     from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
 
     required = [Requirement(line) for line in importlib.metadata.requires("dro-rl") or []]
     tested = tested_versions()
@@ -90,7 +90,7 @@ def _packages() -> Iterator[Finding]:
         if not requirement.specifier.contains(found, prereleases=True):
             rule = f"{found}, and dro_rl wants {requirement.specifier}"
             yield Finding(requirement.name, "broken", rule, f"pip install '{requirement}'")
-        elif (known := tested.get(_normal(requirement.name))) and known != found.partition("+")[0]:
+        elif (known := tested.get(canonicalize_name(requirement.name))) and known != found.partition("+")[0]:
             others.append(f"{requirement.name} {found} ({known})")
     if others:
         yield Finding("versions", "note", f"other than tested: {', '.join(others)}", "Fine, unless something fails.")
@@ -100,15 +100,13 @@ def _packages() -> Iterator[Finding]:
 
 def tested_versions() -> dict[str, str]:
     """Of each package the version that was tested, by its normalised name."""
+    from packaging.utils import canonicalize_name
+
     if shipped.TESTED is None:
         return {}
     lines = (line.partition("#")[0].strip() for line in shipped.TESTED.read_text(encoding="utf-8").splitlines())
     pins = (line.partition("==") for line in lines if "==" in line)
-    return {_normal(name): version.partition("+")[0] for name, _, version in pins}
-
-
-def _normal(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name).lower()
+    return {canonicalize_name(name): version.partition("+")[0] for name, _, version in pins}
 
 
 def _devices() -> Iterator[Finding]:

@@ -6,6 +6,7 @@ import difflib
 import errno
 import reprlib
 from collections.abc import Iterable
+from itertools import islice
 
 from dro_rl.shown import visible
 
@@ -78,6 +79,12 @@ def did_you_mean(name: object, known: Iterable[str], otherwise: str = "Correct i
     return f"Did you mean {close[0]}?" if close else otherwise
 
 
+def closest(name: str, known: Iterable[str]) -> str:
+    """Some of the names that there are, the nearest first where one is near, of so many as can be compared at once."""
+    some = list(islice(known, 5000))
+    return ", ".join(map(repr, difflib.get_close_matches(name, some, 3, 0.4) or some[:3]))
+
+
 def first_line(error: BaseException) -> str:
     """What a library's error says, in one line."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
@@ -104,9 +111,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
-def as_size(count: int) -> str:
+def as_size(count: float) -> str:
     """Bytes as people say them."""
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+    units = ["B", "KiB", "MiB", "GiB", "TiB"]
+    while count >= 1024 and len(units) > 1:
+        count, units = count / 1024, units[1:]
+    return f"{count:,.{int(len(units) < 4)}f} {units[0]}"
 
 
 def is_full_disk(error: BaseException) -> bool:

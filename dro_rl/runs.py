@@ -136,22 +136,25 @@ def read_run(folder: str | Path) -> Run:
         raise InputError(
             str(folder), Phrase(found), "a run is the output_dir of a training", "`dro-rl runs ls DIR` lists them."
         )
-    recipe = {name: key.default for name, key in KEYS.items()} | read_yaml(folder / RECIPE)
     stages, owner = read_stages(folder), owner_of(folder / LOCK)
     complete = (folder / STATE).is_file() and any(stage["stage"] == FINAL for stage in stages)
     ending = _ending(folder / RECORD) if complete else None
     finished = complete and (owner is None or ending is not None)  # else it is begun again, to go on for longer
-    iterations = (re.match(r"iteration-(\d+)-part-", path.name) for path in log.part_paths(folder))
     return Run(
         path=folder,
         state="finished" if finished else "stopped" if owner is None else "running",
         owner=owner,
-        recipe=recipe,
-        iteration=max((int(name[1]) for name in iterations if name), default=0),
+        recipe=recipe_of(folder),
+        iteration=max(log.parts(folder), default=0),
         stages=stages,
         standing=_standing(folder, finished),
         ending=ending,
     )
+
+
+def recipe_of(folder: Path) -> dict[str, Any]:
+    """Every key of a run's recipe with its value: the default, for those that there were not when it began."""
+    return {name: key.default for name, key in KEYS.items()} | read_yaml(folder / RECIPE)
 
 
 def record_of(folder: Path) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
@@ -211,14 +214,26 @@ def _ending(path: Path) -> Ending | None:
     return None
 
 
+def logs_of(folder: Path, finished: bool) -> Iterator[list[dict[str, Any]]]:
+    """What a run logged, an entry a step: until its end, or its last checkpoint, then until those before.
+
+    Args:
+        finished: whether it has ended; else what lies in its folder may be of an earlier end, and comes last.
+
+    Raises:
+        InputError: a file is not as a run wrote it.
+    """
+    places = [place / STATE for place in reversed(checkpoints_of(folder))]
+    for path in [folder / STATE, *places] if finished else [*places, folder / STATE]:
+        if path.is_file():
+            logged = read_object(path, "a trainer's state", "Delete it.").get("log_history")
+            yield [entry for entry in logged if isinstance(entry, dict)] if isinstance(logged, list) else []
+
+
 def _standing(folder: Path, finished: bool) -> list[str]:
     """The signals that stood when the run last logged some."""
-    places = [place / STATE for place in reversed(checkpoints_of(folder))]
-    for path in [folder / STATE, *places] if finished else places:
-        if not path.is_file():
-            continue
-        history = read_object(path, "a trainer's state", "Delete it.").get("log_history")
-        for entry in reversed(history if isinstance(history, list) else []):
+    for logged in logs_of(folder, finished):
+        for entry in reversed(logged):
             signals = {name: value for name, value in entry.items() if name.startswith("signals/")}
             if signals:
                 return [name.removeprefix("signals/") for name, value in signals.items() if value]

@@ -38,7 +38,7 @@ from dro_rl.em.mismatch import EngineMismatch
 from dro_rl.em.optimizer import align, clip, parameter_groups, role_factors
 from dro_rl.em.passes import Passes, accumulating
 from dro_rl.em.progress import LineProgress, SignalWatch, say_at_the_start
-from dro_rl.em.schedule import Schedule, Slots, SlotSampler
+from dro_rl.em.schedule import Schedule, Slots, SlotSampler, fuses
 from dro_rl.em.timing import PhaseClock, flops_per_token, peak_flops, rates
 from dro_rl.engines.protocol import TrainedSelector
 from dro_rl.errors import InputError, is_out_of_memory
@@ -270,18 +270,8 @@ class DROTrainer(_BaseTrainer):
 
     @property
     def fused(self) -> bool:
-        """Whether one forward pass gives likelihoods, weights and losses.
-
-        It does where that is what scoring first would give: when an iteration is a single step of both models (or
-        several passes over one step's questions, of which the first is fresh), each question is whole on a process,
-        no rollout is to be left out of the backward pass or drawn again, the reward is the likelihood, and no dropout
-        disturbs the pass that weighs.
-        """
-        return (
-            self.args.weighs_in_training
-            and self.schedule.questions_per_iteration == self.schedule.questions_per_step
-            and not self._drops_out
-        )
+        """Whether one forward pass gives likelihoods, weights and losses."""
+        return fuses(self.args, self.schedule, drops_out=self._drops_out)
 
     @contextmanager
     def _open(self, role: Role) -> Iterator[Any]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,8 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from benchmarks import harness, operations, world
+from benchmarks import child, commands, harness, operations, rollout_log, world
+from dro_rl.cli import app as dro_rl_app
 from dro_rl.engines.decoding import Decoder
 from dro_rl.engines.protocol import GenerationRequest
 from dro_rl.prompts import Prompter
@@ -272,3 +275,59 @@ def test_a_policy_gets_off_a_place_where_rollouts_differ(tmp_path: Path) -> None
     assert listed < 0.1
     lean = {name: found["nothing to tell by", name]["commonest"] for name in ("m = 4, 4 orders", "all listed")}
     assert lean["all listed"] < lean["m = 4, 4 orders"] - 0.1
+
+
+# Looking into runs -------------------------------------------------------------------------------------------
+
+
+def in_process(command: Sequence[str]) -> child.Taken:
+    """A `dro-rl` in this process, which must end well; what it takes is no matter here."""
+    assert tuple(command[:3]) == child.DRO_RL
+    result = CliRunner().invoke(dro_rl_app, list(command[3:]), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return child.Taken(1.0, 1.0, 1.0)
+
+
+def test_a_log_is_made_and_every_command_looks_into_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Defect: a column that was new in the log was missing here, and the benchmark could not run."""
+    monkeypatch.setattr(child, "measure", in_process)
+    rollout_log.generate(tmp_path, rollouts=8 * 160, iterations=2)
+    rollout_log.main(rollouts=8 * 160, iterations=2, keep=tmp_path)
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("1,280 rollouts, 2 iterations, 2 files")
+    assert json.loads(last)["cases"].keys() == rollout_log.TARGETS.keys()
+    assert len(lines) == 1 + len(rollout_log.TARGETS)
+
+
+def test_commands_are_measured_on_runs_that_are_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(child, "measure", in_process)
+    monkeypatch.setattr(commands, "SMALL", 8 * 20)
+    monkeypatch.setattr(subprocess, "run", lambda command, check: exec(command[2], {}))
+    commands.main(rollouts=8 * 20, dev=4, repeats=1, only="small")
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[0][2:] for line in lines[2:]] == [
+        "rollouts ls, small",
+        "runs show, small",
+        "report, small",
+    ]
+    assert all(row["page_mb"] is None or row["page_mb"] > 0.1 for row in json.loads(last)["cases"])
+
+
+def test_a_child_is_measured_and_its_failure_is_an_end() -> None:
+    """From a small process: a child's peak begins at what its parent holds."""
+    code = (
+        "import sys; from benchmarks.child import measure\n"
+        "for words in ('', 'held = bytearray(64 * 2**20); sum(range(10**6))'):\n"
+        "    taken = measure([sys.executable, '-c', words]); print(taken.peak_mib, taken.cpu_seconds)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    bare, held = (map(float, line.split()) for line in done.stdout.splitlines())
+    (low, _), (high, busy) = bare, held
+    assert high > low + 32
+    assert busy > 0
+    with pytest.raises(SystemExit, match="exit status 3"):
+        child.measure([sys.executable, "-c", "raise SystemExit(3)"])

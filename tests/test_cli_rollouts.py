@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from dro_rl import __version__
 from dro_rl.cli import app
 from dro_rl.records import Document, Question, Rollout, Selection
-from dro_rl.rollouts import log, read
+from dro_rl.rollouts import changes, log, read
 from dro_rl.rollouts.explain import GroupRollout, SelectedDocument, explain
 from dro_rl.selection import SelectionSpec
 
@@ -554,6 +554,24 @@ def thrice(changed: Path) -> Path:
 )
 def test_answers_got_worse_or_better_since_an_iteration(thrice: Path, options: tuple[object, ...], ids: str) -> None:
     assert found(thrice, *options) == list(ids)
+
+
+@pytest.mark.parametrize("compared", [{}, {"first": 1}, {"first": 1, "last": 3}, {"first": 2, "last": 2}])
+def test_two_times_are_found_in_one_reading(
+    thrice: Path, compared: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[Path] = []
+
+    def read_once(paths: Sequence[Path], columns: Any = None) -> Any:
+        opened.extend(paths)
+        return log.read(paths, columns)
+
+    monkeypatch.setattr(changes, "log", types.SimpleNamespace(read=read_once))
+    found = changes.compare(thrice, **compared)
+    assert len(opened) == len(set(opened)) == {0: 3, 1: 3, 2: len({*compared.values()})}[len(compared)]
+    first, last = compared.get("first", 1), compared.get("last", 3)
+    assert found.compared == (0 if first == last else 2)
+    assert {(each.before.iteration, each.after.iteration) for each in found.shown} <= {(first, last)}
 
 
 def test_within_a_tie_is_neither_worse_nor_better(changed: Path) -> None:

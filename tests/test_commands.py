@@ -44,6 +44,24 @@ def test_help_says_what_a_command_does_with_examples_of_itself(name: str) -> Non
     assert "\x1b" not in result.stdout
 
 
+GROUPS = [group.name for group in typer.main.get_command(app).commands.values() if hasattr(group, "commands")]
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_a_group_s_help_has_examples_too(name: str) -> None:
+    assert f"    dro-rl {name} " in invoke(name, "--help").stdout.partition("Examples:\n")[2]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_arguments_and_outputs_are_named_alike(name: str) -> None:
+    usage = invoke(*name.split(), "--help").stdout.splitlines()[0]
+    assert "[[" not in usage
+    assert "…" not in usage
+    for parameter in COMMANDS[name].params:
+        if "--output" in parameter.opts:
+            assert "-o" in parameter.opts
+
+
 @pytest.mark.parametrize("name", sorted(COMMANDS.keys() - JOBS))
 def test_what_prints_an_answer_prints_it_as_json(name: str) -> None:
     assert "--json" in {option for parameter in COMMANDS[name].params for option in parameter.opts}
@@ -124,6 +142,8 @@ FILES_ALONE = [
     ["recipe", "diff", "musique", "nq"],
     ["recipe", "resolve", "nowhere"],
     ["study", "ls"],
+    ["study", "show", "nowhere"],
+    ["report", "nowhere"],
     ["runs", "ls", "."],
     ["runs", "show", "nowhere"],
     ["compare", "nowhere", "elsewhere"],

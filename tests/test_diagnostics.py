@@ -130,7 +130,7 @@ def test_on_policy_the_bound_is_that_of_the_objective() -> None:
             selection_logp=zeros, proposal_logp=zeros, reference_logp=zeros, reward=zeros, weight=zeros + 1 / 6,
             temperature=zeros,
             length=valid.numpy().ravel().astype(int), numbers=np.ones(len(rows), int),
-            supporting=np.zeros(len(rows), bool), shown=np.ones(len(rows), int), problems={},
+            supporting=np.zeros(len(rows), bool), shown=np.ones(len(rows), int), problems={}, draw=np.ones(50, int),
         )
     )  # fmt: skip
     assert found.evidence_bound == pytest.approx(evidence_bound(answers, mask=valid).numpy(), rel=1e-12)

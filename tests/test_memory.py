@@ -181,7 +181,7 @@ def test_one_question_that_does_not_fit_says_how_much_it_takes(tmp_path: Path, m
         trainer.m_step(trainer.model, rollouts, [p * 4 + j for p in trainer.schedule.positions(0) for j in range(4)])
     error = str(trainer._out_of_memory(raised.value))
     assert error.startswith("tokens_per_microbatch: question q")
-    for part in ("alone takes ", " of the selector and ", " of the generator", "selector 0.1 MiB", "max_prompt_length"):
+    for part in ("alone takes ", " of the selector and ", " of the generator", "selector 79 KiB", "max_prompt_length"):
         assert part in error
 
 
@@ -216,9 +216,9 @@ def test_a_number_of_tokens_that_does_not_fit_ends_with_who_held_what(job: Job, 
     error = refusal(lambda: job(tokens_per_microbatch=4096, beta=0.1, **WIDE))
     assert error.startswith("tokens_per_microbatch: 4096: ")
     for part in (
-        "selector 0.1 MiB",
-        "generator 0.1 MiB",
-        "reference 0.1 MiB",
+        "selector 79 KiB",
+        "generator 79 KiB",
+        "reference 79 KiB",
         "out of memory",
         "Lower it, or use auto",
     ):

@@ -9,17 +9,20 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from test_cli_rollouts import DOCUMENTS, QUESTIONS, rollouts, write
 from typer.testing import CliRunner
 
 from dro_rl.cli import app
-from dro_rl.evaluation.stages import write_stages
+from dro_rl.evaluation.stages import SHOWN, write_stages
+from dro_rl.report.curves import PANELS
 from dro_rl.report.gather import names_of, tell, what_differs
-from dro_rl.report.page import write_report
+from dro_rl.report.page import KIND_WORDS, write_report
 from dro_rl.report.rollouts import _pick, _spread
+from dro_rl.rollouts.diagnostics import KINDS
+from dro_rl.rollouts.find import CHANGES, Only
 
 HOSTILE = (
     "</script><script>document.title='stolen'</script><img src=x onerror=\"document.title='stolen'\">\u202e\x1b[31m"
@@ -166,6 +169,24 @@ def test_documents_stand_beside_each_other_with_their_texts(tmp_path: Path) -> N
     assert group["documents"]["2"]["text"] == "A passage without a title."
     assert [rollout["z"] for rollout in group["rollouts"]] == [[1, 3], [1, 2], [2, 1], []]
     assert group["rollouts"][3]["x"] == ["format", "too_few"]
+
+
+def test_kinds_are_those_of_the_commands(tmp_path: Path) -> None:
+    """Nobody selected gold of `b`, which has none: it was not missed."""
+    page_of(tmp_path, run_in(tmp_path / "run"))
+    kinds = {group["id"]: group["kinds"] for group in data_of(tmp_path)["groups"]}
+    assert kinds == {"a": ["invalid"], "b": ["tie", "collapsed"]}
+    assert tuple(KIND_WORDS) == KINDS
+    assert {*KINDS, *CHANGES} == set(get_args(Only))
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert re.findall(r'<option value="(\w+)">', text)[:6] == [*KINDS, "problems"]
+
+
+def test_intervals_are_of_the_metrics_that_are_shown_and_of_the_one_that_decides(tmp_path: Path) -> None:
+    (told,) = tell([run_in(tmp_path / "run", more="metric_for_best_model: answer_recall@5\n")])
+    assert set(told.stages["base"]) <= {*SHOWN, "answer_recall@5"}
+    drawn = {name for panel in PANELS for name in panel.curves}
+    assert {name for name in told.curves if not name.startswith("dev ")} <= drawn
 
 
 def test_of_many_questions_some_are_shown_by_a_stated_rule(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from training_world import world
+from test_training import trainer_of
+from training_world import questions, save_model, world
 from typer.testing import CliRunner
 
 from dro_rl.cli import app
@@ -19,14 +20,15 @@ from dro_rl.em.timing import known_card
 from dro_rl.errors import InputError
 from dro_rl.job.assembly import build_prompters
 from dro_rl.likelihood import row_logps
-from dro_rl.models.loading import load_model
+from dro_rl.models import quantization
+from dro_rl.models.loading import LoraSettings, add_adapter, load_model
 from dro_rl.recipe import load_recipe
 from dro_rl.resources.calibration import Calibration, calibrate, seconds
 from dro_rl.resources.costs import Counts, Done, by_card, operations
 from dro_rl.resources.machine import Machine, machine, parse_size
 from dro_rl.resources.memory import Settings, peak, phases
 from dro_rl.resources.models import RoleSize, size_of
-from dro_rl.resources.plan import make_plan
+from dro_rl.resources.plan import Plan, make_plan
 from dro_rl.resources.work import Work, rows_of, work_of
 from dro_rl.toy.world import TOY_BASE, make_world
 
@@ -94,6 +96,10 @@ def run(*arguments: str | Path) -> Any:
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
+def plan_of(recipe: str | Path, changes: dict[str, Any], machine: Machine, sharding: Any = None) -> Plan:
+    return make_plan(load_recipe(recipe, changes), machine, sharding)
+
+
 def training_phase(settings: Settings, size: RoleSize = SIZE) -> Any:
     return next(
         each for each in phases(settings, {"selector": size, "generator": size}, WORK) if each.name == "training"
@@ -153,6 +159,21 @@ def test_a_model_is_as_large_as_it_is_when_it_is_loaded() -> None:
     assert size.parameters == size.trained == sum(weight.numel() for weight in model.parameters())
     assert size.weight_bytes == 4 * size.parameters
     assert size.packed
+
+
+@pytest.mark.parametrize("held", ["nf4", "int8"])
+def test_a_base_in_codes_is_as_large_as_bitsandbytes_holds_it(held: str, tmp_path: Path) -> None:
+    """Scales and their scales with it; embeddings and head stay numbers."""
+    base = save_model(tmp_path / "base", 1, hidden_size=256, intermediate_size=512)
+    keys = {"selector_lora_r": 4, "quantization": held}
+    recipe = load_recipe(world(tmp_path / "w", selector_model_name_or_path=str(base), **keys))
+    model = load_model(str(base), **quantization.settings_of(held, torch.float32))
+    size = sum(p.nbytes for p in add_adapter(model, LoraSettings(4, 8, 0.0, None)).parameters())
+    for layer in filter(quantization.is_quantised, model.modules()):
+        state: Any = getattr(layer.weight, "quant_state", None)
+        size += layer.weight.SCB.nbytes if state is None else state.absmax.nbytes + state.state2.absmax.nbytes
+    rows = rows_of(recipe.training, questions(4), build_prompters(recipe))
+    assert size_of(recipe, "selector", None, [rows[0]["selector"]]).weight_bytes == size
 
 
 @pytest.mark.parametrize("role", ["selector", "generator"])
@@ -336,7 +357,7 @@ def test_a_card_does_its_share_of_the_peak_and_reads_all_weights_for_each_decode
 
 
 def test_a_short_run_s_pace_is_the_whole_run_s() -> None:
-    pace = Calibration({"rollout": 0.5}, {"selector": 2.0}, 0.1, 3.0, {"selector": 0.25}, {"selector": 1.0}, 7.0, 0, 6)
+    pace = Calibration({"rollout": 0.5}, {"selector": 2.0}, 0.1, 3.0, {"selector": 0.25}, {"selector": 1.0}, 7.0, 6)
     found = seconds([Done("rollout", 5.0, 6.0)], pace, counts(warmup_steps={"selector": 8}))
     assert {each.phase: each.seconds for each in found} == {
         "rollout": 12.0,
@@ -352,7 +373,7 @@ def test_a_short_run_s_pace_is_the_whole_run_s() -> None:
 @pytest.mark.slow
 def test_calibration_runs_the_job_and_leaves_nothing(tmp_path: Path) -> None:
     recipe = world(tmp_path / "w", warmup="selector", warmup_selector_steps=20)
-    found = calibrate(str(recipe), {}, 2, 4)
+    found = calibrate(load_recipe(recipe).values, 2, 4)
     assert found.steps == 6
     assert {"selector", "generator", "optimizer"} <= found.of_a_step.keys()
     assert found.of_a_question["rollout"] > 0
@@ -375,19 +396,29 @@ def test_a_wrong_input_found_in_another_process_says_the_same() -> None:
 
 def test_a_plan_counts_what_the_job_does(tmp_path: Path) -> None:
     recipe = world(tmp_path / "w")
-    plan = make_plan(str(recipe), {}, CPU)
+    plan = plan_of(recipe, {}, CPU)
     assert (plan.counts.steps, plan.counts.iterations, plan.rollouts) == (4, 2, 64)
     assert plan.counts.evaluations == 4  # the start, after each of two iterations, and the end
     assert plan.counts.checkpoints == 3
     assert plan.fits
     assert plan.seconds is None
-    stopped = make_plan(str(recipe), {"max_steps": 3, "eval_iterations": 5, "warmup": "both"}, CPU)
+    stopped = plan_of(recipe, {"max_steps": 3, "eval_iterations": 5, "warmup": "both"}, CPU)
     assert (stopped.counts.steps, stopped.counts.iterations, stopped.counts.evaluations) == (3, 2, 4)
     assert stopped.counts.warmup_steps == {"selector": 2, "generator": 2}  # an epoch of 12 questions by 8
 
 
+def test_a_plan_scores_apart_where_the_trainer_does(tmp_path: Path) -> None:
+    """Twelve questions by eight a step: an iteration of all whole steps is one step, whose pass weighs too."""
+    recipe, once = world(tmp_path / "w"), {"questions_per_iteration": None, "per_device_train_batch_size": 8}
+    for changes, fused in (({}, False), (once, True), (once | {"selector_lora_r": 4, "lora_dropout": 0.1}, False)):
+        plan = plan_of(recipe, changes, CPU)
+        assert ("scoring" not in [phase.name for phase in plan.phases]) == fused
+        assert ("scoring" not in [done.phase for done in plan.done]) == fused
+        assert trainer_of(tmp_path / str(len(changes)), **changes).fused == fused
+
+
 def test_a_plan_for_gpus_is_of_their_steps_and_their_precision() -> None:
-    plan = make_plan(
+    plan = plan_of(
         "quickstart",
         {**QUICKSTART, "questions_per_iteration": 128, "max_train_samples": 128},
         machine(8, "80GB", "A100"),
@@ -409,16 +440,16 @@ def test_advice_makes_it_fit(changes: dict[str, Any], key: str) -> None:
     """Room for a little less than the plan takes: the first key that is enough is named, and it is enough."""
     changes = {**QUICKSTART, "rollout_engine": "transformers", **changes}
     room = machine(1, "80GB", None)
-    tight = replace(room, memory=int(make_plan("quickstart", changes, room).peak.total) - 2**20)
-    plan = make_plan("quickstart", changes, tight)
+    tight = replace(room, memory=int(plan_of("quickstart", changes, room).peak.total) - 2**20)
+    plan = plan_of("quickstart", changes, tight)
     assert not plan.fits
     assert plan.advice is not None
     assert list(plan.advice.changes) == [key]
-    assert make_plan("quickstart", changes | plan.advice.changes, tight).fits
+    assert plan_of("quickstart", changes | plan.advice.changes, tight).fits
 
 
 def test_where_nothing_helps_the_plan_says_so() -> None:
-    plan = make_plan("quickstart", QUICKSTART, Machine("cuda", 1, GIB // 2, None, here=False))
+    plan = plan_of("quickstart", QUICKSTART, Machine("cuda", 1, GIB // 2, None, here=False))
     assert plan.advice is not None
     assert not plan.advice.fits
 
@@ -432,6 +463,9 @@ def test_where_nothing_helps_the_plan_says_so() -> None:
         (("--sharding", "zero3"), "--sharding"),
         (("--gpus", "2", "--memory", "80GB", "--calibrate", "--questions_per_iteration", "32"), "--calibrate"),
         (("--num_selected", "13"), "num_selected"),
+        (("--max_steps", "99999"), "max_steps"),
+        (("--max_completion_length", "3"), "max_completion_length"),
+        (("--metric_for_best_model", "nonsense"), "metric_for_best_model"),
         (("--dataset_name", "nowhere.jsonl"), "dataset_name"),
         (("--generator_model_name_or_path", "no/model"), "generator_model_name_or_path"),
         (("--nonsense", "1"), "nonsense"),

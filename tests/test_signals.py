@@ -17,7 +17,7 @@ from dro_rl.config import DROConfig
 from dro_rl.em import progress
 from dro_rl.em.progress import LineProgress, SignalWatch
 from dro_rl.em.schedule import Schedule
-from dro_rl.errors import InputError
+from dro_rl.errors import InputError, as_size
 from dro_rl.evaluation.stages import write_stages
 from dro_rl.job.console import print_signals, signal_spans
 from dro_rl.progress import INTERVAL, Progress, duration, how_far
@@ -340,6 +340,12 @@ def test_how_far(arguments: Any, text: str) -> None:
 
 def test_durations_are_in_the_unit_that_one_would_say() -> None:
     assert [duration(seconds) for seconds in (0.4, 45, 89, 300, 7500)] == ["0 s", "45 s", "89 s", "5 min", "2 h 05 min"]
+
+
+def test_sizes_are_in_the_unit_that_one_would_say() -> None:
+    sizes = (0, 1023, 1024, 2**20 - 1, 2**20, 1.55 * 2**30, 3000 * 2**40)
+    said = ["0 B", "1,023 B", "1 KiB", "1,024 KiB", "1.0 MiB", "1.6 GiB", "3,000.0 TiB"]
+    assert [as_size(size) for size in sizes] == said
 
 
 def test_a_long_loop_is_not_silent_and_a_short_one_is(capsys: Any) -> None:

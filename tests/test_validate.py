@@ -38,6 +38,10 @@ def test_more_processes_mean_more_questions_a_step(recipe: Path) -> None:
     assert "questions_per_iteration: 8: an iteration has whole steps of 16" in validate(recipe, "--processes", 4).stderr
 
 
+def test_a_run_that_stops_before_its_last_iteration_samples_less(recipe: Path) -> None:
+    assert "steps 1, rollouts 32" in validate(recipe, "--max_steps", 1).stdout
+
+
 def test_an_optimizer_whose_library_is_missing_is_refused(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)

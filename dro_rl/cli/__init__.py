@@ -41,9 +41,14 @@ app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )(train.train)
 app.add_typer(runs.app, name="runs")
-app.command("plan", options_metavar="[OPTIONS]", context_settings={"ignore_unknown_options": True})(plan.plan)
-app.command("doctor")(doctor.doctor)
-app.command("report")(report.report)
+app.command(
+    "plan",
+    options_metavar="[OPTIONS]",
+    short_help="Say what a run will do and take, before it does.",
+    context_settings={"ignore_unknown_options": True},
+)(plan.plan)
+app.command("doctor", short_help="Check whether this machine can train.")(doctor.doctor)
+app.command("report", short_help="Write a page about runs and studies.")(report.report)
 app.add_typer(rollouts.app, name="rollouts")
 app.add_typer(recipe.app, name="recipe")
 app.add_typer(study.app, name="study")
@@ -51,15 +56,19 @@ app.add_typer(data.app, name="data")
 app.add_typer(model.app, name="model")
 app.add_typer(retrieval.index, name="index")
 app.add_typer(retrieval.app, name="retrieval")
-app.command("ask")(ask.ask)
-app.command("explain")(explain.explain)
-app.command("evaluate")(evaluate.evaluate)
-app.command("compare")(evaluate.compare)
-app.command("serve")(serve.serve)
-app.command("rerank")(rerank.rerank)
-app.command("serve-rollouts", context_settings={"allow_extra_args": True})(serve.serve_rollouts)
-app.command("retrieve")(retrieval.retrieve)
-app.command("push")(push.push)
+app.command("ask", short_help="Answer a question with a trained pair.")(ask.ask)
+app.command("explain", short_help="Say which document moved an answer.")(explain.explain)
+app.command("evaluate", short_help="Evaluate a trained pair on a split.")(evaluate.evaluate)
+app.command("compare", short_help="Compare two evaluations, question by question.")(evaluate.compare)
+app.command("serve", short_help="Serve a trained pair over HTTP.")(serve.serve)
+app.command("rerank", short_help="Re-rank a ranking by the selector alone.")(rerank.rerank)
+app.command(
+    "serve-rollouts",
+    short_help="Start the vLLM server of a recipe.",
+    context_settings={"allow_extra_args": True},
+)(serve.serve_rollouts)
+app.command("retrieve", short_help="Retrieve candidates for a question file.")(retrieval.retrieve)
+app.command("push", short_help="Send trained models to a hub.")(push.push)
 
 
 def _version(wanted: bool) -> None:
@@ -95,19 +104,19 @@ def main(
       dro-rl serve-rollouts recipes/musique.yaml
       dro-rl runs ls runs
       dro-rl runs show runs/musique
-      dro-rl rollouts ls out/musique
-      dro-rl rollouts stats out/musique
-      dro-rl rollouts show out/musique --sort evidence --limit 3
-      dro-rl rollouts top out/musique --only missed
-      dro-rl rollouts show out/musique 2hop__482757_12019
-      dro-rl report out/musique -o report.html
-      dro-rl evaluate out/musique --data data/musique/test.jsonl
-      dro-rl compare out/sft out/musique
+      dro-rl rollouts ls runs/musique
+      dro-rl rollouts stats runs/musique
+      dro-rl rollouts show runs/musique --sort evidence --limit 3
+      dro-rl rollouts top runs/musique --only missed
+      dro-rl rollouts show runs/musique 2hop__482757_12019
+      dro-rl report runs/musique -o report.html
+      dro-rl evaluate runs/musique --data data/musique/test.jsonl
+      dro-rl compare runs/sft runs/musique
       dro-rl study run joint
       dro-rl study show joint
-      dro-rl ask out/musique "Who wrote it?" --documents documents.jsonl
-      dro-rl explain out/musique 2hop__482757_12019
-      dro-rl serve out/musique
-      dro-rl rerank out/musique --input bm25.trec --queries q.tsv --corpus indexes/mine --output selected.trec
-      dro-rl push out/musique --repo-selector me/selector --dry-run
+      dro-rl ask runs/musique "Who wrote it?" --documents documents.jsonl
+      dro-rl explain runs/musique 2hop__482757_12019
+      dro-rl serve runs/musique
+      dro-rl rerank runs/musique --input bm25.trec --queries q.tsv --corpus indexes/mine --output selected.trec
+      dro-rl push runs/musique --repo-selector me/selector --dry-run
     """

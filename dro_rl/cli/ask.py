@@ -22,7 +22,7 @@ def ask(
         Path | None, typer.Option("--question-file", help="A question file to take the question from.")
     ] = None,
     question_id: Annotated[str | None, typer.Option("--id", help="The question's id in --question-file.")] = None,
-    k: Annotated[int | None, typer.Option("--k", min=1, help="Documents to select. Without it, as trained.")] = None,
+    k: Annotated[int | None, typer.Option("--k", "-k", min=1, help="Documents to select, or as trained.")] = None,
     window_size: Annotated[
         int | None,
         typer.Option(
@@ -39,8 +39,8 @@ def ask(
 
     \b
     Examples:
-      dro-rl ask out/musique "Who wrote it?" --documents documents.jsonl
-      dro-rl ask out/musique --question-file dev.jsonl.gz --id 2hop__482757_12019
+      dro-rl ask runs/musique "Who wrote it?" --documents documents.jsonl
+      dro-rl ask runs/musique --question-file dev.jsonl.gz --id 2hop__482757_12019
     """
     asked = _asked(question, documents, question_file, question_id)
 

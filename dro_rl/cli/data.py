@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from dro_rl.records import Question
     from dro_rl.rows import Watch
 
-app = typer.Typer(help="Prepare, check and show question files.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
 FORMAT = "questions, dpr, dpr-csv, nq-open, retrieved, hotpotqa, 2wikimultihopqa, musique, wow, kilt, flashrag, search-r1, rank-llm, dro"  # fmt: skip # noqa: E501
 
@@ -37,7 +37,13 @@ Column = Annotated[
 
 @app.callback()
 def group() -> None:
-    """Prepare, check and show question files."""
+    """Prepare, check, show and export question files.
+
+    \b
+    Examples:
+      dro-rl data prepare hotpotqa --input hotpot_dev_distractor_v1.json --output dev.jsonl.gz
+      dro-rl data check dev.jsonl.gz
+    """
 
 
 @app.command("prepare")
@@ -54,7 +60,8 @@ def prepare(
         str, typer.Option("--input", metavar="FILE|HUB", help="A released file or a hub dataset.", show_default=False)
     ],
     output: Annotated[
-        Path, typer.Option("--output", help="The question file to write: .jsonl or .jsonl.gz.", show_default=False)
+        Path,
+        typer.Option("--output", "-o", help="The question file: .jsonl or .jsonl.gz.", show_default=False),
     ],
     format: Annotated[
         str | None, typer.Option("--format", help=f"The input's format, told by its fields if not given: {FORMAT}.")

@@ -48,7 +48,7 @@ def evaluate(
     ] = "none",
     seed: Annotated[int, typer.Option("--seed", help="Of --control random.")] = 0,
     output: Annotated[
-        Path | None, typer.Option("--output", help="Folder of the results. Without it, RUN/evaluation/<split>.")
+        Path | None, typer.Option("--output", "-o", help="Folder of the results. Without it, RUN/evaluation/<split>.")
     ] = None,
     recipe: Annotated[
         Path | None,
@@ -184,7 +184,7 @@ def compare(
         str | None, typer.Option("--name", help="Which evaluation of the runs, where they have several.")
     ] = None,
     limit: Annotated[int, typer.Option("--limit", min=0, help="Questions won and lost that are shown, at most.")] = 5,
-    output: Annotated[Path | None, typer.Option("--output", help="Write the comparison to this JSON file too.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write it to this JSON file too.")] = None,
     json: Json = False,
 ) -> None:
     """Compare two evaluations of the same questions: paired tests, intervals, and what was won and lost.

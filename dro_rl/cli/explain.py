@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def explain(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The run's output_dir.", show_default=False)],
-    question_id: Annotated[str, typer.Argument(metavar="QUESTION", help="A question's id.", show_default=False)],
+    question_id: Annotated[str, typer.Argument(metavar="QUESTION_ID", help="A question's id.", show_default=False)],
     question_file: Annotated[
         Path | None,
         typer.Option("--question-file", help="Where the question is. Without it, dev or train of the run's recipe."),
@@ -71,9 +71,7 @@ def explain(
 
 def _question(run: Path, question_id: str, file: Path | None) -> Question:
     """The question of an id, with its candidates as training shapes them. Raises `InputError` with the nearest ids."""
-    from difflib import get_close_matches
-
-    from dro_rl.errors import InputError
+    from dro_rl.errors import InputError, closest
     from dro_rl.job.preflight import read_splits
     from dro_rl.recipe import load_recipe
     from dro_rl.records import read_questions
@@ -85,10 +83,9 @@ def _question(run: Path, question_id: str, file: Path | None) -> Question:
         questions = [*dev, *train]
     known = {each.id: each for each in reversed(questions)}
     if question_id not in known:
-        near = get_close_matches(question_id, list(known)[:5000], 3, 0.4) or list(known)[:3]
         where = file or f"{run}: its data"
         raise InputError(
-            str(where), question_id, "there is no question of this id", f"There are {', '.join(map(repr, near))}."
+            str(where), question_id, "there is no question of this id", f"There are {closest(question_id, known)}."
         )
     return known[question_id]
 

@@ -16,7 +16,7 @@ def export(
             "--to", help="FlashRAG's JSONL, Search-R1's Parquet, or requests of rank_llm.", show_default=False
         ),
     ],
-    output: Annotated[Path, typer.Option("--output", help=".jsonl(.gz); for search-r1 .parquet.", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help=".jsonl(.gz); for search-r1 .parquet.")],
     dataset: Annotated[
         str, typer.Option("--dataset", help="What search-r1 calls questions that name no dataset.")
     ] = "questions",

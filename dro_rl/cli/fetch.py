@@ -14,7 +14,8 @@ def fetch(
         typer.Argument(metavar="NAME", help="nq, hotpotqa, musique, 2wikimultihopqa or wow.", show_default=False),
     ],
     output: Annotated[
-        Path | None, typer.Option("--output", help="The folder to fill; data/NAME unless told.", show_default=False)
+        Path | None,
+        typer.Option("--output", "-o", help="The folder to fill. Without it, data/NAME.", show_default=False),
     ] = None,
     split: Annotated[
         list[str] | None, typer.Option("--split", help="train or dev; both unless told.", show_default=False)

@@ -8,7 +8,18 @@ from typing import Annotated
 import typer
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
-app = typer.Typer(no_args_is_help=True, help="Make a model folder that trains, and cards of trained ones.")
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+
+
+@app.callback()
+def group() -> None:
+    """Make a model folder that trains, and cards of trained ones.
+
+    \b
+    Examples:
+      dro-rl model fetch smollm2-135m
+      dro-rl model convert SmolLM2-135M-Instruct.Q4_1.gguf models/smollm2
+    """
 
 
 @app.command("convert")
@@ -33,14 +44,15 @@ def convert(
 
     disable_progress_bar()
     convert_gguf(file, output)
-    _say(json, output, f"{_bytes(output) / 2**20:.0f} MiB")
+    _say(json, output)
 
 
 @app.command("fetch")
 def fetch(
-    name: Annotated[str, typer.Argument(metavar="MODEL", help="smollm2-135m.", show_default=False)],
+    name: Annotated[str, typer.Argument(metavar="MODEL", help="Its name: smollm2-135m.", show_default=False)],
     output: Annotated[
-        Path | None, typer.Option(help="The folder to write; models/MODEL unless told.", show_default=False)
+        Path | None,
+        typer.Option("--output", "-o", help="The folder to write. Without it, models/MODEL.", show_default=False),
     ] = None,
     json: Json = False,
 ) -> None:
@@ -59,8 +71,7 @@ def fetch(
     disable_progress_bar()
     folder = output or Path("models") / name
     fetched = fetch_model(name, folder)
-    there = "" if fetched else ", there already and whole"
-    _say(json, folder, f"{_bytes(folder) / 2**20:.0f} MiB{there}")
+    _say(json, folder, "" if fetched else ", there already and whole")
 
 
 @app.command("scratch")
@@ -82,7 +93,7 @@ def scratch(
     from dro_rl.toy.world import TOY_BASE
 
     weights = write_scratch(str(TOY_BASE) if model == "toy" else model, output, seed)
-    _say(json, output, f"{weights:,} random weights")
+    _say(json, output, f", {weights:,} random weights")
 
 
 @app.command("card")
@@ -109,14 +120,13 @@ def card(
         console().print(str(path), soft_wrap=True)
 
 
-def _say(json: bool, folder: Path, made: str) -> None:
+def _say(json: bool, folder: Path, made: str = "") -> None:
     from dro_rl.cli.output import console, print_json
+    from dro_rl.errors import as_size
+    from dro_rl.runs import disk_of
 
+    size = disk_of(folder)
     if json:
-        print_json({"folder": folder, "bytes": _bytes(folder)})
+        print_json({"folder": folder, "bytes": size})
     else:
-        console().print(f"{folder}: {made}", soft_wrap=True)
-
-
-def _bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.iterdir())
+        console().print(f"{folder}: {as_size(size)}{made}", soft_wrap=True)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from itertools import takewhile
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 if TYPE_CHECKING:
+    from dro_rl.recipe import Recipe
     from dro_rl.resources.plan import Plan
 
 
@@ -50,18 +50,17 @@ def plan(
       dro-rl plan recipes/musique.yaml --gpus 8 --memory 80GB --card A100 --sharding fsdp2
       dro-rl plan mine.yaml --tokens_per_microbatch 8192 --json
     """
-    from dro_rl.recipe import parse_command_line
+    from dro_rl.recipe import load_recipe, parse_command_line
 
-    recipe = list(takewhile(lambda argument: not argument.startswith("-"), arguments))
-    path, overrides = parse_command_line([*recipe, *arguments[len(recipe) :]])
-    found = planned(path, overrides, gpus, memory, card, sharding, calibrate)
+    named = list(takewhile(lambda argument: not argument.startswith("-"), arguments))
+    recipe = load_recipe(*parse_command_line([*named, *arguments[len(named) :]]))
+    found = planned(recipe, gpus, memory, card, sharding, calibrate)
     show(found, json)
     raise typer.Exit(0 if found.fits else 1)
 
 
 def planned(
-    path: str | None,
-    overrides: Mapping[str, Any],
+    recipe: Recipe,
     gpus: int | None = None,
     memory: str | None = None,
     card: str | None = None,
@@ -70,19 +69,18 @@ def planned(
     processes: int | None = None,
 ) -> Plan:
     """The plan of a recipe on the devices that are named, else on this machine's."""
-    from dro_rl.recipe import read_keys
-
-    _, keys = read_keys(path, overrides)  # a wrong key waits for nothing
     from dro_rl.resources.machine import machine
     from dro_rl.resources.plan import make_plan
 
-    devices = machine(gpus, memory, card, on_cpu=keys.use_cpu, processes=processes)
-    return make_plan(path, overrides, devices, sharding, calibrated=calibrate)
+    devices = machine(gpus, memory, card, on_cpu=recipe.training.use_cpu, processes=processes)
+    return make_plan(recipe, devices, sharding, calibrated=calibrate)
 
 
 def show(found: Plan, json: bool) -> None:
     """Print a plan."""
     from dro_rl.cli.output import console, print_json
+    from dro_rl.errors import as_size
+    from dro_rl.progress import duration
 
     if json:
         print_json(_document(found))
@@ -91,7 +89,8 @@ def show(found: Plan, json: bool) -> None:
 
     out, counts = console(), found.counts
     schedule, work = counts.schedule, found.work
-    where = f"{found.machine.devices} x {found.machine.card or found.machine.kind}, {_bytes(found.machine.memory)} each"
+    device = found.machine.card or found.machine.kind
+    where = f"{found.machine.devices} x {device}, {as_size(found.machine.memory)} each"
     out.print(f"devices     {where}, {found.sharding}, {found.precision}", soft_wrap=True)
     for role, size in found.sizes.items():
         trained = f"{_count(size.trained)} train" if size.trained else "frozen"
@@ -108,7 +107,7 @@ def show(found: Plan, json: bool) -> None:
         asked += f" in each of {work.windows:.3g} windows"
     read = f"{work.distinct:.1f} x ({work.reading:.0f} and {work.answer:.0f})"
     out.print(f"a question  selector {asked}, generator {read}", soft_wrap=True)
-    out.print(f"disk        {_bytes(found.disk)} of checkpoints and models", soft_wrap=True)
+    out.print(f"disk        {as_size(found.disk)} of checkpoints and models", soft_wrap=True)
     table = Table(title="memory of one device, GiB")
     table.add_column("phase", no_wrap=True)
     columns = {
@@ -145,7 +144,7 @@ def show(found: Plan, json: bool) -> None:
         )
         out.print(f"time        {duration(found.seconds)}, {source}", soft_wrap=True)
     peak, room = found.peak.total, found.machine.memory_of_a_process
-    line = f"{_bytes(peak)} of {_bytes(room)} a process, in {found.peak.name}"
+    line = f"{as_size(peak)} of {as_size(room)} a process, in {found.peak.name}"
     if found.fits:
         out.print(f"fits        {line}", soft_wrap=True)
         return
@@ -155,14 +154,7 @@ def show(found: Plan, json: bool) -> None:
         return
     turned = ", ".join(f"{key}: {value}" for key, value in found.advice.changes.items())
     then = "" if found.advice.fits else "; even that does not fit"
-    out.print(f"advice      {turned} -> {_bytes(found.advice.memory)}{then}", soft_wrap=True)
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people say them."""
-    if seconds < 120:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    out.print(f"advice      {turned} -> {as_size(found.advice.memory)}{then}", soft_wrap=True)
 
 
 def _document(found: Plan) -> dict[str, Any]:
@@ -198,10 +190,6 @@ def _document(found: Plan) -> dict[str, Any]:
         "seconds": found.seconds,
         "calibration": found.calibration,
     }
-
-
-def _bytes(count: float) -> str:
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
 
 
 def _count(number: float) -> str:

@@ -10,14 +10,19 @@ import typer
 from dro_rl.cli.validate import validate
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
-app = typer.Typer(
-    help="List, show, copy, compare, resolve and check recipes.", no_args_is_help=True, rich_markup_mode=None
-)
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
 
 @app.callback()
 def group() -> None:
-    """List, show, copy, compare, resolve and check recipes."""
+    """List, show, copy, compare, resolve and check recipes.
+
+    \b
+    Examples:
+      dro-rl recipe cp musique mine.yaml
+      dro-rl recipe keys learning_rate
+      dro-rl recipe validate mine.yaml
+    """
 
 
 @app.command("ls")
@@ -67,7 +72,7 @@ def show(
 def cp(
     name: Annotated[str, typer.Argument(metavar="RECIPE", help="A name or a file.", show_default=False)],
     destination: Annotated[
-        Path, typer.Argument(metavar="[FILE]", help="Where to: a file, or a folder.", show_default=False)
+        Path, typer.Argument(metavar="FILE", help="Where to: a file, or a folder.", show_default=False)
     ] = Path(),
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
     json: Json = False,
@@ -101,7 +106,7 @@ def cp(
 @app.command("keys")
 def keys(
     word: Annotated[
-        str, typer.Argument(metavar="[WORD]", help="Only keys that have this word.", show_default=False)
+        str, typer.Argument(metavar="WORD", help="Only keys that have this word.", show_default=False)
     ] = "",
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the reference page, docs/keys.md.")] = False,
     json: Json = False,

@@ -10,7 +10,7 @@ import typer
 
 def report(
     runs: Annotated[
-        list[Path] | None, typer.Argument(metavar="RUN…", help="Runs, each an output_dir.", show_default=False)
+        list[Path] | None, typer.Argument(metavar="RUN", help="Runs, each an output_dir.", show_default=False)
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The file.", show_default=True)] = Path(
         "report.html"
@@ -36,10 +36,11 @@ def report(
       dro-rl report runs/a runs/b --study joint -o both.html
     """
     from dro_rl.cli.output import console, print_json
+    from dro_rl.errors import as_size
     from dro_rl.report.page import write_report
 
     size = write_report(runs or [], output, studies=study or [], questions=questions)
     if json:
         print_json({"report": output, "bytes": size})
         return
-    console().print(f"{output} ({size / 2**20:.1f} MiB)", soft_wrap=True)
+    console().print(f"{output} ({as_size(size)})", soft_wrap=True)

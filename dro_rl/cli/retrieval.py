@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from dro_rl.retrieval.protocol import Retriever
     from dro_rl.retrieval.report import Report
 
-app = typer.Typer(help="Look into candidates.", no_args_is_help=True, rich_markup_mode=None)
-index = typer.Typer(help="Index a corpus.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+index = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
 Corpus = Annotated[
     str, typer.Argument(metavar="CORPUS", help="A file, a folder of files, or a hub dataset.", show_default=False)
@@ -27,12 +27,22 @@ SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave bad rows out an
 
 @app.callback()
 def group() -> None:
-    """Look into candidates."""
+    """Look into candidates.
+
+    \b
+    Examples:
+      dro-rl retrieval report data/train.jsonl.gz --plot recall.png
+    """
 
 
 @index.callback()
 def index_group() -> None:
-    """Index a corpus. A command that was killed goes on when it is given again."""
+    """Index a corpus. A command that was killed goes on when it is given again.
+
+    \b
+    Examples:
+      dro-rl index bm25 corpus.jsonl.gz indexes/mine
+    """
 
 
 @index.command("bm25")
@@ -143,7 +153,9 @@ def _build(
     import logging
 
     from dro_rl.cli.output import console, print_json
+    from dro_rl.errors import as_size
     from dro_rl.retrieval.index import build_index
+    from dro_rl.runs import disk_of
 
     ours, handler = logging.getLogger("dro_rl"), logging.StreamHandler()
     ours.addHandler(handler)  # on the root logger, bm25s would print too
@@ -157,7 +169,7 @@ def _build(
     if json:
         print_json(manifest)
         return
-    console().print(f"{folder}: {manifest.passages:,} passages, {_size(folder)}", soft_wrap=True)
+    console().print(f"{folder}: {manifest.passages:,} passages, {as_size(disk_of(folder))}", soft_wrap=True)
     _print_skipped(manifest.skipped)
     console().print(f"search it: dro-rl retrieve {folder} QUESTIONS --k 20 --output FILE", soft_wrap=True)
 
@@ -221,7 +233,7 @@ def report(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Recall, MRR and nDCG of candidates, by gold ids and by answer string, for k from 1 to 100.
+    """Print recall, MRR and nDCG of candidates, by gold ids and by answer string, for k from 1 to 100.
 
     \b
     Examples:
@@ -278,8 +290,3 @@ def _print_skipped(skipped: dict[str, int]) -> None:
 
     for reason, count in skipped.items():
         console().print(f"left out {count:,}: {reason}", soft_wrap=True)
-
-
-def _size(folder: Path) -> str:
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    return f"{size / 2**20:,.1f} MiB"

@@ -13,7 +13,20 @@ if TYPE_CHECKING:
     from dro_rl.rollouts.diagnostics import Summary
     from dro_rl.rollouts.signals import Iteration
 
-app = typer.Typer(help="Look into the rollouts of a run.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+
+
+@app.callback()
+def group() -> None:
+    """Look into the rollouts of a run.
+
+    \b
+    Examples:
+      dro-rl rollouts ls runs/musique
+      dro-rl rollouts show runs/musique --sort evidence --limit 3
+      dro-rl rollouts top runs/musique --only missed
+    """
+
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="The run's output_dir.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
@@ -220,7 +233,7 @@ def top(
 def diff(
     run: Run,
     other: Annotated[
-        Path | None, typer.Argument(metavar="[OTHER]", help="Another run, against this one.", show_default=False)
+        Path | None, typer.Argument(metavar="OTHER", help="Another run, against this one.", show_default=False)
     ] = None,
     first: Annotated[
         int | None, typer.Option("--from", help="Iteration. Without it, the first time of each question.")
@@ -266,7 +279,7 @@ def diff(
 
 @app.command("stats")
 def stats(run: Run, last: Last = None, json: Json = False) -> None:
-    """Diagnostics over time, problems and places of the selections, and signals that something needs a change.
+    """Print diagnostics over time, problems and places of the selections, and signals that something needs a change.
 
     \b
     Examples:
@@ -316,7 +329,7 @@ def stats(run: Run, last: Last = None, json: Json = False) -> None:
 @app.command("export")
 def export(
     run: Run,
-    output: Annotated[Path, typer.Option("--output", help="A .jsonl, .jsonl.gz or .parquet file.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="A .jsonl, .jsonl.gz or .parquet file.")],
     iteration: Annotated[
         str | None, typer.Option("--iteration", metavar="N|N-M", help="1-based, one or several. Without it, all.")
     ] = None,

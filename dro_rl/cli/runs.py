@@ -10,7 +10,7 @@ import typer
 if TYPE_CHECKING:
     from dro_rl.runs import Run
 
-app = typer.Typer(help="List runs, and print what one said at its end.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
 LEGEND = (
     "iter: the last one sampled, of how many. stage: the last one evaluated, whose EM and F1 stand here, in percent. "
@@ -19,11 +19,20 @@ LEGEND = (
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
 
+@app.callback()
+def group() -> None:
+    """List runs, and print what one said at its end.
+
+    \b
+    Examples:
+      dro-rl runs ls
+      dro-rl runs show runs/quickstart
+    """
+
+
 @app.command("ls")
 def ls(
-    folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="Runs at and below it.", show_default="runs")] = Path(
-        "runs"
-    ),
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Runs at and below it.")] = Path("runs"),
     json: Json = False,
 ) -> None:
     """List the runs at and below a folder: where each stands, what it has measured, what it keeps, what it takes.
@@ -34,7 +43,7 @@ def ls(
       dro-rl runs ls runs/studies/joint --json
     """
     from dro_rl.cli.output import console, print_json, print_rows
-    from dro_rl.errors import InputError
+    from dro_rl.errors import InputError, as_size
     from dro_rl.runs import disk_of, read_run, runs_in
 
     rows: list[tuple[object, ...]] = []
@@ -45,10 +54,10 @@ def ls(
             found = read_run(path)
         except InputError as error:  # of one run, which hides no other
             documents.append({"path": path, "state": "damaged", "error": str(error), "disk_bytes": size})
-            rows.append((name, "damaged", "", "", "", "", "", _size(size), str(error)))
+            rows.append((name, "damaged", "", "", "", "", "", as_size(size), str(error)))
             continue
         documents.append({**_document(found), "disk_bytes": size})
-        rows.append((name, *_cells(found), _size(size), " ".join(found.standing)))
+        rows.append((name, *_cells(found), as_size(size), " ".join(found.standing)))
     if json:
         print_json({"folder": folder, "runs": documents})
         return
@@ -82,6 +91,8 @@ def show(
 
 
 def _document(run: Run) -> dict[str, Any]:
+    from dro_rl.evaluation.stages import SHOWN
+
     return {
         "path": run.path,
         "state": run.state,
@@ -89,14 +100,10 @@ def _document(run: Run) -> dict[str, Any]:
         "iteration": run.iteration,
         "iterations": run.iterations,
         "stage": run.stages[-1]["stage"] if run.stages else None,
-        "metrics": {name: value for name, value in (run.stages[-1] if run.stages else {}).items() if name in METRICS},
+        "metrics": {name: value for name, value in (run.stages[-1] if run.stages else {}).items() if name in SHOWN},
         "kept": run.kept,
         "warnings": run.standing,
     }
-
-
-METRICS = ("em", "f1", "recall@1", "recall@3", "recall@5", "answer_logp", "valid")
-"""Of a stage, what a run's line has in JSON."""
 
 
 def _cells(run: Run) -> tuple[object, ...]:
@@ -104,10 +111,3 @@ def _cells(run: Run) -> tuple[object, ...]:
     figures = (f"{stage[name]:.1f}" if stage.get(name) is not None else None for name in ("em", "f1"))
     latest, kept = (name and name.removeprefix("iteration-") for name in (stage.get("stage"), run.kept))
     return run.state, f"{run.iteration}/{run.iterations}", latest, *figures, kept
-
-
-def _size(size: float) -> str:
-    units = ["B", "KiB", "MiB", "GiB", "TiB"]
-    while size >= 1024 and len(units) > 1:
-        size, units = size / 1024, units[1:]
-    return f"{size:.0f} {units[0]}"

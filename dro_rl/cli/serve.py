@@ -116,7 +116,9 @@ def serve(
 
 def serve_rollouts(
     context: typer.Context,
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="The training's recipe.", show_default=False)],
+    recipe: Annotated[
+        Path, typer.Argument(metavar="RECIPE", help="Name or file of the training's recipe.", show_default=False)
+    ],
     replica: Annotated[
         int, typer.Option("--replica", min=1, help="Which of the recipe's vllm_server_base_url to be.")
     ] = 1,

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from dro_rl.study.arms import Arm
     from dro_rl.study.run import Outcome
 
-app = typer.Typer(help="Run studies, and show what they found.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
 File = Annotated[
     str, typer.Argument(metavar="STUDY", help="A study's file, or a shipped one's name.", show_default=False)
@@ -23,7 +23,13 @@ LINE_SECONDS = 60.0
 
 @app.callback()
 def group() -> None:
-    """Run studies, and show what they found."""
+    """Run studies, and show what they found.
+
+    \b
+    Examples:
+      dro-rl study run joint
+      dro-rl study show joint
+    """
 
 
 @app.command("ls")
@@ -243,7 +249,7 @@ def gradients(
         typer.Argument(metavar="RECIPE", help="A recipe; --key value after it goes over it.", show_default=False),
     ],
     repeats: Annotated[int, typer.Option("--repeats", min=2, help="Estimates of each question.")] = 4,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON document, which it does anyhow.")] = True,
+    json: Json = False,
 ) -> None:
     """Measure how much the selector's gradient varies, where a recipe's training would start. Nothing is trained.
 
@@ -255,9 +261,14 @@ def gradients(
     """
     from transformers.utils.logging import disable_progress_bar
 
-    from dro_rl.cli.output import print_json
+    from dro_rl.cli.output import console, print_json, print_rows
     from dro_rl.recipe import load_recipe, parse_command_line
     from dro_rl.study.gradients import measure
 
     disable_progress_bar()
-    print_json(measure(load_recipe(*parse_command_line(arguments)), repeats))
+    found = measure(load_recipe(*parse_command_line(arguments)), repeats)
+    if json:
+        print_json(found)
+    else:
+        rows = [(name, f"{value:.5g}" if isinstance(value, float) else value) for name, value in found.items()]
+        print_rows(console(), ("figure", ""), rows)

@@ -36,19 +36,20 @@ def train(
 
     `dro-rl recipe ls` lists the recipes that are shipped, `dro-rl recipe keys` every key.
     """
-    from dro_rl.recipe import parse_command_line, read_keys
+    from dro_rl.recipe import load_recipe, parse_command_line, read_keys
 
     path, overrides = parse_command_line(arguments)
-    _, keys = read_keys(path, overrides)  # a wrong key waits for nothing
     if dry_run:
+        recipe = load_recipe(path, overrides)  # a wrong key waits for nothing
         from dro_rl.cli.plan import planned, show
         from dro_rl.job.launch import launched
 
         processes, layout = launched(launch)
-        found = planned(path, overrides, sharding=layout, processes=processes)
+        found = planned(recipe, sharding=layout, processes=processes)
         show(found, json=False)
         raise typer.Exit(0 if found.fits else 1)
 
+    _, keys = read_keys(path, overrides)  # nor does it here
     from dro_rl.job.launch import launch_job
 
     raise typer.Exit(launch_job(launch, arguments, on_cpu=keys.use_cpu))

@@ -22,7 +22,7 @@ def validate(
     arguments: Annotated[
         list[str],
         typer.Argument(
-            metavar="FILE…", help="Recipe files; --key value after them goes over each.", show_default=False
+            metavar="RECIPE", help="Names or files; --key value after them goes over each.", show_default=False
         ),
     ],
     keys_only: Annotated[
@@ -79,11 +79,12 @@ def _checked(file: Path, overrides: dict[str, Any], keys_only: bool, processes: 
 
     prepared = prepare(recipe, processes)
     schedule = prepared.schedule
-    steps = schedule.total_steps if recipe.training.max_steps < 0 else recipe.training.max_steps
+    steps = schedule.steps(recipe.training.max_steps)
+    asked = schedule.iterations(steps) * schedule.questions_per_iteration
     return facts | {
         "questions": schedule.num_questions,
         "questions_per_step": schedule.questions_per_step,
         "steps": steps,
-        "rollouts": schedule.num_iterations * schedule.questions_per_iteration * schedule.num_generations,
+        "rollouts": asked * schedule.num_generations,
         "disk_gib": round(prepared.disk / 2**30, 2),
     }

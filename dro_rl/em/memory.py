@@ -54,7 +54,12 @@ def to_come(optimizer: torch.optim.Optimizer | None, name: str) -> int:
     if optimizer is None or optimizer.state:
         return 0
     weights = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
-    return weights * STATE_BYTES.get(name, 8)
+    return weights * state_bytes(name)
+
+
+def state_bytes(optim: str) -> int:
+    """Bytes that an optimizer keeps of each weight that it trains."""
+    return STATE_BYTES.get(optim, 8)
 
 
 def out_of_memory(

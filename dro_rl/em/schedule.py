@@ -55,6 +55,14 @@ class Schedule:
     def total_steps(self) -> int:
         return self.num_iterations * self.steps_per_iteration
 
+    def steps(self, max_steps: int) -> int:
+        """Optimizer steps of a run that stops after so many, or does not (-1)."""
+        return self.total_steps if max_steps < 0 else max_steps
+
+    def iterations(self, steps: int) -> int:
+        """E-steps that so many optimizer steps take."""
+        return -(-steps // self.steps_per_iteration)
+
     def iteration(self, step: int) -> int:
         """0-based iteration of an optimizer step."""
         return step // self.steps_per_iteration
@@ -95,6 +103,18 @@ class Schedule:
 
     def _shuffled(self, count: int, *key: int) -> np.ndarray:
         return np.random.default_rng([self.seed, *key]).permutation(count)
+
+
+def fuses(args: DROConfig, schedule: Schedule, *, drops_out: bool) -> bool:
+    """Whether one forward pass gives likelihoods, weights and losses.
+
+    It does where that is what scoring first would give: when an iteration is a single step of both models (or several
+    passes over one step's questions, of which the first is fresh), each question is whole on a process, no rollout is
+    to be left out of the backward pass or drawn again, the reward is the likelihood, and no dropout disturbs the pass
+    that weighs.
+    """
+    one_step = schedule.questions_per_iteration == schedule.questions_per_step
+    return args.weighs_in_training and one_step and not drops_out
 
 
 class Slots(Dataset[int]):

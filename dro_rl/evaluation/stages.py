@@ -15,6 +15,8 @@ from dro_rl.files import written_whole
 from dro_rl.rows.small import read_object
 
 STARTS = ("base", "warmup")
+SHOWN = ("em", "f1", "recall@1", "recall@3", "recall@5", "answer_logp", "valid")
+"""Of a stage's metrics, those that a line or a table of runs has."""
 FINAL = "final"
 """The last stage: the weights that are kept."""
 

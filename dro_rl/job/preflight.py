@@ -110,7 +110,19 @@ def read_splits(recipe: Recipe) -> tuple[list[Question], list[Question]]:
 
 def check(recipe: Recipe, train: Sequence[Question], dev: Sequence[Question]) -> int:
     """Settings against data, models and disk. Returns the bytes that the run takes. Raises `InputError`."""
-    run, training = recipe.run, recipe.training
+    training = recipe.training
+    check_questions(recipe, train, dev)
+    check_warm_up(recipe, train)
+    check_trackers(training.report_to)
+    check_optimizer(training)
+    engines.check(training)
+    check_functions(training.reward_rule)
+    return check_disk(recipe, check_models(recipe))
+
+
+def check_questions(recipe: Recipe, train: Sequence[Question], dev: Sequence[Question]) -> None:
+    """Settings against questions, whatever machine a run is for. Raises `InputError`."""
+    training = recipe.training
     for question in (*train, *dev):
         training.check_documents(len(question.documents), question.id)
     training.check_windows(max(len(question.documents) for question in (*train, *dev)))
@@ -118,7 +130,7 @@ def check(recipe: Recipe, train: Sequence[Question], dev: Sequence[Question]) ->
         raise InputError(
             "metric_for_best_model", training.metric_for_best_model, f"this is one of {', '.join(METRICS)}", "Use one."
         )
-    check_splits(run, train, dev)
+    check_splits(recipe.run, train, dev)
     labelled = any(question.supporting for question in dev)
     if str(training.metric_for_best_model).startswith(("recall@", "precision@")) and not labelled:
         raise InputError(
@@ -127,12 +139,6 @@ def check(recipe: Recipe, train: Sequence[Question], dev: Sequence[Question]) ->
             "recall and precision by document: either needs labels, and the dev split has none",
             "Use f1, or answer_recall@5.",
         )
-    check_warm_up(recipe, train)
-    check_trackers(training.report_to)
-    check_optimizer(training)
-    engines.check(training)
-    check_functions(training.reward_rule)
-    return check_disk(recipe, check_models(recipe))
 
 
 def check_steps(training: DROConfig, schedule: Schedule) -> None:

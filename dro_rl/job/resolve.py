@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dro_rl.flat_yaml import read_yaml
 from dro_rl.keys.reference import KEYS, as_yaml
-from dro_rl.runs import RECIPE, differences, record_of
+from dro_rl.runs import differences, recipe_of, record_of
 
 
 @dataclass(frozen=True)
@@ -48,15 +47,14 @@ def resolve(path: str | None, overrides: Mapping[str, Any], *, keys_only: bool =
     Raises:
         InputError: the recipe is wrong, or what it reads.
     """
-    from dro_rl.recipe import load_recipe, read_keys
+    from dro_rl.recipe import load_recipe
 
-    read_keys(path, overrides)  # what can be said before torch is imported
+    recipe = load_recipe(path, overrides)  # which says what can be said before torch is imported
 
     from dro_rl.job.assembly import build_prompters
     from dro_rl.job.identity import inputs_of, this_session
     from dro_rl.job.preflight import read_splits
 
-    recipe = load_recipe(path, overrides)
     inputs = {} if keys_only else inputs_of(recipe, *read_splits(recipe), build_prompters(recipe))
     return Resolved(recipe.values, this_session()["versions"], inputs)
 
@@ -64,8 +62,7 @@ def resolve(path: str | None, overrides: Mapping[str, Any], *, keys_only: bool =
 def resolved_run(folder: Path) -> Resolved:
     """What a run was, by its own record; of several starts the versions of the last."""
     inputs, versions = record_of(folder)
-    keys = {name: key.default for name, key in KEYS.items()} | read_yaml(folder / RECIPE)
-    return Resolved(keys, versions, inputs)
+    return Resolved(recipe_of(folder), versions, inputs)
 
 
 def departures(here: Resolved, run: Resolved) -> list[str]:

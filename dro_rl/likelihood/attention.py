@@ -100,6 +100,12 @@ ATTENTION = frozenset({"full_attention", "sliding_attention", "chunked_attention
 """Kinds of layers that look at tokens alone."""
 
 
+def drops_out(model: Any) -> bool:
+    """Whether dropout disturbs the passes of a model that trains: in its layers, its adapters or its attention."""
+    inside = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+    return inside or bool(getattr(model.config.get_text_config(), "attention_dropout", 0))
+
+
 def keeps_state(config: PretrainedConfig) -> bool:
     """Whether a decoder carries a state from token to token, as convolutions, linear attention and recurrences do.
 

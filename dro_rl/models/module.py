@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dro_rl.likelihood import LIKELIHOODS, Scoring, answer_logps, row_logps
+from dro_rl.likelihood.attention import drops_out
 from dro_rl.likelihood.packing import Row
 from dro_rl.likelihood.prefill import Prefills
 from dro_rl.objective import weighted_nll
@@ -78,9 +79,7 @@ class SelectorGenerator(nn.Module):
     @property
     def drops_out(self) -> bool:
         """Whether two passes over the same tokens may differ, by dropout in layers or in attention."""
-        return any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.modules()) or any(
-            getattr(getattr(self, role).config.get_text_config(), "attention_dropout", 0) for role in self.roles
-        )
+        return any(drops_out(getattr(self, role)) for role in self.roles)
 
     def forward(
         self,

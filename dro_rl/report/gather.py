@@ -10,21 +10,20 @@ from typing import Any
 
 from dro_rl.errors import InputError
 from dro_rl.evaluation.results import METRICS, metric_values, read_results
-from dro_rl.evaluation.stages import summary_path
+from dro_rl.evaluation.stages import SHOWN, STARTS, start_of, summary_path
 from dro_rl.evaluation.statistics import Estimate, estimate
 from dro_rl.recipe.difference import differences
 from dro_rl.rollouts.diagnostics import Summary, pooled
 from dro_rl.rollouts.read import history
 from dro_rl.rollouts.signals import of_iteration, reading
-from dro_rl.rows.small import read_object
-from dro_rl.runs import STATE, Run, checkpoints_of, read_run, record_of
+from dro_rl.runs import Run, logs_of, read_run, record_of
 from dro_rl.selection import SelectionSpec
 
 POINTS = 120
 """Of a curve at most: consecutive iterations are pooled into one."""
 RESAMPLES = 2_000
 """Of an interval. A report has hundreds."""
-SHARES = ("valid", "clean", "duplicate", "all_tie", "all_invalid", "prompt_cut")
+SHARES = ("valid", "clean", "duplicate")
 NORMAL = 1.96
 
 
@@ -51,7 +50,7 @@ class Told:
         name: what the report calls it.
         run: its folder.
         versions: what computed it; empty where the run does not say.
-        stages: of each evaluated stage every metric that it has.
+        stages: of each evaluated stage the metrics that a report shows.
         curves: by figure, over optimizer steps.
         phases: seconds of each phase, the longest first.
         warnings: what stands, in words, with the keys to turn.
@@ -101,7 +100,7 @@ def what_differs(told: Sequence[Told]) -> list[tuple[str, list[Any]]]:
 
 
 def _tell(run: Run, name: str) -> Told:
-    logged = _log_of(run.path)
+    logged = next(logs_of(run.path, run.state == "finished"), [])
     iterations = history(run.path) if run.iteration else []
     try:
         versions: Mapping[str, str] = record_of(run.path)[1]
@@ -128,37 +127,29 @@ def _tell(run: Run, name: str) -> Told:
     )
 
 
-def _log_of(folder: Path) -> list[dict[str, Any]]:
-    """What a run logged, a step an entry: at its end, or until its last checkpoint."""
-    for place in [folder, *reversed(checkpoints_of(folder))]:
-        if (place / STATE).is_file():
-            found = read_object(place / STATE, "a trainer's state", "Delete it.").get("log_history")
-            return [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
-    return []
-
-
 def _stages(run: Run) -> Iterator[tuple[str, dict[str, Estimate]]]:
     """Every stage's metrics, with intervals where its questions are there."""
+    asked = dict.fromkeys((*SHOWN, run.recipe["metric_for_best_model"]))
+    metrics = [name for name in asked if name in METRICS]
     for stage in run.stages:
         path = summary_path(run.path).with_name(f"{stage['stage']}.parquet")
         try:
             results, _ = read_results(path)
         except InputError:  # the means are in the summary
-            known = {name: stage[name] for name in METRICS if isinstance(stage.get(name), int | float)}
+            known = {name: stage[name] for name in metrics if isinstance(stage.get(name), int | float)}
             yield stage["stage"], {name: Estimate(value, None, None, stage["n"]) for name, value in known.items()}
             continue
-        found = {name: estimate(metric_values(results, name), resamples=RESAMPLES) for name in METRICS}
+        found = {name: estimate(metric_values(results, name), resamples=RESAMPLES) for name in metrics}
         yield stage["stage"], {name: value for name, value in found.items() if value.mean is not None}
 
 
 def _dev_curves(
     run: Run, stages: Mapping[str, Mapping[str, Estimate]], logged: Sequence[Mapping[str, Any]]
 ) -> dict[str, list[Point]]:
-    """Metrics of the dev split over steps: evaluations are logged in the order of the stages."""
+    """Metrics of the dev split over steps: evaluations are logged from the start on, in the order of the stages."""
     steps = [entry["step"] for entry in logged if "eval_n" in entry]
-    names = [
-        stage["stage"] for stage in run.stages if stage["stage"] != "base" or len(run.stages) == 1 or not _warmed(run)
-    ]
+    start = start_of(run.stages) if run.stages else None
+    names = [stage["stage"] for stage in run.stages if stage is start or stage["stage"] not in STARTS]
     curves: dict[str, list[Point]] = {}
     for step, stage in zip(steps, names, strict=False):
         for metric, found in stages[stage].items():
@@ -168,11 +159,6 @@ def _dev_curves(
             if found.mean is not None and math.isfinite(found.mean):
                 curves.setdefault(f"dev {metric}", []).append(Point(step, found.mean, found.low, found.high))
     return curves
-
-
-def _warmed(run: Run) -> bool:
-    """Whether `base` was evaluated before the training began to log."""
-    return any(stage["stage"] == "warmup" for stage in run.stages)
 
 
 def _step_curves(logged: Sequence[Mapping[str, Any]]) -> dict[str, list[Point]]:
@@ -215,10 +201,8 @@ def _rollout_curves(points: Sequence[tuple[int, Summary]], most: int) -> dict[st
     for x, summary in points:
         questions = max(1, summary.valid_questions)
         add("evidence_bound", x, summary.evidence_bound, NORMAL * summary.evidence_bound_sd / math.sqrt(questions))
-        add("ess", x, summary.ess)
         add("ess_share", x, summary.ess_share)
         add("selector_entropy", x, summary.selector_entropy)
-        add("documents", x, summary.documents)
         for k, recall in summary.recall.items():
             if k <= most:
                 half = NORMAL * summary.recall_sd[k] / math.sqrt(max(1, summary.labelled))

@@ -13,18 +13,9 @@
     return made;
   };
   const number = (value, digits = 2) => (value === null ? "–" : value.toFixed(digits));
-  const key = (rollout) => rollout.z.join(">");
 
   for (const group of data.groups) {
-    const numbers = new Set(group.rollouts.flatMap((rollout) => rollout.z));
-    const valid = group.rollouts.filter((rollout) => rollout.z.length);
-    const values = valid.map((rollout) => rollout.l ?? 0);
-    const golds = Object.values(group.documents).some((document) => document.gold);
-    group.kinds = new Set();
-    if (numbers.size && !golds) group.kinds.add("missed");
-    if (valid.length > 1 && Math.max(...values) - Math.min(...values) < 0.01) group.kinds.add("tie");
-    if (valid.length > 1 && new Set(valid.map(key)).size === 1) group.kinds.add("collapsed");
-    if (group.rollouts.some((rollout) => rollout.x.length)) group.kinds.add("problems");
+    if (group.rollouts.some((rollout) => rollout.x.length)) group.kinds.push("problems");
     const documents = Object.values(group.documents).map((document) => `${document.title} ${document.text}`);
     group.words = [group.id, group.question, ...group.answers, ...documents].join("\n").toLowerCase();
   }
@@ -117,7 +108,7 @@
     const kind = control("kind").value;
     found = data.groups.filter((group) =>
       (run === "" || group.run === Number(run)) && (iteration === "" || group.iteration === Number(iteration)) &&
-      (kind === "" || group.kinds.has(kind)) && words.every((word) => group.words.includes(word)));
+      (kind === "" || group.kinds.includes(kind)) && words.every((word) => group.words.includes(word)));
     found.sort(orders[control("order").value]);
     place.replaceChildren();
     shown = 0;

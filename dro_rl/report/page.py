@@ -14,7 +14,7 @@ from jinja2 import Environment, StrictUndefined
 
 from dro_rl import __version__
 from dro_rl.errors import InputError, Phrase
-from dro_rl.evaluation.stages import start_of
+from dro_rl.evaluation.stages import SHOWN, start_of
 from dro_rl.evaluation.statistics import Estimate
 from dro_rl.files import written_whole
 from dro_rl.report.curves import COLOURS, PANELS, draw, draw_phases
@@ -25,8 +25,14 @@ from dro_rl.study.plan import read_study
 from dro_rl.study.report import CLAIM_HEAD, NOTE, claim_rows, make_report, mean_rows
 from dro_rl.study.results import Results
 
-TABLE = ("em", "f1", "recall@1", "recall@3", "recall@5", "answer_logp", "valid")
-"""Metrics of the table of stages."""
+KIND_WORDS = {
+    "missed": "gold never selected",
+    "unselected": "gold not in the heaviest",
+    "tie": "all tie",
+    "collapsed": "all the same",
+    "invalid": "one names no document",
+}
+"""What the page calls `dro_rl.rollouts.diagnostics.KINDS`."""
 MOST_STAGES = 24
 """Rows of a run in it; of more, the first, the last and the kept one are among those that are shown."""
 
@@ -68,7 +74,8 @@ def write_report(
         differences=what_differs(told) if len(told) > 1 else [],
         panels=[(panel, svg) for panel in PANELS if (svg := draw(panel, curves))],
         phases=draw_phases([visible(each.name) for each in told], [each.phases for each in told]),
-        metrics=TABLE,
+        metrics=SHOWN,
+        kinds=KIND_WORDS,
         studies=[_study(name) for name in studies],
         shown=shown,
         data={"runs": [visible(each.name) for each in told], "colours": COLOURS, "groups": shown.groups},

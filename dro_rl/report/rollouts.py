@@ -138,6 +138,7 @@ def _document(group: Group, run: int, texts: Mapping[str, Mapping[str, str]]) ->
         "answers": [plain(answer) for answer in group.answers[:8]],
         "bound": _short(group.evidence_bound),
         "ess": _short(group.ess),
+        "kinds": group.kinds,
         "why": plain(group.why),
         "documents": documents,
         "rollouts": [

@@ -1,4 +1,4 @@
-"""A few iterations of a run, in a process of its own: how long its parts take here, and how much memory it held.
+"""A few iterations of a run, in a process of its own: how long its parts take here.
 
 It is the job itself, on the recipe's models and questions, cut short and into a folder that is deleted.
 """
@@ -9,8 +9,6 @@ import json
 import logging
 import math
 import os
-import resource
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -22,7 +20,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import psutil
-import torch
 from transformers import set_seed
 
 from dro_rl.em import timing
@@ -55,7 +52,6 @@ class Calibration:
         checkpoint: seconds of one.
         warmup_step, warmup_start: seconds of a step of a role's warm-up, and of all else of it.
         rest: seconds before and after: imports, questions, models, verification, tables.
-        memory: bytes that it held at most: resident, and on a GPU allocated.
         steps: that were timed.
     """
 
@@ -66,7 +62,6 @@ class Calibration:
     warmup_step: Mapping[Role, float]
     warmup_start: Mapping[Role, float]
     rest: float
-    memory: int
     steps: int
 
 
@@ -74,8 +69,7 @@ Clock = Literal["wall", "processor"]
 
 
 def calibrate(
-    path: str | None,
-    overrides: Mapping[str, Any],
+    recipe: Mapping[str, Any],
     steps_per_iteration: int,
     per_step: int,
     clock: Clock = "wall",
@@ -83,7 +77,7 @@ def calibrate(
     """Run the job shortly, by itself, and say what it took.
 
     Args:
-        path, overrides: the recipe.
+        recipe: every key with its value.
         steps_per_iteration, per_step: of its schedule: optimizer steps, and the questions of one.
         clock: `processor` counts the processor's seconds, which other jobs on the machine disturb less.
 
@@ -91,7 +85,7 @@ def calibrate(
         InputError: the job found its input wrong.
     """
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(_short_run, path, dict(overrides), steps_per_iteration, per_step, clock).result()
+        return pool.submit(_short_run, dict(recipe), steps_per_iteration, per_step, clock).result()
 
 
 def seconds(done: Sequence[Done], measured: Calibration, counts: Counts) -> list[Done]:
@@ -107,9 +101,7 @@ def seconds(done: Sequence[Done], measured: Calibration, counts: Counts) -> list
     return [replace(known.get(name, Done(name, 0.0, 0.0)), seconds=value) for name, value in taken.items()]
 
 
-def _short_run(
-    path: str | None, overrides: dict[str, Any], steps_per_iteration: int, per_step: int, clock: Clock
-) -> Calibration:
+def _short_run(values: dict[str, Any], steps_per_iteration: int, per_step: int, clock: Clock) -> Calibration:
     if clock == "processor":
         timing.now = time.process_time
     with (
@@ -119,13 +111,13 @@ def _short_run(
         redirect_stderr(nowhere),
     ):
         logging.disable(logging.CRITICAL)
-        return _measure(path, overrides, steps_per_iteration, per_step, Path(folder), clock)
+        return _measure(values, steps_per_iteration, per_step, Path(folder), clock)
 
 
 def _measure(
-    path: str | None, overrides: dict[str, Any], steps_per_iteration: int, per_step: int, folder: Path, clock: Clock
+    values: dict[str, Any], steps_per_iteration: int, per_step: int, folder: Path, clock: Clock
 ) -> Calibration:
-    recipe = load_recipe(path, overrides)
+    recipe = load_recipe(None, values)
     most = max(1, STEPS // recipe.training.m_step_epochs)
     questions = min(steps_per_iteration // recipe.training.m_step_epochs, most) * per_step
     an_iteration = questions // per_step * recipe.training.m_step_epochs
@@ -148,8 +140,8 @@ def _measure(
     }
     if recipe.run.of("selector").warms:
         changes["constrain_selection"] = True  # a selector that was not warmed up does not write selections
-    warmups = {role: _time_warmup(path, overrides, role, folder) for role in ROLES if recipe.run.of(role).warms}
-    run_recipe(load_recipe(path, overrides | changes))
+    warmups = {role: _time_warmup(values, role, folder) for role in ROLES if recipe.run.of(role).warms}
+    run_recipe(load_recipe(None, values | changes))
     whole = time.process_time() if clock == "processor" else time.time() - psutil.Process().create_time()
     history = json.loads((folder / "run" / "trainer_state.json").read_text())["log_history"]
     logged = [{name[5:]: value for name, value in each.items() if name.startswith("time/")} for each in history]
@@ -171,12 +163,11 @@ def _measure(
         warmup_step=steps,
         warmup_start={role: times[1] - WARMUP[0] * steps[role] for role, times in warmups.items()},
         rest=max(0.0, rest),
-        memory=_peak_memory(),
         steps=len(timed),
     )
 
 
-def _time_warmup(path: str | None, overrides: dict[str, Any], role: Role, folder: Path) -> list[float]:
+def _time_warmup(values: dict[str, Any], role: Role, folder: Path) -> list[float]:
     """Seconds of three warm-ups of a role: one that allocates, and those of `WARMUP` steps."""
     taken = []
     for number, steps in enumerate((1, *WARMUP)):
@@ -187,16 +178,9 @@ def _time_warmup(path: str | None, overrides: dict[str, Any], role: Role, folder
             "warmup_cache_dir": str(folder / "cache"),
         }
         before = timing.now()
-        recipe = load_recipe(path, overrides | changes)
+        recipe = load_recipe(None, values | changes)
         train, _ = preflight.read_splits(recipe)
         set_seed(recipe.training.seed)
         warm_up_models(recipe, train, build_prompters(recipe))
         taken.append(timing.now() - before)
     return taken
-
-
-def _peak_memory() -> int:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_reserved()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak

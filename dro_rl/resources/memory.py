@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
-from dro_rl.em.memory import STATE_BYTES
+from dro_rl.em.memory import state_bytes
 from dro_rl.likelihood import LOGITS_PER_CHUNK
 from dro_rl.resources.machine import Sharding
 from dro_rl.resources.models import RoleSize
@@ -88,7 +87,7 @@ class Settings:
     reference: bool
     warms: tuple[Role, ...]
     warmup_batch: int
-    engine: Literal["transformers", "vllm", "enumeration"] | str
+    engine: str
     sampled_at_once: int
     num_generations: int
     decoded: int
@@ -164,7 +163,7 @@ def _gradients(settings: Settings, size: RoleSize) -> float:
 
 
 def _optimizer(settings: Settings, size: RoleSize) -> float:
-    state = STATE_BYTES.get(settings.optim, 2 * FLOAT)
+    state = state_bytes(settings.optim)
     if settings.sharding in ("zero2", "zero3"):
         return float(size.trained * (state + FLOAT)) / settings.devices
     return float(size.trained * state) / (settings.devices if settings.sharding == "fsdp2" else 1)

@@ -19,7 +19,7 @@ from dro_rl.em.timing import flops_per_token
 from dro_rl.job.assembly import lora_settings
 from dro_rl.job.model_checks import without_weights
 from dro_rl.likelihood import depth, unshared, without_adapters
-from dro_rl.likelihood.attention import NO_MASK, takes_packed_rows
+from dro_rl.likelihood.attention import NO_MASK, drops_out, takes_packed_rows
 from dro_rl.likelihood.packing import Row, lay_out
 from dro_rl.models.loading import add_adapter
 from dro_rl.recipe import Recipe
@@ -28,9 +28,9 @@ from dro_rl.roles import Role
 TOKENS = 4096
 """Of rows that a fake pass reads, or of one question where that has more: memory grows with tokens in proportion."""
 
-
-HELD_IN = {"nf4": 0.5 + 4 / 64, "int8": 1.0}
-"""Bytes a weight of a quantised matrix, its block's scale in them."""
+CODES = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
+"""Bytes a weight in codes. Under nf4 64 have a scale of a byte, and 256 of those one of four (Dettmers et al. 2023);
+under int8 each output has one of four, counted beside them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +85,7 @@ def size_of(recipe: Recipe, role: Role, half: torch.dtype | None, questions: Seq
         training = recipe.training
         packed = training.shared_prefix != "off" and takes_packed_rows(model, max(_depths(questions), default=1))
         weights = list(model.parameters())
+        codes = _in_codes(model, recipe.run.quantization)
         frozen = training.role_learning_rate(role) == 0
         trained = [weight for weight in weights if weight.requires_grad and not frozen]
         half = None if half == weights[0].dtype else half
@@ -100,7 +101,7 @@ def size_of(recipe: Recipe, role: Role, half: torch.dtype | None, questions: Seq
         return RoleSize(
             parameters=sum(weight.numel() for weight in weights),
             trained=sum(weight.numel() for weight in trained),
-            weight_bytes=int(sum(_bytes_of(weight, recipe.run.quantization) for weight in weights)),
+            weight_bytes=int(sum(codes.get(id(weight), weight.nbytes) for weight in weights)),
             trained_bytes=sum(weight.nbytes for weight in trained),
             forward=flops.forward,
             step=flops.step,
@@ -114,9 +115,10 @@ def size_of(recipe: Recipe, role: Role, half: torch.dtype | None, questions: Seq
             kept_recomputing=recomputing,
             casts=0
             if half is None
-            else half.itemsize * sum(w.numel() for w in weights if w.dtype != half and w.dim() > 1),
+            else half.itemsize
+            * sum(w.numel() for w in weights if w.dtype != half and w.dim() > 1 and id(w) not in codes),
             adapted=recipe.run.of(role).lora_r > 0,
-            drops_out=_drops_out(model, config),
+            drops_out=drops_out(model),
         )
 
 
@@ -141,15 +143,18 @@ def _model(recipe: Recipe, role: Role) -> Any:
     return adapted
 
 
-def _bytes_of(weight: nn.Parameter, quantization: str) -> float:
-    """Of a weight as it is held: bitsandbytes packs the frozen matrices under adapters, with a scale a block."""
-    held = HELD_IN.get(quantization)
-    return weight.numel() * held if held and not weight.requires_grad and weight.dim() > 1 else weight.nbytes
-
-
-def _drops_out(model: nn.Module, config: Any) -> bool:
-    inside = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
-    return inside or bool(getattr(config, "attention_dropout", 0))
+def _in_codes(model: Any, quantization: str) -> dict[int, float]:
+    """By their ids, bytes of the weights that bitsandbytes holds in codes: frozen linear layers, but not the head."""
+    if quantization not in CODES:
+        return {}
+    head = without_adapters(model).get_output_embeddings()
+    layers = [each for each in model.modules() if isinstance(each, nn.Linear) and each is not head]
+    return {
+        id(layer.weight): layer.weight.numel() * CODES[quantization]
+        + (4 * layer.out_features if quantization == "int8" else 0)
+        for layer in layers
+        if not layer.weight.requires_grad
+    }
 
 
 def _depths(questions: Sequence[Sequence[Row]]) -> list[int]:

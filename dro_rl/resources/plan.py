@@ -11,12 +11,13 @@ from typing import Any
 import psutil
 import torch
 
-from dro_rl.em.schedule import Schedule
+from dro_rl.em.schedule import Schedule, fuses
 from dro_rl.engines.vllm_common import CPU_CACHE_GIB
 from dro_rl.errors import InputError
 from dro_rl.job.assembly import build_prompters
 from dro_rl.job.model_checks import without_weights
-from dro_rl.job.preflight import disk_of, read_splits
+from dro_rl.job.preflight import check_questions, check_steps, disk_of, read_splits
+from dro_rl.job.prompt_checks import check_prompts
 from dro_rl.models.loading import check_model
 from dro_rl.recipe import Recipe, load_recipe
 from dro_rl.resources.calibration import Calibration, Clock, calibrate, seconds
@@ -92,8 +93,7 @@ class Plan:
 
 
 def make_plan(
-    path: str | None,
-    overrides: Mapping[str, Any],
+    recipe: Recipe,
     machine: Machine,
     sharding: Sharding | None = None,
     *,
@@ -103,14 +103,14 @@ def make_plan(
     """Plan a recipe.
 
     Args:
-        path, overrides: the recipe, as `load_recipe` takes it.
+        recipe: the recipe.
         machine: what it would run on.
         sharding: how processes share the models; None: not at all, or copies of both for several devices.
         calibrated: whether a few iterations are run, here, to tell the time.
         clock: whose seconds are told.
 
     Raises:
-        InputError: the recipe, its questions, its models or the combination is wrong.
+        InputError: its questions, its models or the combination is wrong.
     """
     sharding = sharding or ("ddp" if machine.devices > 1 else "none")
     if machine.devices == 1 and sharding not in ("none", "ddp"):
@@ -122,20 +122,20 @@ def make_plan(
             "time is measured on one device of this machine",
             "Leave it out, or plan for one device, without --card of another.",
         )
-    recipe = load_recipe(path, overrides)
     for role in recipe.training.roles:
         asked = recipe.run.of(role)
         place, trust = f"{role}_model_name_or_path", recipe.run.trust_remote_code
         check_model(asked.model, place, revision=asked.revision, trust_remote_code=trust)
     train, dev = read_splits(recipe)
     training = recipe.training
-    for question in (*train, *dev):
-        training.check_documents(len(question.documents), question.id)
-    training.check_windows(max(len(question.documents) for question in (*train, *dev)))
     training.check_batch(machine.devices, len(train))
     schedule = Schedule.of(training, machine.devices, len(train))
-    rows = rows_of(training, train, build_prompters(recipe))
-    planner = _Planner(machine, rows, windows_of(training, train), psutil.Process().memory_info().rss)
+    check_steps(training, schedule)
+    check_questions(recipe, train, dev)
+    prompters = build_prompters(recipe)
+    check_prompts(recipe, [*train, *dev], prompters)
+    rows, windows = rows_of(training, train, prompters), windows_of(training, train)
+    planner = _Planner(machine, rows, windows, len(train), psutil.Process().memory_info().rss)
     sizes, work, found = planner.at(recipe, sharding)
     counts = _counts(recipe, schedule, len(train), len(dev), machine.devices)
     scores, reuses = planner.scores(recipe, sizes), planner.reuses(recipe, sizes, work)
@@ -144,7 +144,7 @@ def make_plan(
     measured = None
     if calibrated:
         steps, per_step = schedule.steps_per_iteration, schedule.questions_per_step
-        measured = calibrate(path, overrides, steps, per_step, clock)
+        measured = calibrate(recipe.values, steps, per_step, clock)
         done = seconds(done, measured, counts)
     else:
         done = by_card(done, sizes, work, counts, machine, training.per_device_eval_batch_size)
@@ -159,7 +159,7 @@ def make_plan(
         work=work,
         phases=found,
         fits=fits,
-        advice=None if fits else planner.advice(path, overrides, sharding),
+        advice=None if fits else planner.advice(recipe, sharding),
         disk=disk_of(recipe, {role: without_weights(recipe.run, role) for role in sizes}),
         done=done,
         calibration=measured,
@@ -168,8 +168,8 @@ def make_plan(
 
 def _counts(recipe: Recipe, schedule: Schedule, questions: int, dev: int, devices: int) -> Counts:
     run, training = recipe.run, recipe.training
-    steps = schedule.total_steps if training.max_steps < 0 else training.max_steps
-    iterations = math.ceil(steps / schedule.steps_per_iteration)
+    steps = schedule.steps(training.max_steps)
+    iterations = schedule.iterations(steps)
     boundaries = math.ceil(iterations / training.eval_iterations)
     every = training.save_steps * steps if 0 < training.save_steps < 1 else training.save_steps
     batch = run.warmup_batch_size * devices
@@ -193,11 +193,12 @@ class _Planner:
         machine: what it is for.
         rows: of some questions.
         windows: that a question's candidates are shown in.
+        questions: of the training set.
         resident: bytes of this process, which has imported what a job imports and read what it reads.
     """
 
-    def __init__(self, machine: Machine, rows: Sequence[Rows], windows: float, resident: int) -> None:
-        self.machine, self.rows, self.windows = machine, rows, windows
+    def __init__(self, machine: Machine, rows: Sequence[Rows], windows: float, questions: int, resident: int) -> None:
+        self.machine, self.rows, self.windows, self.questions = machine, rows, windows, questions
         self.process = resident if machine.kind == "cpu" else CONTEXT
         self._sizes: dict[Any, RoleSize] = {}
 
@@ -218,30 +219,25 @@ class _Planner:
 
     def scores(self, recipe: Recipe, sizes: Mapping[Role, RoleSize]) -> bool:
         """Whether the E-step scores in passes of its own."""
-        training = recipe.training
-        per_step = training.questions_per_batch * self.machine.devices * training.gradient_accumulation_steps
-        one_step, drops_out = (
-            training.questions_per_iteration == per_step,
-            any(each.drops_out for each in sizes.values()),
-        )
-        return not (training.weighs_in_training and one_step and not drops_out)
+        schedule = Schedule.of(recipe.training, self.machine.devices, self.questions)
+        return not fuses(recipe.training, schedule, drops_out=any(each.drops_out for each in sizes.values()))
 
     def reuses(self, recipe: Recipe, sizes: Mapping[Role, RoleSize], work: Work) -> bool:
         """Whether the pass over the prompts that samples is the one that trains."""
         alone = self.machine.devices == 1 and work.passes == 1 and sizes["selector"].packed
         return recipe.training.reuses_sampling and alone and not self.scores(recipe, sizes)
 
-    def advice(self, path: str | None, overrides: Mapping[str, Any], sharding: Sharding) -> Advice:
+    def advice(self, recipe: Recipe, sharding: Sharding) -> Advice:
         """The first single change that makes it fit, else the changes that come nearest to it together."""
-        room, recipe = self.machine.memory_of_a_process, load_recipe(path, overrides)
+        room = self.machine.memory_of_a_process
         changes = list(self._changes(recipe, sharding))
         for change in changes:
-            if (taken := self._peak(path, overrides, sharding, change)) <= room:
+            if (taken := self._peak(recipe, sharding, change)) <= room:
                 return Advice(change, taken, True)
         together: dict[str, Any] = {}
-        lowest = self._peak(path, overrides, sharding, {})
+        lowest = self._peak(recipe, sharding, {})
         for change in changes:
-            taken = self._peak(path, overrides, sharding, together | change)
+            taken = self._peak(recipe, sharding, together | change)
             if taken < lowest:
                 together, lowest = together | change, taken
             if lowest <= room:
@@ -272,11 +268,9 @@ class _Planner:
             yield {f"{role}_lora_r": 16 for role in full}
             yield {f"{role}_lora_r": 16 for role in full} | {"dtype": "bfloat16"}
 
-    def _peak(
-        self, path: str | None, overrides: Mapping[str, Any], sharding: Sharding, change: Mapping[str, Any]
-    ) -> float:
+    def _peak(self, recipe: Recipe, sharding: Sharding, change: Mapping[str, Any]) -> float:
         keys = {key: value for key, value in change.items() if not key.startswith("--")}
-        recipe = load_recipe(path, {**overrides, **keys})
+        recipe = load_recipe(None, {**recipe.values, **keys})
         return peak(self.at(recipe, change.get("--sharding", sharding))[2]).total
 
     def _size(self, recipe: Recipe, role: Role) -> RoleSize:

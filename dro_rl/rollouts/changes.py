@@ -84,7 +84,7 @@ def compare(
     if other is not None:
         pairs = _pairs(_last_times(run, first), _last_times(other, last))
     else:
-        pairs = _later(_first_times(run, first), _last_times(run, last))
+        pairs = _within(run, first, last)
     ordered = sorted(pairs.values(), key=lambda pair: -pair.change if improved_first else pair.change)[:limit]
     before, after = (briefs_at([pair[i].place for pair in ordered]) for i in (0, 1))
     return Changes(
@@ -105,7 +105,7 @@ def since(run: str | Path, iteration: int | None) -> dict[str, Pair]:
         InputError: nothing was sampled by then.
     """
     if iteration is None:
-        return _later(_first_times(run, None), _last_times(run, None))
+        return _within(run, None, None)
     logged = parts_of(run)
     early = [number for number in logged if number <= iteration]
     if not early:
@@ -124,16 +124,19 @@ def _pairs(before: Mapping[str, Time], after: Mapping[str, Time]) -> dict[str, P
     return {name: Pair(before[name], after[name]) for name in before if name in after}
 
 
-def _later(before: Mapping[str, Time], after: Mapping[str, Time]) -> dict[str, Pair]:
+def _within(run: str | Path, first: int | None, last: int | None) -> dict[str, Pair]:
+    """Two times of each question, the second later: in the iterations named, else its first and its last one."""
+    named = [number for number in (first, last) if number is not None]
+    chosen_parts(run, named)  # refuses one that was not logged
+    before: dict[str, Time] = {}
+    after: dict[str, Time] = {}
+    for name, time in _times(run, sorted(set(named)) if len(named) == 2 else None):
+        if first in (None, time.iteration):
+            before.setdefault(name, time)
+        if last in (None, time.iteration):
+            after[name] = time
     pairs = _pairs(before, after)
     return {name: pair for name, pair in pairs.items() if pair.before.iteration < pair.after.iteration}
-
-
-def _first_times(run: str | Path, iterations: int | Sequence[int] | None) -> dict[str, Time]:
-    found: dict[str, Time] = {}
-    for name, time in _times(run, iterations):
-        found.setdefault(name, time)
-    return found
 
 
 def _last_times(run: str | Path, iterations: int | Sequence[int] | None) -> dict[str, Time]:

@@ -22,6 +22,8 @@ import numpy as np
 from dro_rl.records import Question, Rollout, Selection
 
 RECALL_AT = (1, 3, 5)
+KINDS = ("missed", "unselected", "tie", "collapsed", "invalid")
+"""Of questions, by one time that they were sampled: fields of `GroupFigures`. A question may be of several."""
 TIE = 0.05
 """Nats, or units of another reward. Selections that lie closer have weights within 5 % of each other: they tie."""
 
@@ -45,7 +47,7 @@ class Columns:
         shown: (documents selected,) the place of each in the list that the selector saw, from 1; 0 where it saw the
             list window by window: there places are of what was picked before.
         problems: how many rollouts have each problem.
-        draw: (questions,) which draw for its place each group is; all the first, unless told.
+        draw: (questions,) which draw for its place each group is, from 1.
     """
 
     size: np.ndarray
@@ -68,7 +70,7 @@ class Columns:
     supporting: np.ndarray
     shown: np.ndarray
     problems: Mapping[str, int]
-    draw: np.ndarray | None = None
+    draw: np.ndarray
 
     @property
     def start(self) -> np.ndarray:
@@ -182,6 +184,32 @@ class GroupFigures:
             return (self.valid > 0) & ((highest == lowest) | (highest - lowest <= TIE))
 
     @cached_property
+    def missed(self) -> np.ndarray:
+        """Whether supporting documents are among the candidates, and no rollout selects any."""
+        return self._without_gold(np.ones_like(self._of.row, dtype=bool))
+
+    @cached_property
+    def unselected(self) -> np.ndarray:
+        """The same of the rollouts with the largest weight."""
+        heaviest = self._of.weight == self.max_weight[self._group]
+        return self._without_gold(heaviest[self._of.row])
+
+    @cached_property
+    def collapsed(self) -> np.ndarray:
+        """Whether all valid rollouts, of which there are several, select the same."""
+        return (self.distinct == 1) & (self.valid > 1)
+
+    @cached_property
+    def invalid(self) -> np.ndarray:
+        """Whether a rollout names no document."""
+        return self.valid < self._of.size
+
+    def kinds(self) -> list[tuple[str, ...]]:
+        """Of each question those of `KINDS` that it is of."""
+        are = [getattr(self, kind) for kind in KINDS]
+        return [tuple(kind for kind, of in zip(KINDS, are, strict=True) if of[i]) for i in range(len(self._start))]
+
+    @cached_property
     def max_weight(self) -> np.ndarray:
         """The largest weight, 0..1."""
         return np.maximum.reduceat(self._of.weight, self._start)
@@ -248,10 +276,20 @@ class GroupFigures:
     def _answers(self) -> np.ndarray:
         return np.where(self._of.valid, self._of.answer_logp, -np.inf)
 
+    @cached_property
+    def _hits(self) -> dict[int, np.ndarray]:
+        """By k: (rollouts,) how many of the first k selected are supporting."""
+        row, supporting, place = self._of.row, self._of.supporting, self._of.place
+        return {k: np.bincount(row[supporting & (place < k)], minlength=len(self._group)) for k in RECALL_AT}
+
     def _found(self, share: np.ndarray, k: int) -> np.ndarray:
-        hits = np.bincount(self._of.row[self._of.supporting & (self._of.place < k)], minlength=len(self._group))
         with np.errstate(invalid="ignore", divide="ignore"):
-            return self._total(share * hits) / self._of.num_supporting
+            return self._total(share * self._hits[k]) / self._of.num_supporting
+
+    def _without_gold(self, looked_at: np.ndarray) -> np.ndarray:
+        """Whether gold is among the candidates, and not among the documents selected that are looked at."""
+        owner = self._group[self._of.row[self._of.supporting & looked_at]]
+        return (self._of.num_supporting > 0) & (np.bincount(owner, minlength=len(self._start)) == 0)
 
     def _total(self, values: np.ndarray) -> np.ndarray:
         return np.add.reduceat(values, self._start, dtype=float)
@@ -414,7 +452,7 @@ def summarize_groups(rollouts: Columns, groups: GroupFigures, *, max_log_ratio: 
             prompt_cut=_mean(rollouts.prompt_cut),
             all_tie=_mean(groups.tie),
             all_invalid=_mean(~valid),
-            resampled=0.0 if rollouts.draw is None else _mean(rollouts.draw > 1),
+            resampled=_mean(rollouts.draw > 1),
             temperature=_mean(rollouts.temperature),
             log_ratio_mean=_mean(log_ratio),
             log_ratio_max=float(log_ratio.max(initial=-math.inf)),

@@ -86,6 +86,7 @@ class Group:
     Args:
         ess: effective sample size of the weights, 0..m.
         evidence_bound: nats; see `dro_rl.rollouts.diagnostics`.
+        kinds: those of `dro_rl.rollouts.diagnostics.KINDS` that it is of.
         why: in words, why the first rollout won, or why none did.
     """
 
@@ -99,6 +100,7 @@ class Group:
     ess: float
     weight_temperature: float
     evidence_bound: float
+    kinds: tuple[str, ...]
     rollouts: tuple[GroupRollout, ...]
     why: str
 

@@ -7,32 +7,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import yaml
 
-from dro_rl.errors import InputError, Phrase
+from dro_rl.errors import InputError, Phrase, closest
 from dro_rl.rollouts import log
 from dro_rl.rollouts.changes import BOUND, Pair, since
 from dro_rl.rollouts.diagnostics import TIE, Columns, GroupFigures
 from dro_rl.rollouts.explain import Group
 from dro_rl.rollouts.places import Brief, Place, briefs_at, groups_at, rows_at
-from dro_rl.rollouts.read import chosen_parts, column, columns_of, in_order, is_text, parts_of, ranges
+from dro_rl.rollouts.read import chosen_parts, column, columns_of, in_order, is_text, parts_of, ranges, recipe_value
 
 Order = Literal["weight", "evidence", "ess", "uncertain", "worse", "improved"]
 """What comes first: the largest weight, which is the most decided; the lowest evidence bound, which is the hardest; the
 smallest ESS/m, which is the least spread; the highest entropy of the selector; the bound that fell, or rose, most."""
 
 Only = Literal["missed", "unselected", "tie", "collapsed", "invalid", "worse", "improved"]
-"""Questions whose supporting documents no rollout selected, or not the heaviest; whose rollouts tie; whose rollouts all
-select the same; with a rollout that names no document; whose answer is explained worse, or better, than it was."""
+"""Questions of one of `diagnostics.KINDS`, or whose answer is explained worse, or better, than it was."""
 
-CLOSEST_OF = 5000
+ENOUGH = 5000
 """Ids among which one like a mistyped one is looked for."""
 CHANGES: tuple[Only | Order, ...] = ("worse", "improved")
 """What compares two times."""
@@ -205,15 +202,7 @@ def _meets(table: pa.Table, rollouts: Columns, figures: GroupFigures, wanted: Wa
 
     meets = np.ones(len(rollouts.size), dtype=bool)
     if wanted.only is not None and wanted.only not in CHANGES:
-        kinds: dict[str, Callable[[], np.ndarray]] = {
-            "missed": lambda: _without_gold(rollouts, np.ones(len(rollouts.length), dtype=bool)),
-            "unselected": lambda: _without_gold(rollouts, rollouts.weight == figures.max_weight[rollouts.group]),
-            "tie": lambda: figures.tie,
-            "collapsed": lambda: (figures.distinct == 1) & (figures.valid > 1),
-            "invalid": lambda: figures.valid < rollouts.size,
-        }
-        assert {*kinds, *CHANGES} == set(get_args(Only))
-        meets &= kinds[wanted.only]()
+        meets &= getattr(figures, wanted.only)
     if wanted.problem is not None:
         joined = pc.binary_join(table["problems"].combine_chunks(), ",")
         meets &= has(pa.chunked_array([pc.match_substring(joined, wanted.problem)]))
@@ -225,16 +214,6 @@ def _meets(table: pa.Table, rollouts: Columns, figures: GroupFigures, wanted: Wa
     if wanted.max_weight is not None:
         meets &= figures.max_weight <= wanted.max_weight
     return meets
-
-
-def _without_gold(rollouts: Columns, looked_at: np.ndarray) -> np.ndarray:
-    """(questions,) whether gold is among the candidates, and none of the rollouts looked at selects any.
-
-    Args:
-        looked_at: (rollouts,).
-    """
-    hits = rollouts.supporting & looked_at[rollouts.row]
-    return (rollouts.num_supporting > 0) & (np.bincount(rollouts.group[rollouts.row], hits, len(rollouts.size)) == 0)
 
 
 def _signed(pair: Pair, sort: Order) -> float:
@@ -255,14 +234,13 @@ def _sampled(run: str | Path, question_id: str, iteration: int | Sequence[int] |
             ids = log.read([path], ["question_id"])["question_id"]
             if pc.any(is_text(ids, question_id)).as_py():
                 return {number: paths}
-            if len(some) < CLOSEST_OF:
+            if len(some) < ENOUGH:
                 some.update(dict.fromkeys(ids.unique().to_pylist()))
-    known = get_close_matches(question_id, list(some)[:CLOSEST_OF], 3, 0.4) or list(some)[:3]
     raise InputError(
         f"{run}: question id",
         question_id,
         f"this id was sampled in none of {ranges(list(searched))}",
-        f"Leave the id out to see some; ones that were sampled are {', '.join(map(repr, known))}.",
+        f"Leave the id out to see some; ones that were sampled are {closest(question_id, some)}.",
     )
 
 
@@ -270,10 +248,7 @@ def _check_split(run: str | Path, split: str | None) -> None:
     """Refuse a split that the run did not sample."""
     if split is None:
         return
-    try:
-        sampled = yaml.safe_load((Path(run) / "recipe.yaml").read_text(encoding="utf-8"))["dataset_train_split"]
-    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
-        sampled = "train"
+    sampled = recipe_value(run, "dataset_train_split") or "train"
     if split != sampled:
         raise InputError(
             f"{run}: split",

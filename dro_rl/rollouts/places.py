@@ -67,12 +67,13 @@ def groups_at(places: Sequence[Place]) -> list[Group]:
     found: dict[Place, Group] = {}
     for path, positions in _by_file(places):
         table = _rows(path, positions)
-        bounds = GroupFigures(columns_of(table)).evidence_bound.tolist()
+        figures = GroupFigures(columns_of(table))
         rows: dict[int, list[dict[str, Any]]] = {}
         for row in table.to_pylist():
             rows.setdefault(row["position"], []).append(row)
-        for (position, group), bound in zip(rows.items(), bounds, strict=True):
-            found[Place(path, position)] = _group(group, bound)
+        judged = zip(rows.items(), figures.evidence_bound.tolist(), figures.kinds(), strict=True)
+        for (position, group), bound, kinds in judged:
+            found[Place(path, position)] = _group(group, bound, kinds)
     return [found[place] for place in places]
 
 
@@ -121,7 +122,7 @@ def _briefs(rollouts: Columns, lines: Sequence[dict[str, Any]]) -> list[Brief]:
     ]
 
 
-def _group(rows: Sequence[dict[str, Any]], bound: float) -> Group:
+def _group(rows: Sequence[dict[str, Any]], bound: float, kinds: tuple[str, ...]) -> Group:
     rollouts = [
         GroupRollout(
             sample=row["sample"],
@@ -168,6 +169,7 @@ def _group(rows: Sequence[dict[str, Any]], bound: float) -> Group:
         ess=head["ess"],
         weight_temperature=head["weight_temperature"],
         evidence_bound=bound,
+        kinds=kinds,
         rollouts=tuple(rollouts),
         why=explain(rollouts, head["weight_temperature"]),
     )

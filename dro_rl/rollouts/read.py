@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import yaml
 
 from dro_rl.errors import InputError, Phrase
+from dro_rl.flat_yaml import read_yaml
 from dro_rl.rollouts import log
 from dro_rl.rollouts.diagnostics import Columns, pooled, summarize
 from dro_rl.rollouts.signals import Iteration
@@ -110,7 +111,7 @@ def history(run: str | Path, last: int | None = None) -> list[Iteration]:
         InputError: see `iterations` and `dro_rl.rollouts.log.read`.
     """
     logged = list(parts_of(run).values())
-    limit = _max_log_ratio(Path(run) / "recipe.yaml")
+    limit = _max_log_ratio(run)
     found = (_summarize_parts(paths, limit) for paths in (logged[-last:] if last else logged))
     kept = [iteration for iteration in found if iteration is not None]
     if not kept:
@@ -140,7 +141,7 @@ def follow(run: str | Path, pause: Callable[[], None]) -> Iterator[Iteration]:
     Args:
         pause: waits before the next look.
     """
-    limit = _max_log_ratio(Path(run) / "recipe.yaml")
+    limit = _max_log_ratio(run)
     done, before = 0, -1
     while True:
         logged = {number: parts for number, parts in parts_of(run).items() if number > done}
@@ -154,12 +155,18 @@ def follow(run: str | Path, pause: Callable[[], None]) -> Iterator[Iteration]:
         pause()
 
 
-def _max_log_ratio(recipe: Path) -> float:
-    """Where a run truncates its ratios, nats; NaN where its recipe does not say."""
+def recipe_value(run: str | Path, key: str) -> Any:
+    """What a run's recipe says of a key; None where it does not say, or cannot be read."""
     try:
-        return float(yaml.safe_load(recipe.read_text(encoding="utf-8"))["max_log_ratio"])
-    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
-        return math.nan
+        return read_yaml(Path(run) / "recipe.yaml").get(key)
+    except InputError:
+        return None
+
+
+def _max_log_ratio(run: str | Path) -> float:
+    """Where a run truncates its ratios, nats; NaN where its recipe does not say."""
+    value = recipe_value(run, "max_log_ratio")
+    return float(value) if isinstance(value, int | float) else math.nan
 
 
 def summarize_iteration(table: pa.Table, max_log_ratio: float = math.nan) -> Iteration:

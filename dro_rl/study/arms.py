@@ -14,7 +14,7 @@ from dro_rl.evaluation.stages import read_stages
 from dro_rl.flat_yaml import read_yaml
 from dro_rl.keys.reference import KEYS, as_yaml
 from dro_rl.recipe import read_keys
-from dro_rl.study.gradients import RESULT
+from dro_rl.study.metrics import RESULT
 from dro_rl.study.plan import MODELS, Study, Variant, overrides
 
 LENGTH = ("num_iterations", "max_steps", "early_stopping_patience")

@@ -28,8 +28,8 @@ from dro_rl.proposal import rollout_seed
 from dro_rl.recipe import Recipe
 from dro_rl.records import Question
 from dro_rl.roles import Role
+from dro_rl.study.metrics import RESULT
 
-RESULT = "gradients.json"
 REPEATS = 4
 """Estimates of each question, from rollouts of their own."""
 ROLLOUTS, TOKENS = 1000, 1_000_000

@@ -26,5 +26,7 @@ GRADIENTS = (
     "gradient_variance@tokens", "gradient_noise@rollouts", "gradient_noise@tokens", "tokens",
 )  # fmt: skip
 """What `dro-rl study gradients` measures: see `dro_rl.study.gradients.Moments`."""
+RESULT = "gradients.json"
+"""In the folder of such a measurement."""
 
-__all__ = ["GRADIENTS", "LOGGED", "METRICS", "TRAIN"]
+__all__ = ["GRADIENTS", "LOGGED", "METRICS", "RESULT", "TRAIN"]

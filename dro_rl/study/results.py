@@ -15,8 +15,7 @@ from dro_rl.rollouts.diagnostics import Summary, logged, pooled
 from dro_rl.rollouts.read import history, ranges
 from dro_rl.rows.small import read_object
 from dro_rl.study.arms import Arm, arm_folder, arms_of, check_unchanged
-from dro_rl.study.gradients import RESULT
-from dro_rl.study.metrics import GRADIENTS, METRICS, TRAIN
+from dro_rl.study.metrics import GRADIENTS, METRICS, RESULT, TRAIN
 from dro_rl.study.plan import Study
 
 FINAL = "final"
