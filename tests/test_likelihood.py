@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor
 from dro_rl import likelihood
 from dro_rl.likelihood import answer_logp, completion_logps, passes, row_logps, score_rows
 from dro_rl.likelihood.attention import ARCHITECTURES as PACKED
-from dro_rl.likelihood.attention import takes_packed_rows
+from dro_rl.likelihood.attention import cuts, takes_packed_rows
 from dro_rl.likelihood.packing import Row, lay_out
 
 PATHS = pytest.mark.parametrize("shared", [True, False], ids=["shared", "plain"])
@@ -251,6 +252,20 @@ def test_a_prefix_tree_computes_a_beginning_once() -> None:
     completions = sum(len(c) for row in TREE for c in row.completions)
     assert len(layout.ids) == 20 + 70 + 80 + 90 + (20 + 90) + 9 + completions
     assert len(lay_out(TREE).ids) == sum(map(len, TREE))
+
+
+@pytest.mark.parametrize("tree", [False, True], ids=["rows alone", "as a tree"])
+def test_rows_that_look_at_nothing_of_each_other_are_cut_apart_once(tree: bool) -> None:
+    """Cut out of the whole by each segment, every one's gradient would be as long as all rows."""
+    segments = lay_out(TREE, prefix_tree=tree).segments
+    starts = cuts(segments)
+    pieces = [piece for segment in segments for piece in segment.keys]
+    assert all(not piece.start < start < piece.stop for piece in pieces for start in starts)
+    assert starts == sorted(set(starts))
+    if tree:
+        assert len(starts) > 3, "branches that do not follow their stem too"
+    else:
+        assert starts == [0, *itertools.accumulate(map(len, TREE))][:-1]
 
 
 def test_scoring_keeps_the_rows_of_a_question_together(make_model) -> None:

@@ -295,8 +295,9 @@ def test_a_selector_that_vllm_cannot_run_is_refused_before_training(tmp_path: Pa
 
 @pytest.mark.slow
 def test_a_training_samples_with_vllm_and_its_log_says_how_far_the_two_are_apart(tmp_path: Path) -> None:
-    """Two iterations: after the first update the weights have been pushed, or the difference would show it."""
-    recipe = world(tmp_path, rollout_engine="vllm", learning_rate=1.0)
+    """Two iterations: after the first update the weights have been pushed, or the difference would show it. Candidates
+    are shown in two windows: a rollout's log q is what vLLM says of both."""
+    recipe = world(tmp_path, rollout_engine="vllm", learning_rate=1.0, window_size=3, num_selected=1)
     save_model(tmp_path / "base-selector", 5, hidden_size=64)  # vLLM's attention on a CPU takes heads of 32 and more
     done = launch(recipe, tmp_path / "run")
     assert done.returncode == 0, done.stderr
@@ -306,5 +307,9 @@ def test_a_training_samples_with_vllm_and_its_log_says_how_far_the_two_are_apart
     for line in steps:
         assert 0 < line["sampling/logp_difference_max"] < 6 * TOLERANCE
         assert abs(line["sampling/log_ratio_max"]) < 6 * TOLERANCE
+    rollouts = rollout_log.to_rollouts(rollout_log.read(rollout_log.part_paths(tmp_path / "run")))
+    valid = [rollout for rollout in rollouts if rollout.selection.valid]
+    assert valid
+    assert {len(rollout.all_windows) for rollout in valid} == {2}
     assert "differ from the trainer's" not in done.stderr
     assert "Traceback" not in done.stderr

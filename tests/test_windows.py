@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_cli_rollouts import document, invoke
+from test_cli_rollouts import document, invoke, refusal
 from training_world import largest_difference, questions, weights, world
 
 from dro_rl import likelihood
@@ -455,6 +455,8 @@ def test_a_hundred_candidates_train_evaluate_and_are_asked(tmp_path: Path) -> No
     assert any(rollout.weight > 0 for rollout in rollouts)
     data = ["--data", "toy", "--config", "100", "--split", "test", "--limit", "2"]
     assert "in windows of 20 that slide by 17: 6" in invoke("evaluate", run, *data).output
+    assert "--window-size: 101" in refusal("evaluate", run, *data, "--window-size", "101")
+    assert "window_stride: 18" in refusal("evaluate", run, *data, "--window-stride", "18")
     again = document(
         "evaluate", run, *data, "--window-size", "10", "--window-stride", "5", "--output", tmp_path / "ten"
     )

@@ -7,6 +7,8 @@ their attention interface; without a packing it is their own `sdpa`, so a model 
 
 from __future__ import annotations
 
+import itertools
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -57,21 +59,39 @@ def packed_attention(
             torch.cat([*(states[layer][which] for states in before), own], dim=2)
             for which, own in enumerate((key, value))
         )
+    # The gradient of a slice is as long as what it is cut from, that of a split is made once: rows are split first.
+    starts = cuts(packing)
+    sizes = [stop - start for start, stop in itertools.pairwise([*starts, key.shape[2]])]
 
-    def look(segment: Segment) -> Tensor:
+    def seen(parts: Sequence[Tensor], piece: slice) -> Tensor:
+        at = bisect_right(starts, piece.start) - 1
+        return parts[at][:, :, piece.start - starts[at] : piece.stop - starts[at]]
+
+    def look(segment: Segment, queries: Tensor, *states: Sequence[Tensor]) -> Tensor:
         keys, values = (
-            torch.cat([states[:, :, piece] for piece in segment.keys], dim=2)
+            torch.cat([seen(parts, piece) for piece in segment.keys], dim=2)
             if len(segment.keys) > 1
-            else states[:, :, segment.keys[0]]
-            for states in (key, value)
+            else seen(parts, segment.keys[0])
+            for parts in states
         )
         mask = None if segment.mask is None else segment.mask[None, None]
-        queries = query[:, :, segment.queries]
         return sdpa_attention_forward(
             module, queries, keys, values, mask, dropout=dropout, scaling=scaling, is_causal=mask is None
         )[0]
 
-    return torch.cat([look(segment) for segment in packing], dim=1), None
+    asked = query.split([segment.queries.stop - segment.queries.start for segment in packing], dim=2)
+    states = key.split(sizes, dim=2), value.split(sizes, dim=2)
+    return torch.cat([look(*each, *states) for each in zip(packing, asked, strict=True)], dim=1), None
+
+
+def cuts(packing: Sequence[Segment]) -> list[int]:
+    """Where the keys of a packing may be cut: at places that no slice of them reaches over, 0 the first."""
+    starts, reach = [0], 0
+    for piece in sorted((piece for segment in packing for piece in segment.keys), key=lambda piece: piece.start):
+        if piece.start >= reach > 0:
+            starts.append(piece.start)
+        reach = max(reach, piece.stop)
+    return starts
 
 
 AttentionInterface.register(NAME, packed_attention)
