@@ -151,9 +151,9 @@ class DROTrainer(_BaseTrainer):
             self.schedule, train_questions, self.prompters, self.method, self.fast_path, room, self.prefills,
             self._unwrapped, lambda: to_come(self.optimizer, args.optim), self.offloading, self.accelerator, self.clock,
         )  # fmt: skip
-        self.engine = engines.start(args, self._trained("selector"))
         generator, updates = self._trained("generator"), partial(self._updates, "generator")
-        self.answerer = engines.answerer(args, generator, updates, room)
+        self.engine = engines.start(args, self._trained("selector"), generator)
+        self.answerer = engines.answerer(args, generator, updates, room, self.engine)
         opened = self._open_reference if self.reference is not None else None
         flops = {role: each.forward for role, each in self._flops.items()}
         told = (self.prompters, self.method, self.clock, flops, self.answerer, room)

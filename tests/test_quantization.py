@@ -15,7 +15,7 @@ from training_world import largest_difference, questions, save_model, weights, w
 from transformers import AutoModelForCausalLM, set_seed
 
 from dro_rl import train
-from dro_rl.engines.vllm_colocate import merged_parameters
+from dro_rl.engines.vllm_colocate import numbers_of
 from dro_rl.errors import InputError
 from dro_rl.job.assembly import load_models, load_reference
 from dro_rl.job.model_checks import check_models
@@ -104,7 +104,7 @@ def test_what_is_merged_is_what_was_trained_in_full_precision(tmp_path: Path, he
 @pytest.mark.parametrize("held", HELD)
 def test_vllm_is_handed_numbers(tmp_path: Path, held: str, targets: tuple[str, ...] | None) -> None:
     model = adapted(tmp_path / "m", held, targets=targets)
-    handed, merged = dict(merged_parameters(model)), dict(merged_copy(model).named_parameters())
+    handed, merged = dict(numbers_of(model)), dict(merged_copy(model).named_parameters())
     assert set(handed) == set(merged)
     assert largest_difference(handed, {name: p.detach() for name, p in merged.items()}) < 1e-6
 

@@ -6,10 +6,13 @@ import copy
 import importlib
 import json
 import random
+import tempfile
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import partial
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,14 +24,17 @@ from training_world import changed, launch, save_model, world
 pytest.importorskip("vllm", reason="vLLM is not installed: make setup-vllm")
 
 from accelerate import Accelerator
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
+from dro_rl import engines
 from dro_rl.config import DROConfig
 from dro_rl.engines.answers import EngineAnswerer, ModelAnswerer
 from dro_rl.engines.decoding import truncate
 from dro_rl.engines.protocol import GenerationRequest, TrainedSelector
+from dro_rl.engines.vllm_adapters import runs_adapters
 from dro_rl.engines.vllm_colocate import ColocatedEngine
 from dro_rl.likelihood import Row, Scoring, completion_logps, score_rows
+from dro_rl.likelihood.room import Room
 from dro_rl.models.loading import LoraSettings, add_adapter
 from dro_rl.prompts import Prompter
 from dro_rl.proposal import Completion, SamplingParams
@@ -45,6 +51,22 @@ SAMPLING = SamplingParams(max_completion_length=7)
 
 def states() -> list[Any]:
     return [random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()]
+
+
+def adapted(model: Any, rank: int, seed: int) -> Any:
+    """A copy of a model under adapters that do something."""
+    model = add_adapter(copy.deepcopy(model), LoraSettings(rank, 8 * rank, 0.0, None))
+    return moved(model, seed)
+
+
+def moved(model: Any, seed: int) -> Any:
+    """The same after a large update of its adapters, in place."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
 
 
 class World:
@@ -71,15 +93,17 @@ class World:
     def generate(self, m: int = 4, sampling: SamplingParams = SAMPLING) -> list[list[Completion]]:
         return self.engine.generate(GenerationRequest(PROMPTS, m, sampling, SEEDS))
 
-    def difference(self, model: PreTrainedModel | None = None) -> float:
-        """The largest |log q − log p| of a token."""
-        largest = 0.0
-        for prompt, group in zip(PROMPTS, self.generate(), strict=True):
-            for sample, logps in zip(
-                group, completion_logps(model or self.model, prompt, [s.ids for s in group]), strict=True
-            ):
-                largest = max(largest, (torch.tensor(sample.logps) - logps.detach()).abs().max().item())
-        return largest
+    def difference(self) -> float:
+        return difference(self.engine, self.model)
+
+
+def difference(engine: ColocatedEngine, model: Any) -> float:
+    """The largest |log q − log p| of a token."""
+    largest = 0.0
+    for prompt, group in zip(PROMPTS, engine.generate(GenerationRequest(PROMPTS, 4, SAMPLING, SEEDS)), strict=True):
+        for sample, logps in zip(group, completion_logps(model, prompt, [s.ids for s in group]), strict=True):
+            largest = max(largest, (torch.tensor(sample.logps) - logps.detach()).abs().max().item())
+    return largest
 
 
 @pytest.fixture(scope="module")
@@ -226,19 +250,13 @@ def test_a_process_without_questions_has_no_rollouts(vllm: World) -> None:
 
 
 def test_adapters_are_pushed_and_the_base_is_not_touched(vllm: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = copy.deepcopy(vllm.model)
-    adapted = add_adapter(base, LoraSettings(4, 32, 0.0, None))
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
-    before = {name: parameter.clone() for name, parameter in adapted.named_parameters()}
-    monkeypatch.setattr(vllm, "model", adapted)
+    model = adapted(vllm.model, 4, seed=1)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    monkeypatch.setattr(vllm, "model", model)
     assert vllm.difference() > 1000 * TOLERANCE
     vllm.engine.push()
     assert vllm.difference() < TOLERANCE
-    assert all(torch.equal(before[name], parameter) for name, parameter in adapted.named_parameters())
+    assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
     monkeypatch.undo()
     vllm.engine.push()
     assert vllm.difference() < TOLERANCE, "a model without adapters comes after one with them"
@@ -266,6 +284,86 @@ def test_answers_are_the_generators_own_before_and_after_an_update(
     monkeypatch.undo()
     vllm.engine.push()
     vllm.engine.forget()
+
+
+class Lora:
+    """One engine for two roles, whose adapters of ranks 4 and 9 go over one base; beside the one of the file."""
+
+    def __init__(self, vllm: World) -> None:
+        self.models = {"selector": adapted(vllm.model, 4, seed=1), "generator": adapted(vllm.model, 9, seed=2)}
+        config = DROConfig(**BOTH, output_dir="", max_completion_length=24, max_answer_length=40)
+        roles = [
+            TrainedSelector(
+                lambda: nullcontext(None), partial(self.models.__getitem__, role), lambda place: None,
+                Prompter(vllm.tokenizer, "toy_generator"), Accelerator(), Path(),
+            )
+            for role in self.models
+        ]  # fmt: skip
+        self.selector: Any = engines.start(config, *roles)
+        answerer: Any = engines.answerer(config, roles[1], lambda: 0, Room(1024), self.selector)
+        self.generator: Any = answerer._engine
+
+    def differences(self) -> list[float]:
+        engines = (self.selector, self.generator)
+        return [difference(engine, model) for engine, model in zip(engines, self.models.values(), strict=True)]
+
+
+BOTH: dict[str, Any] = {
+    "rollout_engine": "vllm", "answer_engine": "vllm", "reward": "f1", "max_prompt_length": 120, "report_to": "none",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def lora(vllm: World) -> Lora:
+    return Lora(vllm)
+
+
+def test_vllm_says_which_architectures_have_lora(vllm: World) -> None:
+    llama, gpt2 = (SimpleNamespace(architectures=[name]) for name in ("LlamaForCausalLM", "GPT2LMHeadModel"))
+    assert runs_adapters(llama, "auto")
+    assert not runs_adapters(gpt2, "auto")
+    assert runs_adapters(gpt2, "transformers")
+
+
+def test_two_roles_adapters_go_alone_over_one_base(lora: Lora) -> None:
+    """One vLLM, as long as the longer of them asks, started for the higher rank."""
+    assert lora.selector._llm is lora.generator._llm
+    settings = lora.selector._llm.llm_engine.vllm_config
+    assert (settings.lora_config.max_lora_rank, settings.lora_config.max_loras) == (16, 2)
+    assert settings.model_config.max_model_len == 120 + 40
+
+
+def test_log_q_under_adapters_sent_alone_is_log_p_after_every_push_and_stale_without_one(lora: Lora) -> None:
+    """The same prompts each time: prefixes that older adapters, or the other role's, computed would show."""
+    for step in range(3):
+        for engine in (lora.selector, lora.generator):
+            with engine.at(step):
+                pass
+        assert max(lora.differences()) < TOLERANCE
+        moved(lora.models["selector"], seed=10 + step)
+        with lora.selector.at(step):  # no update since: nothing to push
+            selector, generator = lora.differences()
+        assert (selector > 1000 * TOLERANCE, generator < TOLERANCE) == (True, True)
+    lora.selector.forget()
+    with lora.selector.at(2):  # as after a resume
+        assert max(lora.differences()) < TOLERANCE
+
+
+def test_an_engine_of_merged_weights_beside_one_of_adapters_keeps_its_own(lora: Lora, vllm: World) -> None:
+    for seed in (20, 21):
+        for engine in (lora.selector, vllm.engine, lora.generator):
+            engine.push()
+        assert max(vllm.difference(), *lora.differences()) < TOLERANCE
+        moved(lora.models["generator"], seed)
+    lora.generator.push()
+    assert max(vllm.difference(), *lora.differences()) < TOLERANCE
+
+
+def test_adapters_leave_nothing_on_the_disk(lora: Lora, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    lora.selector.push()
+    assert lora.differences()[0] < TOLERANCE
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

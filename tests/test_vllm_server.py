@@ -89,7 +89,7 @@ class Process:
 class World:
     """A server over a model's folder, with an engine over both of its addresses."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **keys: Any) -> None:
         self.folder, self.port = folder, free_port()
         save_model(folder / "selector", 5, hidden_size=64, initializer_range=0.4)
         self.model: Any = AutoModelForCausalLM.from_pretrained(folder / "selector", dtype=torch.float32).eval()
@@ -100,6 +100,7 @@ class World:
             vllm_server_base_url=f"http://127.0.0.1:{self.port}",
             vllm_server_timeout=5.0,
             constrain_selection=True,
+            **keys,
         )
         self.pushes = 0
         self.process = Process(self.recipe, folder / "server.log")

@@ -26,7 +26,7 @@ from dro_rl.cli import app
 from dro_rl.config import DROConfig
 from dro_rl.engines import answers, serve, vllm_common, vllm_server, vllm_weights
 from dro_rl.engines.protocol import GenerationRequest
-from dro_rl.engines.vllm_colocate import merged_parameters, origin
+from dro_rl.engines.vllm_colocate import numbers_of, origin
 from dro_rl.engines.vllm_common import engine_dtype, random_state_kept, request_options
 from dro_rl.engines.vllm_server import Server, ServerEngine, load_everywhere
 from dro_rl.errors import InputError, LackError
@@ -298,7 +298,7 @@ def test_adapters_of_a_sharded_selector_go_by_folder(tmp_path: Path, monkeypatch
 def test_runs_that_share_a_folder_keep_to_their_own_and_leave_no_older_push(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vllm_weights, "load_everywhere", lambda servers, place: None)
+    monkeypatch.setattr(vllm_weights, "load_everywhere", lambda servers, place, alone: None)
 
     def save(place: Path) -> None:
         place.mkdir(parents=True)
@@ -415,7 +415,7 @@ def test_generators_are_given_back_as_they_were() -> None:
     assert before == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
 
 
-def test_merged_parameters_are_those_that_peft_would_merge(tmp_path: Path, make_model) -> None:
+def test_numbers_of_are_those_that_peft_would_merge(tmp_path: Path, make_model) -> None:
     model = make_model()
     names = dict(model.named_parameters())
     adapted = add_adapter(copy.deepcopy(model), LoraSettings(4, 16, 0.0, None))
@@ -423,7 +423,7 @@ def test_merged_parameters_are_those_that_peft_would_merge(tmp_path: Path, make_
         for name, parameter in adapted.named_parameters():
             if "lora_" in name:
                 parameter.normal_(0, 0.2)
-    found = {name: tensor.clone() for name, tensor in merged_parameters(adapted)}
+    found = {name: tensor.clone() for name, tensor in numbers_of(adapted)}
     merged = dict(adapted.merge_and_unload().named_parameters())
     assert found.keys() == names.keys()
     assert any(not torch.equal(found[name], names[name]) for name in names)

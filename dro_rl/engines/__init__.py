@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from dro_rl.engines.protocol import EngineKind, RolloutEngine, TrainedSelector
     from dro_rl.likelihood.room import Room
     from dro_rl.prompts import Prompter
+    from dro_rl.recipe import Recipe
+    from dro_rl.roles import Role
 
 ENGINES: dict[str, str] = {
     "transformers": "dro_rl.engines.transformers_engine:TransformersEngine",
@@ -24,19 +26,34 @@ ENGINES: dict[str, str] = {
 """Values of `rollout_engine`, each with the class that it stands for: `module:name`."""
 
 
-def check(config: DROConfig) -> None:
-    """Refuse an engine that there is not, or that could not run here. Raises `InputError`."""
-    _engine(config.engine).check(config)
+def check(config: DROConfig, recipe: Recipe | None = None) -> None:
+    """Refuse an engine that there is not, or that could not run here. Raises `InputError`.
+
+    Args:
+        recipe: says which adapters each role has.
+    """
+    _check(config.engine, config, recipe, "selector")
     if config.answer_engine == "vllm":
         from dro_rl.engines.answers import named_for_answers, settings_for_answers
 
         with named_for_answers():
-            _engine(config.answer_engine).check(settings_for_answers(config))
+            _check(config.answer_engine, settings_for_answers(config), recipe, "generator")
 
 
-def start(config: DROConfig, selector: TrainedSelector) -> RolloutEngine:
-    """The engine that a recipe names, for the selector that trains. All processes call together."""
-    return _engine(config.engine).start(config, selector)
+def _check(name: str, config: DROConfig, recipe: Recipe | None, role: Role) -> None:
+    from dro_rl.engines.vllm_adapters import of_recipe
+
+    kind = _engine(name)
+    kind.check(config, of_recipe(recipe, config, role) if recipe is not None and name == "vllm" else None)
+
+
+def start(config: DROConfig, selector: TrainedSelector, generator: TrainedSelector | None = None) -> RolloutEngine:
+    """The engine that a recipe names, for the selector that trains. All processes call together.
+
+    Args:
+        generator: where its answers are to be written by an engine too.
+    """
+    return _engine(config.engine).start(config, selector, generator if config.answer_engine == "vllm" else None)
 
 
 def elsewhere(config: DROConfig, prompter: Prompter) -> EndpointAnswerer | None:
@@ -57,7 +74,9 @@ def served(url: str, model: str | None, prompter: Prompter) -> Answerer:
     return EndpointAnswerer(EndpointSettings(url, model), prompter)
 
 
-def answerer(config: DROConfig, generator: TrainedSelector, updates: Callable[[], int], room: Room) -> Answerer:
+def answerer(
+    config: DROConfig, generator: TrainedSelector, updates: Callable[[], int], room: Room, selections: RolloutEngine
+) -> Answerer:
     """What scores and writes the answers of a training. All processes call together.
 
     Args:
@@ -65,16 +84,22 @@ def answerer(config: DROConfig, generator: TrainedSelector, updates: Callable[[]
         generator: the model, where its weights are here.
         updates: how many it has had.
         room: for how many tokens a pass has room.
+        selections: the engine that samples them, which may have room for the generator over the same base.
     """
     from dro_rl.engines.answers import EngineAnswerer, ModelAnswerer, named_for_answers, settings_for_answers
+    from dro_rl.engines.vllm_colocate import ColocatedEngine
 
     if (there := elsewhere(config, generator.prompter)) is not None:
         return there
     if config.answer_engine == "transformers":
         size = config.per_device_eval_batch_size
         return ModelAnswerer(generator.open, generator.prompter, config.scoring, size, room)
+    told = settings_for_answers(config)
     with named_for_answers():
-        engine = start(settings_for_answers(config), generator)
+        if isinstance(selections, ColocatedEngine) and selections.has_room:
+            engine: RolloutEngine = selections.also(generator.module, told, generator.prompter.ends.stops)
+        else:
+            engine = start(told, generator)
     return EngineAnswerer(generator, config.scoring, engine, updates, room)
 
 

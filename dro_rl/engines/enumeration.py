@@ -13,6 +13,7 @@ from contextlib import contextmanager
 
 from dro_rl.config import DROConfig
 from dro_rl.engines.protocol import GenerationRequest, TrainedSelector
+from dro_rl.engines.vllm_adapters import Adapters
 from dro_rl.errors import InputError
 from dro_rl.proposal import Completion, SamplingParams
 from dro_rl.selection import SelectionSpec
@@ -26,7 +27,7 @@ class EnumerationEngine:
     """Lists selections. It asks no model, so weights, seeds and temperature make no difference."""
 
     @classmethod
-    def check(cls, config: DROConfig) -> None:
+    def check(cls, config: DROConfig, adapters: Adapters | None = None) -> None:
         """Refuse free text, which cannot be listed, a ratio that is cut, and a proposal that is meant to be p."""
         if not config.constrain_selection:
             raise InputError(
@@ -63,7 +64,9 @@ class EnumerationEngine:
             )
 
     @classmethod
-    def start(cls, config: DROConfig, selector: TrainedSelector) -> EnumerationEngine:
+    def start(
+        cls, config: DROConfig, selector: TrainedSelector, generator: TrainedSelector | None = None
+    ) -> EnumerationEngine:
         return cls()
 
     @contextmanager

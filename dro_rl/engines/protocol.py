@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from accelerate import Accelerator
 
 from dro_rl.config import DROConfig
+from dro_rl.engines.vllm_adapters import Adapters
 from dro_rl.likelihood import Model
 from dro_rl.likelihood.prefill import Prefills
 from dro_rl.prompts import Prompter
@@ -90,10 +91,20 @@ class RolloutEngine(Protocol):
 class EngineKind(Protocol):
     """What `engines.ENGINES` lists: a way to have rollouts, which may be the engine's own class."""
 
-    def check(self, config: DROConfig) -> None:
-        """Raise `InputError` where the engine could not run, before models load."""
+    def check(self, config: DROConfig, adapters: Adapters | None = None) -> None:
+        """Raise `InputError` where the engine could not run, before models load.
+
+        Args:
+            adapters: of the model that it will have, where it could be sent them alone.
+        """
         ...
 
-    def start(self, config: DROConfig, selector: TrainedSelector) -> RolloutEngine:
-        """The engine of a training. All processes call together."""
+    def start(
+        self, config: DROConfig, selector: TrainedSelector, generator: TrainedSelector | None = None
+    ) -> RolloutEngine:
+        """The engine of a training. All processes call together.
+
+        Args:
+            generator: what writes answers, for an engine that can hold both over one base.
+        """
         ...

@@ -14,7 +14,9 @@ from transformers import AutoConfig
 
 from dro_rl.engines.answers import settings_for_answers
 from dro_rl.engines.guard import KEY_FILE, MIDDLEWARE, server_key
+from dro_rl.engines.vllm_adapters import of_recipe, runs_adapters
 from dro_rl.engines.vllm_common import CPU_CACHE_GIB, LOGITS_PROCESSOR, check_installed, engine_dtype, engine_length
+from dro_rl.engines.vllm_server import LORA_ROUTES
 from dro_rl.errors import InputError
 from dro_rl.recipe import Recipe
 from dro_rl.roles import Role
@@ -80,15 +82,23 @@ def server_command(
     if training.constrain_selection:
         options["--logits-processors"] = LOGITS_PROCESSOR
     flags = ["--trust-remote-code"] if run.trust_remote_code else []
+    adapters = of_recipe(recipe, training, role)
+    if adapters is not None and not runs_adapters(config, training.vllm_model_impl):
+        adapters = None
+    if adapters is not None:
+        flags.append("--enable-lora")
+        options["--max-lora-rank"] = adapters.max_rank
     server_key(training.vllm_server_key_file)
     environment = {
         "VLLM_SERVER_DEV_MODE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         KEY_FILE: str(Path(training.vllm_server_key_file).expanduser().resolve()),
     }
+    if adapters is not None:
+        environment[LORA_ROUTES] = "1"
     if torch.cuda.is_available():
         options["--gpu-memory-utilization"] = gpu_memory_utilization
-        if training.vllm_weight_sync != "folder" and len(urls) == 1:
+        if adapters is None and training.vllm_weight_sync != "folder" and len(urls) == 1:
             options["--weight-transfer-config"] = '{"backend": "nccl"}'
     else:
         # Why prompts are not split: see `vllm_colocate.cpu_options`.

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dro_rl.config import DROConfig
 from dro_rl.engines.decoding import Decoder
 from dro_rl.engines.protocol import GenerationRequest, TrainedSelector
+from dro_rl.engines.vllm_adapters import Adapters
 from dro_rl.errors import is_out_of_memory
 from dro_rl.proposal import Completion, SamplingParams
 
@@ -26,11 +27,13 @@ class TransformersEngine:
         self._decoder: Decoder | None = None
 
     @classmethod
-    def check(cls, config: DROConfig) -> None:
+    def check(cls, config: DROConfig, adapters: Adapters | None = None) -> None:
         """Nothing can be missing."""
 
     @classmethod
-    def start(cls, config: DROConfig, selector: TrainedSelector) -> TransformersEngine:
+    def start(
+        cls, config: DROConfig, selector: TrainedSelector, generator: TrainedSelector | None = None
+    ) -> TransformersEngine:
         return cls(selector, config.per_device_eval_batch_size, config.scoring.shared_prefix)
 
     @contextmanager

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from dro_rl.config import DROConfig
 from dro_rl.engines.guard import KEY, KEY_PLACE, server_key
 from dro_rl.engines.protocol import GenerationRequest
 from dro_rl.engines.requests import at_once
+from dro_rl.engines.vllm_adapters import Adapters
 from dro_rl.engines.vllm_common import LOGITS_PROCESSOR, constrained, request_options
 from dro_rl.errors import InputError, Phrase
 from dro_rl.proposal import Completion, SamplingParams
@@ -39,6 +41,9 @@ RESETS = 5
 PAUSE = 1.0
 """Seconds between two looks at a server that is not up, or holds its prefixes."""
 COMPLETIONS = "/v1/completions"
+LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
+LORA_ROUTES = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
+"""What is 1 in the environment of a server that takes adapters while it runs."""
 START = "Start it (`dro-rl serve-rollouts RECIPE`), and give the same command with --resume_from_checkpoint auto."
 
 
@@ -101,8 +106,9 @@ class Server:
         """
         answer = self._client.request(method, path, **body)
         # What stands before a server says that it is away, or the server says so of its engine: a request that is wrong
-        # has another status.
-        if answer.status_code in (502, 503, 504) or (answer.status_code == 500 and path == COMPLETIONS):
+        # has another status. Adapters that it has no longer are not there since it was started again.
+        gone = answer.status_code == 404 and "model" in body.get("json", {})
+        if answer.status_code in (502, 503, 504) or (path == COMPLETIONS and (answer.status_code == 500 or gone)):
             raise httpx.RemoteProtocolError(f"status {answer.status_code}: {answer.text[:300]}")
         if answer.status_code == 401:
             raise InputError(
@@ -118,7 +124,7 @@ class Server:
                 "the server does what rollouts need",
                 "Read its log. `dro-rl serve-rollouts RECIPE` starts one with the flags that it needs.",
             )
-        return answer.json() if answer.content else None
+        return answer.json() if answer.content and path not in (LOAD, UNLOAD) else None  # these say it in words
 
     def settings(self) -> dict[str, Any]:
         """The server's own configuration, which it tells in development mode alone.
@@ -140,8 +146,11 @@ class Server:
         except httpx.TransportError as error:
             raise self.away(str(error) or type(error).__name__) from None
 
-    def check(self, config: DROConfig) -> str:
+    def check(self, config: DROConfig, adapters: Adapters | None = None) -> str:
         """Wait for the server, and refuse one whose settings would make rollouts wrong or fail.
+
+        Args:
+            adapters: what it is sent, unless that is whole weights.
 
         Returns:
             Its instance: another each time that it is started.
@@ -174,24 +183,80 @@ class Server:
                 "vLLM fails there on a prompt that it splits, when the request has a seed",
                 "--no-enable-chunked-prefill",
             )
+        self._check_lora(settings, adapters)
         return str(settings["instance_id"])
+
+    def _check_lora(self, settings: dict[str, Any], adapters: Adapters | None) -> None:
+        """A server that was started for adapters has a base that nobody replaces: those of later runs go over it."""
+        lora, model = settings["lora_config"], settings["model_config"]
+        if lora is None:
+            if adapters is not None and adapters.required:
+                flags = f"--enable-lora --max-lora-rank {adapters.max_rank} and {LORA_ROUTES}=1"
+                raise self._refused("no LoRA", "adapters are sent alone to a server that takes them", flags)
+            return
+        if adapters is None:
+            raise InputError(
+                "vllm_server_base_url",
+                Phrase(f"{self.url} runs with --enable-lora"),
+                "whole weights would take the place of the base that adapters go over there, and no adapters are sent",
+                "Start it without.",
+            )
+        if not adapters.trained_over(model["model"], model["revision"]):
+            raise InputError(
+                "vllm_server_base_url",
+                Phrase(f"{self.url} holds {model['model']}, revision {model['revision'] or 'main'}"),
+                f"adapters are of their base, {adapters.base}"
+                + (f", revision {adapters.revision}" if adapters.revision else ""),
+                "Start it with that model (`dro-rl serve-rollouts RECIPE`), or without --enable-lora.",
+            )
+        if lora["max_lora_rank"] < adapters.rank:
+            raise self._refused(
+                f"--max-lora-rank {lora['max_lora_rank']}",
+                f"the adapters' rank is {adapters.rank}",
+                f"--max-lora-rank {adapters.max_rank}",
+            )
+        try:
+            answer = self._client.post(LOAD, json={"lora_name": "", "lora_path": ""})
+        except httpx.TransportError as error:
+            raise self.away(str(error) or type(error).__name__) from None
+        if answer.status_code == 404:  # where there is such a call, it asks for a name
+            raise self._refused(
+                "--enable-lora and no call to load adapters", "they are loaded while it runs", f"{LORA_ROUTES}=1"
+            )
 
     def _refused(self, found: str, rule: str, flag: str) -> InputError:
         return InputError(
             "vllm_server_base_url", Phrase(f"{self.url} runs with {found}"), rule, f"Start it with {flag}."
         )
 
-    def load(self, folder: Path) -> None:
+    def unload(self, folder: Path) -> None:
+        """Have it forget adapters, where it still has them."""
+        with suppress(InputError, httpx.TransportError):
+            self.call("POST", UNLOAD, json={"lora_name": adapter_name(folder)})
+
+    def _has(self, folder: Path) -> bool:
+        return adapter_name(folder) in [each["id"] for each in self.call("GET", "/v1/models")["data"]]
+
+    def load(self, folder: Path, *, alone: bool = False) -> None:
         """Make the server read new weights, and forget the prefixes that the old ones computed.
+
+        Args:
+            alone: they are adapters over its base. Each push has a name of its own, by which it keeps prefixes apart.
 
         Raises:
             httpx.TransportError: it went away.
             InputError: it could not read them, or did not forget.
         """
-        loading = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
+        whole = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
+        adapters = {"lora_name": adapter_name(folder), "lora_path": str(folder)}
         try:
-            self.call("POST", "/collective_rpc", json=loading)
+            if alone:
+                self.call("POST", LOAD, json=adapters)
+                return
+            self.call("POST", "/collective_rpc", json=whole)
         except InputError as error:
+            if alone and self._has(folder):  # by another of its addresses, or before a request that took too long
+                return
             if self.problem() is not None:  # its engine has died, whatever the folder holds
                 raise httpx.RemoteProtocolError(str(error.value)) from None
             raise InputError(
@@ -229,10 +294,14 @@ class ServerEngine:
         ends: the token that ends a completion, or several of which each does.
         publish: brings the selector's weights of the moment to all servers, from all processes together. Returns the
             folder they can be read from again, None where there is none.
+        adapters: what it brings, unless that is whole weights.
     """
 
-    def __init__(self, config: DROConfig, ends: int | Sequence[int], publish: Publish) -> None:
+    def __init__(
+        self, config: DROConfig, ends: int | Sequence[int], publish: Publish, adapters: Adapters | None = None
+    ) -> None:
         self.servers = servers_of(config)
+        self._adapters = adapters
         self._config, self._ends, self._publish = config, ends, publish
         self._instances: list[str] = []
         self._pushed: int | None = None
@@ -254,7 +323,7 @@ class ServerEngine:
         """The servers' instances. One that was started again has the weights, and the flags, that it started with."""
         found: list[Any] = [None]
         if PartialState().is_main_process:
-            found[0] = [server.check(self._config) for server in self.servers]
+            found[0] = [server.check(self._config, self._adapters) for server in self.servers]
         return broadcast_object_list(found)[0]
 
     def forget(self) -> None:
@@ -264,6 +333,8 @@ class ServerEngine:
     def close(self) -> None:
         """Remove the folder that the servers read weights from. The next push writes another."""
         if self._weights is not None:
+            if self._adapters is not None and PartialState().is_main_process:
+                unload_everywhere(self.servers, self._weights)
             shutil.rmtree(self._weights, ignore_errors=True)
             with suppress(OSError):  # other things are in them, or another process was first
                 self._weights.parent.rmdir()
@@ -277,6 +348,9 @@ class ServerEngine:
     def generate(self, request: GenerationRequest) -> list[list[Completion]]:
         """See `RolloutEngine.generate`. A question is a request; questions go to the servers in turn."""
         prompts, constraints = request.prompts, request.constraints
+        model: dict[str, Any] = {}
+        if self._adapters is not None and self._weights is not None:
+            model["model"] = adapter_name(self._weights)
 
         def ask(i: int) -> list[Completion]:
             options = request_options(request, request.seeds[i], self._ends)
@@ -284,7 +358,8 @@ class ServerEngine:
                 options["vllm_xargs"] = constrained(constraints[i])
             # Each process begins with another server: one may have a single question.
             place = (i + self._config.process_index) % len(self.servers)
-            return self._ask(place, {"prompt": list(prompts[i]), "return_tokens_as_token_ids": True, **options})
+            asked = {"prompt": list(prompts[i]), "return_tokens_as_token_ids": True, **model, **options}
+            return self._ask(place, asked)
 
         return at_once(ask, range(len(prompts)), CONCURRENCY)
 
@@ -319,8 +394,8 @@ class ServerEngine:
             try:
                 if self._weights is None:
                     raise server.away(f"{problem}, and weights that came over NCCL cannot be given again")
-                server.check(self._config)
-                server.load(self._weights)
+                server.check(self._config, self._adapters)
+                server.load(self._weights, alone=self._adapters is not None)
             except httpx.TransportError as error:
                 returns.lost = server.away(str(error) or type(error).__name__)
                 raise returns.lost from None
@@ -345,14 +420,36 @@ def servers_of(config: DROConfig) -> list[Server]:
     return [Server(url, config.vllm_server_timeout, config.vllm_request_timeout, key) for url in config.vllm_servers]
 
 
-def check_servers(config: DROConfig) -> None:
+def check_servers(config: DROConfig, adapters: Adapters | None = None) -> None:
     """Wait for all servers, and refuse settings that would make rollouts wrong or fail. Raises `InputError`."""
     for server in servers_of(config):
-        server.check(config)
+        server.check(config, adapters)
 
 
-def load_everywhere(servers: Sequence[Server], folder: Path) -> None:
-    """Make all servers read new weights, at once.
+def taken_by_servers(config: DROConfig, adapters: Adapters) -> Adapters | None:
+    """The adapters, to be sent alone from here on, where all servers were started for them; else None. All processes
+    call together, after `check_servers`."""
+    found: list[Any] = [None]
+    if PartialState().is_main_process:
+        found[0] = all(server.settings()["lora_config"] is not None for server in servers_of(config))
+        if not found[0]:
+            logger.info("vLLM is sent merged weights each time, not adapters alone: not all servers have --enable-lora")
+    return replace(adapters, required=True) if broadcast_object_list(found)[0] else None
+
+
+def adapter_name(folder: Path) -> str:
+    """What servers call the adapters of a push: no other push of any run has the name."""
+    return f"{folder.parent.name}-{folder.name}"
+
+
+def unload_everywhere(servers: Sequence[Server], folder: Path) -> None:
+    """Have all servers forget the adapters of an older push."""
+    for server in servers:
+        server.unload(folder)
+
+
+def load_everywhere(servers: Sequence[Server], folder: Path, *, alone: bool = False) -> None:
+    """Make all servers read new weights, at once; see `Server.load`.
 
     Raises:
         InputError: one is away, or could not read them.
@@ -361,7 +458,7 @@ def load_everywhere(servers: Sequence[Server], folder: Path) -> None:
     def load(server: Server) -> None:
         server.wait()
         try:
-            server.load(folder)
+            server.load(folder, alone=alone)
         except httpx.TransportError as error:
             raise server.away(f"while it read new weights: {str(error) or type(error).__name__}") from None
 

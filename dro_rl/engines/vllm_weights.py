@@ -10,6 +10,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -19,11 +20,14 @@ from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedTokenizerBase
 
 from dro_rl.config import DROConfig
-from dro_rl.engines.vllm_colocate import is_sharded, take_weights_from
+from dro_rl.engines.vllm_adapters import Adapters
+from dro_rl.engines.vllm_colocate import take_weights_from
 from dro_rl.engines.vllm_common import check_installed
-from dro_rl.engines.vllm_server import Publish, Server, load_everywhere, servers_of
+from dro_rl.engines.vllm_server import Publish, Server, load_everywhere, servers_of, unload_everywhere
 from dro_rl.errors import InputError, first_line
-from dro_rl.models.saving import is_adapted
+from dro_rl.files import folder_written_whole
+from dro_rl.models.saving import is_adapted, save_adapters
+from dro_rl.models.sharding import is_sharded
 
 
 def publisher(
@@ -33,18 +37,22 @@ def publisher(
     selector: Callable[[], Any],
     tokenizer: PreTrainedTokenizerBase,
     accelerator: Accelerator,
+    adapters: Adapters | None = None,
 ) -> Publish:
-    """What pushes the selector's weights, by `vllm_weight_sync`.
+    """What pushes the selector's weights, by `vllm_weight_sync`, or its adapters alone, by folder.
 
     Args:
         folder: where weights are written, when they travel by folder.
         save: writes the selector into a folder, from all processes together.
         selector: the selector as it is now.
+        adapters: where they are sent alone.
     """
-    if _sync(config, is_adapted(selector()), accelerator) == "folder":
+    if adapters is not None or _sync(config, is_adapted(selector()), accelerator) == "folder":
         if config.vllm_weights_dir is None and accelerator.is_main_process:
             shutil.rmtree(folder, ignore_errors=True)  # in the run's own folder: what it left when it was killed
-        return by_folder(folder, save, accelerator)
+        if adapters is None:
+            return by_folder(folder, save, accelerator)
+        return by_folder(folder, partial(_save_adapters, selector, accelerator), accelerator, alone=True)
     return by_nccl(config, selector, tokenizer, accelerator)
 
 
@@ -67,10 +75,19 @@ def _sync(config: DROConfig, adapted: bool, accelerator: Accelerator) -> str:
     return "nccl" if broadcast_object_list(answer)[0] else "folder"
 
 
-def by_folder(folder: Path, save: Callable[[Path], None], accelerator: Accelerator) -> Publish:
+def _save_adapters(selector: Callable[[], Any], accelerator: Accelerator, place: Path) -> None:
+    if accelerator.is_main_process:
+        with folder_written_whole(place) as beside:
+            save_adapters(selector(), beside)
+
+
+def by_folder(folder: Path, save: Callable[[Path], None], accelerator: Accelerator, *, alone: bool = False) -> Publish:
     """Write the weights to a folder of their own each time, which no server can have cached, and have them read.
 
     A run's pushes are in a folder with a name of its own: runs may share a `vllm_weights_dir`.
+
+    Args:
+        alone: what is written are adapters, and servers have their base.
     """
     pushes, run = 0, broadcast_object_list([f"run-{secrets.token_hex(4)}"])[0]
 
@@ -80,9 +97,11 @@ def by_folder(folder: Path, save: Callable[[Path], None], accelerator: Accelerat
         place = folder.resolve() / run / f"push-{pushes}"
         save(place)
         if accelerator.is_main_process:
-            load_everywhere(servers, place)
+            load_everywhere(servers, place, alone=alone)
             for older in place.parent.iterdir():
                 if older != place:
+                    if alone:
+                        unload_everywhere(servers, older)
                     shutil.rmtree(older, ignore_errors=True)
         accelerator.wait_for_everyone()
         return place

@@ -115,7 +115,7 @@ def check(recipe: Recipe, train: Sequence[Question], dev: Sequence[Question]) ->
     check_warm_up(recipe, train)
     check_trackers(training.report_to)
     check_optimizer(training)
-    engines.check(training)
+    engines.check(training, recipe)
     check_functions(training.reward_rule)
     return check_disk(recipe, check_models(recipe))
 

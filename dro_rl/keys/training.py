@@ -237,6 +237,11 @@ class TrainingKeys:
     vllm_weight_sync: Literal["auto", "folder", "nccl"] = option(
         "auto", "How servers get weights; auto is nccl where trainer and server have it, else folder.", resumes=True
     )
+    vllm_lora_sync: Literal["auto", "adapter", "merged"] = option(
+        "auto",
+        "What vLLM is sent of a model with LoRA: the adapters alone, over a base that it holds, or the model with them "
+        "merged; auto is adapter where vLLM takes it.",
+    )
     vllm_weights_dir: str | None = option(
         None,
         "Folder that trainer and servers both see, for vllm_weight_sync: folder; unset: in output_dir.",

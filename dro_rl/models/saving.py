@@ -17,6 +17,8 @@ from dro_rl.models import quantization
 from dro_rl.models.sharding import whole_parameters
 from dro_rl.roles import Role
 
+ADAPTERS = "adapter_model.safetensors"
+
 
 def is_adapted(model: nn.Module) -> bool:
     """Whether the role is a PEFT model."""
@@ -37,6 +39,17 @@ def save_role(
     tokenizer.save_pretrained(folder)
 
 
+def save_adapters(model: Any, folder: Path) -> None:
+    """Write a PEFT model's adapters alone, as peft writes them; nothing is said of the base, and no hub is asked."""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    save_file({name: value.detach().cpu().contiguous() for name, value in state.items()}, folder / ADAPTERS)
+    model.peft_config[model.active_adapter].save_pretrained(folder)
+
+
 def of_role(role: Role, state: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
     """One role's part of a gathered state, under the role's own names."""
     return state and {name.removeprefix(f"{role}."): v for name, v in state.items() if name.startswith(f"{role}.")}
@@ -49,7 +62,7 @@ def load_role(model: PreTrainedModel, folder: Path) -> None:
     if is_adapted(model):
         from peft import set_peft_model_state_dict
 
-        set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+        set_peft_model_state_dict(model, load_file(folder / ADAPTERS))
         return
     state: dict[str, Tensor] = {}
     for part in sorted(folder.glob("model*.safetensors")):

@@ -12,8 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from dro_rl.errors import InputError, Phrase
 from dro_rl.models import quantization
 from dro_rl.models.loading import check_model, load_model
+from dro_rl.models.saving import ADAPTERS
 
-ADAPTER, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER = "adapter_config.json"
 
 
 def load_role_to_serve(folder: Path, device: torch.device, dtype: torch.dtype | None) -> Any:
@@ -58,7 +59,7 @@ def check_adapters_fit(folder: Path, base: str, revision: str | None) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base, revision=revision))
     layers = dict(model.named_modules())
-    with safe_open(folder / WEIGHTS, framework="pt") as weights:
+    with safe_open(folder / ADAPTERS, framework="pt") as weights:
         for key in sorted(weights.keys()):
             name, _, part = key.removeprefix("base_model.model.").rpartition(".lora_")
             layer = layers.get(name)
@@ -67,7 +68,7 @@ def check_adapters_fit(folder: Path, base: str, revision: str | None) -> None:
             found = weights.get_slice(key).get_shape()[1 if wide else 0]
             if layer is None or (expected is not None and expected != found):
                 raise InputError(
-                    str(folder / WEIGHTS),
+                    str(folder / ADAPTERS),
                     Phrase(f"{name}, {found} {'in' if wide else 'out'}"),
                     f"adapters are of their base, {base}, which has {expected or 'no such layer'} there",
                     f"Put the base back that they were trained on, or name it in {ADAPTER}.",

@@ -26,6 +26,11 @@ def launched_to_shard() -> str | None:
     return next((name for key, name in layouts.items() if os.environ.get(key, "false") == "true"), None)
 
 
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether a process may hold a part of each weight alone."""
+    return accelerator.distributed_type.value in ("FSDP", "DEEPSPEED")
+
+
 @contextmanager
 def whole_parameters() -> Iterator[None]:
     """Build or load models whole, also where ZeRO-3 would shard them on the way."""

@@ -13,6 +13,7 @@ import torch
 
 from dro_rl.em.schedule import Schedule, fuses
 from dro_rl.engines.vllm_common import CPU_CACHE_GIB
+from dro_rl.engines.vllm_start import have_one_engine
 from dro_rl.errors import InputError
 from dro_rl.job.assembly import build_prompters
 from dro_rl.job.model_checks import without_weights
@@ -291,11 +292,13 @@ class _Planner:
     def _settings(self, recipe: Recipe, sharding: Sharding, sizes: Mapping[Role, RoleSize], work: Work) -> Settings:
         run, training = recipe.run, recipe.training
         engine, vllm = self._engine(recipe), 0.0
-        if training.vllm_mode == "colocate":  # an engine of its own for each that samples
+        if training.vllm_mode == "colocate":  # an engine of its own for each that samples, unless one has both
             roles = [
                 *(["selector"] if engine == "vllm" else []),
                 *(["generator"] if training.answer_engine == "vllm" else []),
             ]
+            if len(roles) == 2 and have_one_engine(recipe):
+                roles.pop()
             share, cache = training.vllm_gpu_memory_utilization * self.machine.memory, float(CPU_CACHE_GIB) * GIB
             on_gpu = self.machine.kind == "cuda"
             vllm = sum(share if on_gpu else cache + size.weight_bytes for role, size in sizes.items() if role in roles)
