@@ -20,7 +20,7 @@ from dro_rl.engines.decoding import Decoder
 from dro_rl.engines.protocol import GenerationRequest
 from dro_rl.errors import InputError
 from dro_rl.job.assembly import build_prompters, load_models
-from dro_rl.likelihood import row_logps
+from dro_rl.likelihood import prefill, row_logps
 from dro_rl.likelihood.attention import takes_packed_rows
 from dro_rl.likelihood.packing import Row
 from dro_rl.likelihood.prefill import Prefills
@@ -40,6 +40,11 @@ ONE_PASS = {
 """An iteration is a step, and a step is a pass."""
 
 RECOMPUTED = {"reuse_sampling_pass": "on", "gradient_checkpointing": True}
+
+
+@pytest.fixture(autouse=True)
+def short_prompts_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefill, "WORTH_KEEPING", 1)
 
 
 @contextmanager
@@ -155,6 +160,12 @@ def test_nothing_is_kept_that_a_pass_has_no_room_for() -> None:
     assert not Prefills(room, wanted=True).begin(PROMPTS), "what fits is tried out first"
     room.find([10 * tokens], lambda places: True)
     assert Prefills(room, wanted=True).begin(PROMPTS)
+
+
+def test_short_prompts_are_packed_and_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefill, "WORTH_KEEPING", 100)
+    assert Prefills(Room(1000), wanted=True).begin([[1] * 50, [1] * 150])
+    assert not Prefills(Room(1000), wanted=True).begin([[1] * 50, [1] * 149])
 
 
 def test_nothing_is_given_up_where_nothing_was_kept(make_model) -> None:
@@ -302,6 +313,7 @@ def test_the_backward_pass_of_prompts_counts_for_the_selector(tmp_path: Path) ->
         {"rollout_engine": "enumeration", "num_selected": 1},
         {"questions_per_iteration": 8},
         {"min_weight": 0.01},
+        {"window_size": 4},
         {"selector_lora_r": 2, "lora_dropout": 0.1},
     ],
 )

@@ -19,6 +19,7 @@ from dro_rl.job.assembly import build_prompters
 from dro_rl.job.model_checks import without_weights
 from dro_rl.job.preflight import check_questions, check_steps, disk_of, read_splits
 from dro_rl.job.prompt_checks import check_prompts
+from dro_rl.likelihood.prefill import WORTH_KEEPING
 from dro_rl.models.loading import check_model
 from dro_rl.recipe import Recipe, load_recipe
 from dro_rl.resources.calibration import Calibration, Clock, calibrate, seconds
@@ -225,8 +226,9 @@ class _Planner:
 
     def reuses(self, recipe: Recipe, sizes: Mapping[Role, RoleSize], work: Work) -> bool:
         """Whether the pass over the prompts that samples is the one that trains."""
-        alone = self.machine.devices == 1 and work.passes == 1 and sizes["selector"].packed
-        return recipe.training.reuses_sampling and alone and not self.scores(recipe, sizes)
+        alone = self.machine.devices == 1 and work.passes == 1
+        keeps = sizes["selector"].packed and work.prompt >= WORTH_KEEPING
+        return recipe.training.reuses_sampling and alone and keeps and not self.scores(recipe, sizes)
 
     def advice(self, recipe: Recipe, sharding: Sharding) -> Advice:
         """The first single change that makes it fit, else the changes that come nearest to it together."""
