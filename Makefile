@@ -10,6 +10,7 @@
 # make bench-large the same on larger models and with more baselines, hours on a CPU
 # make bench-rollouts  vLLM against the transformers engine and plain generate
 # make bench-retrieval  reading, indexing and search: a corpus of a million passages is made, and takes minutes
+# make bench-serving  the toy pair behind HTTP, at 1, 8 and 32 clients, and stopped under them
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -21,7 +22,7 @@ TEST_PROCESSES ?= 2
 DATASET ?= musique
 DATA ?= $(or $(DRO_RL_DATA),data)
 
-.PHONY: setup setup-vllm quickstart real smoke docs test lint bench bench-large bench-rollouts bench-retrieval clean
+.PHONY: setup setup-vllm quickstart real smoke docs test lint bench bench-large bench-rollouts bench-retrieval bench-serving clean
 
 setup: .venv/.complete
 
@@ -86,6 +87,9 @@ bench-rollouts: setup-vllm
 bench-retrieval: setup
 	$(BIN)/python -m benchmarks.reading
 	$(BIN)/python -m benchmarks.retrieval
+
+bench-serving: setup
+	$(BIN)/python -m benchmarks.serving
 
 clean:
 	rm -rf .venv build dist *.egg-info runs

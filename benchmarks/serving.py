@@ -158,41 +158,48 @@ def main(
             asking.start()
             time.sleep(seconds / 10)
             warm, before = len(asking.seconds), httpx.get(f"{url}/metrics", trust_env=False).text
-            began = time.perf_counter()
+            began, worked = time.perf_counter(), psutil.Process(process.pid).cpu_times().user
             time.sleep(seconds)
             taken, elapsed = asking.seconds[warm:], time.perf_counter() - began
+            worked = psutil.Process(process.pid).cpu_times().user - worked
             after = httpx.get(f"{url}/metrics", trust_env=False).text
             asking.finish()
             batches = counted(after, "dro_rl_batch_questions_count") - counted(before, "dro_rl_batch_questions_count")
             together = counted(after, "dro_rl_batch_questions_sum") - counted(before, "dro_rl_batch_questions_sum")
             row = {"clients": number, "seconds": elapsed, "answers": len(taken), "latencies": taken}
-            rows.append({**row, "batch": together / max(batches, 1), "ends": dict(asking.ends)})
+            row |= {"cpu_seconds": worked, "batch": together / max(batches, 1), "ends": dict(asking.ends)}
+            rows.append(row)
         asking = Clients(url, bodies, max(numbers))
         asking.start()
         time.sleep(2)
         process.send_signal(signal.SIGTERM)
         told = time.perf_counter()
         asking.join()
+        answered = time.perf_counter() - told
         status = process.wait(timeout=120)
         ended = time.perf_counter() - told
     shutil.rmtree(folder)
     lost = sum(row["ends"].get("lost", 0) for row in rows) + asking.ends["lost"]
-    stop = f"Told to stop under {max(numbers)} clients, it ended in {ended:.1f} s with status {status}: " + (
-        ", ".join(f"{count} {end}" for end, count in sorted(asking.ends.items())) + f"; {lost} lost."
+    ends = ", ".join(f"{count} {end}" for end, count in sorted(asking.ends.items()))
+    stop = (
+        f"Told to stop under {max(numbers)} clients: the last of them knew after {answered:.1f} s, the process ended "
+        f"after {ended:.1f} s with status {status}. What was asked from two seconds before on: {ends}; {lost} lost."
     )
-    rows.append({"clients": max(numbers), "stopped": dict(asking.ends), "status": status, "seconds": ended})
+    told_to_stop = {"clients": max(numbers), "stopped": dict(asking.ends), "status": status}
+    rows.append({**told_to_stop, "answered": answered, "seconds": ended})
     measured = rows[:-1]
     report(
         "serving",
         context,
         "Answers of a served pair, with selection and generation",
-        ["clients", "questions a second", "p50, ms", "p95, ms", "questions a batch"],
+        ["clients", "questions a second", "p50, ms", "p95, ms", "questions a batch", "server CPU, ms a question"],
         [
             [
                 str(row["clients"]),
                 cell(row["answers"] / row["seconds"], 1),
                 *(cell(1000 * quantile(row["latencies"], share), 0) for share in (0.5, 0.95)),
                 cell(row["batch"], 1),
+                cell(1000 * row["cpu_seconds"] / row["answers"], 1),
             ]
             for row in measured
         ],

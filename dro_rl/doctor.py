@@ -58,6 +58,7 @@ def examine(*, self_test: bool = True) -> Iterator[Finding]:
         ("vllm", _vllm),
         ("colbert", _colbert),
         ("dense", _dense),
+        ("serve", _serve),
         ("disk", _disk),
     ]
     for name, check in checks + ([("self-test", _self_test)] if self_test else []):
@@ -172,6 +173,16 @@ def _dense() -> Iterator[Finding]:
         yield Finding("dense", "note", says, "pip install 'dro_rl[dense]' to have it.")
         return
     yield Finding("dense", "ok", f"sentence-transformers {importlib.metadata.version('sentence-transformers')}")
+
+
+def _serve() -> Iterator[Finding]:
+    lacking = [name for name in ("fastapi", "uvicorn", "prometheus_client") if importlib.util.find_spec(name) is None]
+    if lacking:
+        yield Finding(
+            "serve", "note", f"not installed: {', '.join(lacking)}", "pip install 'dro_rl[serve]' to have it."
+        )
+        return
+    yield Finding("serve", "ok", f"fastapi {importlib.metadata.version('fastapi')}")
 
 
 def _disk() -> Iterator[Finding]:

@@ -219,6 +219,19 @@ def makefile() -> Callable[[], str]:
     return (Path(__file__).parent.parent / "Makefile").read_text
 
 
+@pytest.mark.slow
+def test_serving_loses_nothing_when_it_is_told_to_stop_in_the_middle(tmp_path: Path) -> None:
+    """`dro-rl serve` as users start it, with clients that ask without a pause: answered, refused in words, or closed."""
+    *measured, stop = run("serving", tmp_path, "--seconds", "1", "--clients", "1", "--clients", "6")["rows"]
+    assert [row["clients"] for row in measured] == [1, 6]
+    assert all(row["answers"] == len(row["latencies"]) > 0 and set(row["ends"]) == {"answered"} for row in measured)
+    assert measured[0]["batch"] == 1.0
+    assert stop["status"] == 0
+    assert set(stop["stopped"]) <= {"answered", "refused in words", "nobody to connect to"} | {"lost"}
+    assert stop["stopped"].get("lost", 0) == 0
+    assert stop["stopped"].get("refused in words", 0) + stop["stopped"].get("nobody to connect to", 0) == 6
+
+
 # A lent card's minutes ---------------------------------------------------------------------------------------
 
 

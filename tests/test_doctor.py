@@ -42,7 +42,7 @@ def test_a_whole_machine_is_fine() -> None:
     assert done.exit_code == 0, done.output
     told = json.loads(done.stdout)
     assert told["ok"]
-    assert {"python", "versions", "cpu", "gpu", "vllm", "colbert", "dense", "disk"} <= {
+    assert {"python", "versions", "cpu", "gpu", "vllm", "colbert", "dense", "serve", "disk"} <= {
         each["check"] for each in told["findings"]
     }
 
@@ -73,7 +73,9 @@ def test_another_version_than_tested_is_a_note(monkeypatch: pytest.MonkeyPatch) 
     assert f"scipy 1.15.9 ({tested['scipy']})" in note.says
 
 
-@pytest.mark.parametrize(("extra", "module"), [("vllm", "vllm"), ("colbert", "colbert"), ("dense", "faiss")])
+@pytest.mark.parametrize(
+    ("extra", "module"), [("vllm", "vllm"), ("colbert", "colbert"), ("dense", "faiss"), ("serve", "uvicorn")]
+)
 def test_a_missing_extra_is_a_note_with_its_name(extra: str, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
     known = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == module else known(name, *rest))
