@@ -221,7 +221,7 @@ def makefile() -> Callable[[], str]:
 
 @pytest.mark.slow
 def test_serving_loses_nothing_when_it_is_told_to_stop_in_the_middle(tmp_path: Path) -> None:
-    """`dro-rl serve` as users start it, with clients that ask without a pause: answered, refused in words, or closed."""
+    """`dro-rl serve` as users start it, with clients that ask without a pause: answered, or refused in words."""
     *measured, stop = run("serving", tmp_path, "--seconds", "1", "--clients", "1", "--clients", "6")["rows"]
     assert [row["clients"] for row in measured] == [1, 6]
     assert all(row["answers"] == len(row["latencies"]) > 0 and set(row["ends"]) == {"answered"} for row in measured)
