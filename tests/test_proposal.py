@@ -202,7 +202,7 @@ def sampled(make_model, tokenizer, m: int = 2000, **settings: Any) -> tuple[list
         per_device_train_batch_size=m, **settings,
     )  # fmt: skip
     models = {"selector": selector, "generator": generator}
-    trained = SimpleNamespace(open=lambda: nullcontext(selector), prompter=prompters["selector"])
+    trained = SimpleNamespace(open=lambda: nullcontext(selector), prompter=prompters["selector"], prefills=None)
     e_step = EStep(
         TransformersEngine(trained, 8, False), lambda role: nullcontext(models[role]), lambda: nullcontext(selector),
         prompters, Method.of(config),
