@@ -43,7 +43,7 @@ KINDS = ("adapter", "merged")
 
 
 def measure(width: int, layers: int, r: int, prompt: int, completion: int, m: int, repeats: int) -> dict[str, Any]:
-    """Median seconds and bytes of a sync by kind and way, and of sampling; the largest difference a token, nats."""
+    """Median seconds and bytes of a sync by kind and way, and of sampling; the largest difference a token, nats, of a sample a prompt."""
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         model: Any = add_adapter(build(folder, width, layers, prompt + completion), LoraSettings(r, 2 * r, 0.0, None))
@@ -118,11 +118,10 @@ def _reading(kind: str, engine: Any, folder: Path, repeat: int) -> Callable[[], 
 
 def _difference(model: Any, prompts: list[list[int]], groups: list[Any]) -> float:
     largest = 0.0
-    for prompt, group in zip(prompts, groups, strict=True):
+    for prompt, (sample, *_) in zip(prompts, groups, strict=True):
         with torch.no_grad():
-            scored = completion_logps(model, prompt, [sample.ids for sample in group])
-        for sample, logps in zip(group, scored, strict=True):
-            largest = max(largest, (torch.tensor(sample.logps) - logps.float().cpu()).abs().max().item())
+            (logps,) = completion_logps(model, prompt, [sample.ids])
+        largest = max(largest, (torch.tensor(sample.logps) - logps.float().cpu()).abs().max().item())
     return largest
 
 
@@ -136,8 +135,8 @@ def main(
     width: Annotated[int, typer.Option(help="Width of the Llama.")] = 512,
     layers: Annotated[int, typer.Option(help="Its layers.")] = 8,
     r: Annotated[int, typer.Option(help="Rank of the adapters, on every linear layer but the head.")] = 16,
-    prompt: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 500,
-    completion: Annotated[int, typer.Option(help="Tokens of a selection.")] = 24,
+    prompt: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 200,
+    completion: Annotated[int, typer.Option(help="Tokens of a selection.")] = 16,
     m: Annotated[int, typer.Option(help="Rollouts of a question, of which there are two.")] = 8,
     repeats: Annotated[int, typer.Option(help="Measurements, of which the median counts.")] = 5,
     output: Annotated[Path | None, typer.Option(help="Also write the JSON here.")] = None,

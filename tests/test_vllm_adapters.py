@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import itertools
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -325,22 +324,16 @@ def test_adapters_of_another_base_or_too_high_a_rank_or_none_are_refused_by_the_
 
 
 @pytest.mark.slow
-def test_a_server_that_was_started_again_is_given_the_adapters_again(served: Served) -> None:
-    """Its engine dies while rollouts are asked for; then, between two steps, the server was replaced."""
-    from test_vllm_server import Process
-
-    engine, there = served.engine(), served.world
-
-    def start_again() -> None:
-        there.process.process.wait(60)
-        there.process = Process(there.recipe, there.folder / "server.log")
-
+def test_a_server_that_knows_the_adapters_no_longer_is_given_them_again(served: Served) -> None:
+    """As after it was started again between two requests: it has never heard of their name."""
+    engine = served.engine()
     with engine.at(0):
-        there.process.kill_engine()
-        again = threading.Thread(target=start_again, daemon=True)
-        again.start()
-        assert there.difference(engine) < TOLERANCE
-    again.join()
+        (folder,) = served.weights.glob("*/*")
+        served.world.server.unload(folder)
+        assert adapter_name(folder) not in served.names()
+        assert served.world.difference(engine) < TOLERANCE
+        assert adapter_name(folder) in served.names()
+    engine.close()
 
 
 @pytest.mark.slow

@@ -35,7 +35,8 @@ from dro_rl.engines.vllm_adapters import runs_adapters
 from dro_rl.engines.vllm_colocate import ColocatedEngine
 from dro_rl.likelihood import Row, Scoring, completion_logps, score_rows
 from dro_rl.likelihood.room import Room
-from dro_rl.models.loading import LoraSettings, add_adapter
+from dro_rl.models import quantization
+from dro_rl.models.loading import LoraSettings, add_adapter, load_model
 from dro_rl.prompts import Prompter
 from dro_rl.proposal import Completion, SamplingParams
 from dro_rl.rollouts import log as rollout_log
@@ -364,6 +365,30 @@ def test_adapters_leave_nothing_on_the_disk(lora: Lora, tmp_path: Path, monkeypa
     lora.selector.push()
     assert lora.differences()[0] < TOLERANCE
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sync", ["adapter", "merged"])
+def test_adapters_over_a_base_in_four_bits_are_sampled_over_its_numbers(tmp_path: Path, sync: str) -> None:
+    """vLLM loads the base as it was before it was rounded; alone, adapters go over what the codes stand for."""
+    pytest.importorskip("bitsandbytes")
+    build_model(hidden_size=64, seed=4).save_pretrained(tmp_path)
+    tokenizer = build_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    model = load_model(str(tmp_path), **quantization.settings_of("nf4", torch.float32))
+    model = moved(add_adapter(model, LoraSettings(4, 32, 0.0, None)), seed=1)
+    settings = {"output_dir": "", "report_to": "none", "max_prompt_length": 120, "rollout_engine": "vllm"}
+    config = DROConfig(**settings, vllm_lora_sync=sync, max_completion_length=24)
+    selector = TrainedSelector(
+        lambda: nullcontext(model), lambda: model, lambda place: None, Prompter(tokenizer, "toy_generator"),
+        Accelerator(), tmp_path,
+    )  # fmt: skip
+    engine: Any = engines.start(config, selector)
+    for step in range(2):
+        with engine.at(step):
+            assert difference(engine, model) < TOLERANCE
+        moved(model, seed=2 + step)
+    assert difference(engine, model) > 1000 * TOLERANCE
 
 
 @pytest.mark.slow
