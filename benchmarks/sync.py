@@ -43,7 +43,7 @@ KINDS = ("adapter", "merged")
 
 
 def measure(width: int, layers: int, r: int, prompt: int, completion: int, m: int, repeats: int) -> dict[str, Any]:
-    """Median seconds and bytes of a sync by kind and way, and of sampling; the largest difference a token, nats, of a sample a prompt."""
+    """Median seconds and bytes of a sync by kind and way, and of sampling; the largest difference a token, nats."""
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         model: Any = add_adapter(build(folder, width, layers, prompt + completion), LoraSettings(r, 2 * r, 0.0, None))
@@ -168,7 +168,7 @@ def _print(shape: dict[str, int], found: dict[str, Any]) -> None:
         print(
             f"| {kind} | {seconds[f'{kind} in process']:.3f} | {sizes[f'{kind} in process'] / 2**20:.1f} "
             f"| {written + read:.3f} ({written:.3f} + {read:.3f}) | {sizes[f'{kind} by folder'] / 2**20:.1f} "
-            f"| {seconds[f'{kind} sampling']:.2f} | {found['difference'][kind]:.5f} |"
+            f"| {seconds[f'{kind} sampling']:.2f} | {found['difference'][kind]:.1e} |"
         )
     sys.stdout.flush()
 

@@ -58,12 +58,12 @@ def config(folder: Path, **settings: Any) -> DROConfig:
 
 def test_a_recipe_says_whether_adapters_go_alone(tmp_path: Path) -> None:
     recipe = load_recipe(world(tmp_path, **SERVER))
-    found = of_recipe(recipe, recipe.training, "selector")
+    found = of_recipe(recipe, recipe.training, "selector", on_cpu=True)
     assert found == Adapters(12, str(tmp_path / "base-selector"), "main")
     assert found.max_rank == 16
-    assert of_recipe(recipe, recipe.training, "generator") is None
+    assert of_recipe(recipe, recipe.training, "generator", on_cpu=True) is None
     merged = load_recipe(world(tmp_path, **SERVER, vllm_lora_sync="merged"))
-    assert of_recipe(merged, merged.training, "selector") is None
+    assert of_recipe(merged, merged.training, "selector", on_cpu=True) is None
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_what_cannot_go_alone_is_merged_or_refused_by_name_before_anything_loads
     tmp_path: Path, keys: dict, why: str
 ) -> None:
     recipe = load_recipe(world(tmp_path, **{**SERVER, "generator_lora_r": 4, **keys}))
-    assert of_recipe(recipe, recipe.training, "selector") is None
+    assert of_recipe(recipe, recipe.training, "selector", on_cpu=True) is None
     recipe.training.vllm_lora_sync = "adapter"
     with pytest.raises(InputError, match=why) as refused:
         engines.check(recipe.training, recipe)
@@ -90,7 +90,7 @@ def test_what_cannot_go_alone_is_merged_or_refused_by_name_before_anything_loads
 def test_over_nccl_weights_are_merged(tmp_path: Path) -> None:
     recipe = load_recipe(world(tmp_path, **SERVER))
     recipe.training.vllm_weight_sync = "nccl"
-    assert of_recipe(recipe, recipe.training, "selector") is None
+    assert of_recipe(recipe, recipe.training, "selector", on_cpu=True) is None
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_both_roles_have_one_engine_where_both_adapters_go_over_one_base(tmp_pat
         ({**shared, "generator_lora_r": 0}, False),
         ({**shared, "vllm_lora_sync": "merged"}, False),
     ):
-        assert have_one_engine(load_recipe(world(tmp_path, **keys))) == one, keys
+        assert have_one_engine(load_recipe(world(tmp_path, **keys)), on_cpu=False) == one, keys
 
 
 def test_asleep_an_engine_of_adapters_keeps_its_base(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,14 +233,22 @@ def test_adapters_go_alone_where_all_servers_were_started_for_them(
     assert vllm_server.taken_by_servers(served, adapters) == (replace(adapters, required=True) if lora else None)
 
 
-@pytest.mark.parametrize("sync", ["auto", "merged"])
+@pytest.mark.parametrize("sync", ["adapter", "auto", "merged"])
 def test_serve_rollouts_starts_a_server_for_adapters_where_they_go_alone(tmp_path: Path, sync: str) -> None:
+    """Under `auto` not on a CPU, where vLLM is slow with them."""
     pytest.importorskip("vllm")
     command = serve.server_command(load_recipe(world(tmp_path, **SERVER, vllm_lora_sync=sync)))
-    options = dict(itertools.pairwise(command.arguments))
-    assert options.get("--max-lora-rank") == ("16" if sync == "auto" else None)
-    assert ("--enable-lora" in command.arguments) == (sync == "auto")
-    assert command.environment.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING") == ("1" if sync == "auto" else None)
+    options, alone = dict(itertools.pairwise(command.arguments)), sync == "adapter"
+    assert options.get("--max-lora-rank") == ("16" if alone else None)
+    assert ("--enable-lora" in command.arguments) == alone
+    assert command.environment.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING") == ("1" if alone else None)
+
+
+def test_on_a_cpu_auto_merges_in_the_trainers_process(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = add_adapter(AutoModelForCausalLM.from_pretrained(save_model(tmp_path, 1)), LoraSettings(4, 8, 0.0, None))
+    with caplog.at_level("INFO"):
+        assert of_model(config(tmp_path, vllm_model_impl="transformers"), model, Accelerator()) is None
+    assert "on a CPU" in caplog.text
 
 
 class Served:
@@ -249,7 +257,7 @@ class Served:
     def __init__(self, folder: Path) -> None:
         from test_vllm_server import World
 
-        self.world = World(folder, selector_lora_r=4, lora_alpha=32)
+        self.world = World(folder, selector_lora_r=4, lora_alpha=32, vllm_lora_sync="adapter")
         base = self.world.model
         self.model = self.world.model = moved(add_adapter(copy.deepcopy(base), LoraSettings(4, 32, 0.0, None)), 1)
         self.weights = folder / "weights"

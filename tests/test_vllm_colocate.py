@@ -311,6 +311,7 @@ class Lora:
 
 BOTH: dict[str, Any] = {
     "rollout_engine": "vllm", "answer_engine": "vllm", "reward": "f1", "max_prompt_length": 120, "report_to": "none",
+    "vllm_lora_sync": "adapter",
 }  # fmt: skip
 
 

@@ -44,7 +44,10 @@ def _check(name: str, config: DROConfig, recipe: Recipe | None, role: Role) -> N
     from dro_rl.engines.vllm_adapters import of_recipe
 
     kind = _engine(name)
-    kind.check(config, of_recipe(recipe, config, role) if recipe is not None and name == "vllm" else None)
+    kind.check(
+        config,
+        of_recipe(recipe, config, role, on_cpu=config.use_cpu) if recipe is not None and name == "vllm" else None,
+    )
 
 
 def start(config: DROConfig, selector: TrainedSelector, generator: TrainedSelector | None = None) -> RolloutEngine:

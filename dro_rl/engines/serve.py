@@ -82,8 +82,9 @@ def server_command(
     if training.constrain_selection:
         options["--logits-processors"] = LOGITS_PROCESSOR
     flags = ["--trust-remote-code"] if run.trust_remote_code else []
-    adapters = of_recipe(recipe, training, role)
-    if adapters is not None and not runs_adapters(config, training.vllm_model_impl):
+    adapters = of_recipe(recipe, training, role, on_cpu=False)
+    slow = training.vllm_lora_sync == "auto" and not torch.cuda.is_available()  # see `vllm_adapters.SLOW`
+    if adapters is not None and (slow or not runs_adapters(config, training.vllm_model_impl)):
         adapters = None
     if adapters is not None:
         flags.append("--enable-lora")

@@ -27,6 +27,9 @@ KEY = "vllm_lora_sync"
 RANKS = (8, 16, 32, 64, 128, 256, 512)
 """What vLLM can be started with as `--max-lora-rank`."""
 
+SLOW = "on a CPU vLLM reads adapters anew for each token"
+"""Why `auto` merges there: what a sync saves, sampling loses many times over (docs/benchmarks.md)."""
+
 NOT_IN_VLLM = (
     "use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "target_parameters", "trainable_token_indices",
     "layer_replication", "lora_bias", "use_qalora", "alora_invocation_tokens",
@@ -63,11 +66,12 @@ class Adapters:
         return model == self.base or same_folder or f"models--{self.base.replace('/', '--')}" in Path(model).parts
 
 
-def of_recipe(recipe: Recipe, config: DROConfig, role: Role) -> Adapters | None:
+def of_recipe(recipe: Recipe, config: DROConfig, role: Role, *, on_cpu: bool) -> Adapters | None:
     """The adapters that vLLM will be sent alone of a role, as far as its recipe says; None: what it is sent is whole.
 
     Args:
         config: the settings of the engine, which are the recipe's or `answers.settings_for_answers` of them.
+        on_cpu: whether the trainer is.
 
     Raises:
         InputError: `vllm_lora_sync: adapter`, and they cannot be.
@@ -80,6 +84,8 @@ def of_recipe(recipe: Recipe, config: DROConfig, role: Role) -> Adapters | None:
         moved=asked.warms and not run.share_base,
         sharded=launched_to_shard() is not None,
     )
+    if problem is None and config.vllm_lora_sync == "auto" and config.vllm_mode == "colocate" and on_cpu:
+        problem = SLOW
     return _decided(config, problem, Adapters(asked.lora_r, asked.model, asked.revision or "main"))
 
 
@@ -96,6 +102,8 @@ def of_model(config: DROConfig, model: Any, accelerator: Accelerator) -> Adapter
     problem = _problem(config, rank, quantised=quantised, moved=False, sharded=is_sharded(accelerator))
     if problem is None and settings is not None:
         problem = _unknown_to_vllm(model, settings)
+    if problem is None and config.vllm_lora_sync == "auto" and config.vllm_mode == "colocate" and config.use_cpu:
+        problem = SLOW
     if problem is None and config.vllm_mode == "colocate" and not runs_adapters(base.config, config.vllm_model_impl):
         problem = f"vLLM has no LoRA for {base.config.model_type}"
     if settings is not None and problem is not None and config.vllm_lora_sync == "auto":

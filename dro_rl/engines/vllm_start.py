@@ -57,15 +57,15 @@ class VLLMEngine:
         return ServerEngine(config, ends, publish, adapters)
 
 
-def have_one_engine(recipe: Recipe) -> bool:
+def have_one_engine(recipe: Recipe, *, on_cpu: bool) -> bool:
     """Whether selections and answers will come from one engine in the trainer's process, as far as a recipe says."""
     run, training = recipe.run, recipe.training
     if training.answer_engine != "vllm" or training.vllm_mode != "colocate":
         return False
     moved = not run.share_base and (run.of("selector").warms or run.of("generator").warms)
     found = (
-        of_recipe(recipe, training, "selector"),
-        of_recipe(recipe, settings_for_answers(training), "generator"),
+        of_recipe(recipe, training, "selector", on_cpu=on_cpu),
+        of_recipe(recipe, settings_for_answers(training), "generator", on_cpu=on_cpu),
     )
     return not moved and None not in found and len({(each.base, each.revision) for each in found if each}) == 1
 

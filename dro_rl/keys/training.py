@@ -240,7 +240,7 @@ class TrainingKeys:
     vllm_lora_sync: Literal["auto", "adapter", "merged"] = option(
         "auto",
         "What vLLM is sent of a model with LoRA: the adapters alone, over a base that it holds, or the model with them "
-        "merged; auto is adapter where vLLM takes it.",
+        "merged; auto is adapter where vLLM takes it, and not on a CPU, where its LoRA is slow.",
     )
     vllm_weights_dir: str | None = option(
         None,

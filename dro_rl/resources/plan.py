@@ -299,7 +299,7 @@ class _Planner:
                 *(["selector"] if engine == "vllm" else []),
                 *(["generator"] if training.answer_engine == "vllm" else []),
             ]
-            if len(roles) == 2 and have_one_engine(recipe):
+            if len(roles) == 2 and have_one_engine(recipe, on_cpu=self.machine.kind == "cpu"):
                 roles.pop()
             share, cache = training.vllm_gpu_memory_utilization * self.machine.memory, float(CPU_CACHE_GIB) * GIB
             on_gpu = self.machine.kind == "cuda"
