@@ -299,7 +299,7 @@ def train_supervised(job: WarmUp, scratch: Path, run: RunConfig, training: DROCo
         fp16=training.fp16,
         use_cpu=training.use_cpu,
         gradient_checkpointing=training.gradient_checkpointing,
-        gradient_checkpointing_kwargs=training.gradient_checkpointing_kwargs,
+        gradient_checkpointing_kwargs={**(training.gradient_checkpointing_kwargs or {})},  # TRL adds to it
         activation_offloading=training.activation_offloading,
         seed=training.seed,
         save_strategy="no",
