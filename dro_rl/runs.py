@@ -13,11 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypedDict, cast
 
+from dro_rl.data import load_questions
 from dro_rl.errors import InputError, Phrase
 from dro_rl.evaluation.stages import FINAL, best_stage, read_stages
 from dro_rl.flat_yaml import read_yaml
 from dro_rl.keys.reference import KEYS
+from dro_rl.keys.run import RunConfig
 from dro_rl.locks import LOCK, owner_of
+from dro_rl.records import Question
 from dro_rl.rollouts import log
 from dro_rl.rows.small import fits, read_object, record
 
@@ -155,6 +158,26 @@ def read_run(folder: str | Path) -> Run:
 def recipe_of(folder: Path) -> dict[str, Any]:
     """Every key of a run's recipe with its value: the default, for those that there were not when it began."""
     return {name: key.default for name, key in KEYS.items()} | read_yaml(folder / RECIPE)
+
+
+def questions_of(run: Run) -> list[Question]:
+    """The training questions of a run, of the data that its recipe names, with all their candidates in their order.
+
+    Raises:
+        InputError: the data is not there any more, or not as it was; a hub is not asked.
+    """
+    keys = RunConfig(**{name: value for name, value in run.recipe.items() if name in RunConfig.__dataclass_fields__})
+    if keys.dataset_name != "toy" and not Path(keys.dataset_name).expanduser().exists():
+        raise InputError(
+            "dataset_name", keys.dataset_name, "it is on this machine", "Put it there, or begin elsewhere."
+        )
+    return load_questions(
+        keys.dataset_name,
+        keys.dataset_train_split,
+        config=keys.dataset_config,
+        limit=keys.max_train_samples,
+        columns=keys.dataset_columns,
+    )
 
 
 def record_of(folder: Path) -> tuple[dict[str, dict[str, str]], dict[str, str]]:

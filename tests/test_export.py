@@ -9,6 +9,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from test_cli_rollouts import QUESTIONS as LOGGED
+from test_report import run_in
 from typer.testing import CliRunner
 
 from dro_rl.cli import app
@@ -16,7 +18,7 @@ from dro_rl.data.export import export_questions
 from dro_rl.data.readers import FORMATS
 from dro_rl.data.readers.fields import Fields, Source
 from dro_rl.errors import InputError
-from dro_rl.records import Document, Question
+from dro_rl.records import Document, Question, write_questions
 
 DOCUMENTS = (
     Document("d1", "Béla Bartók", "A composer.\nOf two lines."),
@@ -101,3 +103,39 @@ def test_the_command_exports_a_file_and_refuses_what_is_none(tmp_path: Path) -> 
     )
     assert gone.exit_code == 2
     assert gone.stderr.startswith("error: ")
+
+
+def logged(folder: Path) -> Path:
+    """A run of two questions over two iterations, whose data are still there."""
+    write_questions(folder / "train.jsonl", LOGGED)
+    return run_in(folder / "run", data=str(folder / "train.jsonl"))
+
+
+def exported_rollouts(run: Path, peer: str, output: Path) -> Any:
+    return CliRunner().invoke(app, ["rollouts", "export", str(run), "--to", peer, "--output", str(output), "--json"])
+
+
+def test_rollouts_go_to_a_peer_as_questions_with_the_selected_documents_first(tmp_path: Path) -> None:
+    """Of question a the heaviest rollout is [1, 3], of b all are [2, 1]; see `run_in`."""
+    run = logged(tmp_path)
+    said = exported_rollouts(run, "rank-llm", tmp_path / "out.jsonl")
+    assert json.loads(said.stdout)["questions"] == 2
+    rows = {row["query"]["qid"]: row["candidates"] for row in lines(tmp_path / "out.jsonl")}
+    for question, first in zip(LOGGED[:2], ((1, 3), (2, 1)), strict=True):
+        ids = [document.id for document in question.documents]
+        wanted = [ids[number - 1] for number in first]
+        wanted += [each for each in ids if each not in wanted]
+        assert [candidate["docid"] for candidate in rows[question.id]] == wanted
+    for peer, name in (("flashrag", "f.jsonl"), ("search-r1", "s.parquet")):
+        assert json.loads(exported_rollouts(run, peer, tmp_path / name).stdout)["questions"] == 2
+
+
+def test_rollouts_whose_data_has_gone_say_so(tmp_path: Path) -> None:
+    run = logged(tmp_path)
+    write_questions(tmp_path / "train.jsonl", LOGGED[1:])
+    said = exported_rollouts(run, "rank-llm", tmp_path / "out.jsonl")
+    assert said.exit_code == 2
+    assert "the run's data: " in said.stderr
+    assert not (tmp_path / "out.jsonl").exists()
+    (tmp_path / "train.jsonl").unlink()
+    assert "it is on this machine" in exported_rollouts(run, "rank-llm", tmp_path / "out.jsonl").stderr

@@ -117,7 +117,7 @@ def test_it_says_what_the_run_says(tmp_path: Path) -> None:
         assert title in text
     assert "Engine mismatch" not in text  # nothing of it was logged
     assert "4 of 4 questions sampled." in text
-    assert "documents without their texts (nowhere is not on this machine)" in text
+    assert "documents without their texts (dataset_name: 'nowhere': it is on this machine" in text
 
 
 def test_the_kept_stage_is_marked_once_in_the_table(tmp_path: Path) -> None:

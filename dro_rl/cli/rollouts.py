@@ -330,6 +330,14 @@ def stats(run: Run, last: Last = None, json: Json = False) -> None:
 def export(
     run: Run,
     output: Annotated[Path, typer.Option("--output", "-o", help="A .jsonl, .jsonl.gz or .parquet file.")],
+    to: Annotated[
+        Literal["flashrag", "search-r1", "rank-llm"] | None,
+        typer.Option(
+            "--to",
+            help="Not rollouts but their questions, as a peer reads them: the candidates that the heaviest rollout of "
+            "the last time selected, then the rest. The run's data is read for their texts.",
+        ),
+    ] = None,
     iteration: Annotated[
         str | None, typer.Option("--iteration", metavar="N|N-M", help="1-based, one or several. Without it, all.")
     ] = None,
@@ -349,17 +357,29 @@ def export(
     Examples:
       dro-rl rollouts export runs/musique --output rollouts.jsonl.gz
       dro-rl rollouts export runs/musique --output ties.parquet --only tie --iteration 3-5
+      dro-rl rollouts export runs/musique --output selected.jsonl --to rank-llm
     """
     from dro_rl.cli.output import console, print_json
     from dro_rl.rollouts.find import Wanted, rows_of
     from dro_rl.rollouts.log import export_rows
 
     wanted = Wanted(only, problem, text, min_weight, max_weight, since, split)
-    count = export_rows(rows_of(run, iterations_of(run, iteration), wanted, question), output)
-    if json:
-        print_json({"run": run, "output": output, "rollouts": count})
+    rows = rows_of(run, iterations_of(run, iteration), wanted, question)
+    if to is None:
+        what, count = "rollouts", export_rows(rows, output)
     else:
-        console().print(f"{count} rollouts in {output}", soft_wrap=True)
+        from dro_rl.data.export import export_questions, selected_first
+        from dro_rl.runs import questions_of, read_run
+
+        said = read_run(run)
+        asked = said.recipe
+        named = {"dataset": Path(str(asked["dataset_name"])).name, "split": str(asked["dataset_train_split"])}
+        questions = selected_first(questions_of(said), rows)
+        what, count = "questions", export_questions(questions, to, output, **named)
+    if json:
+        print_json({"run": run, "output": output, what: count})
+    else:
+        console().print(f"{count} {what} in {output}", soft_wrap=True)
 
 
 @app.command("sql")

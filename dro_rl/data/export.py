@@ -1,10 +1,11 @@
-"""Question files as peers read them: FlashRAG's JSONL, Search-R1's Parquet, rank_llm's requests. `data.readers.peers`
-reads each back."""
+"""Questions as peers read them: FlashRAG's JSONL, Search-R1's Parquet, rank_llm's requests. They are of a question
+file, or of a run's rollouts, with the candidates that were selected first. `data.readers.peers` reads each back."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,6 +62,33 @@ def export_questions(questions: Iterable[Question], peer: Peer, output: Path, *,
         return _write_parquet(output, (_search_r1(*each, dataset, split) for each in enumerate(questions)))
     row: Callable[[Question], dict[str, Any]] = _flashrag if peer == "flashrag" else _rank_llm
     return write_json_lines(output, map(row, questions))
+
+
+def selected_first(questions: Iterable[Question], rollouts: Iterable[pa.Table]) -> Iterator[Question]:
+    """Questions of a rollout log in its order, once each: the candidates of the heaviest rollout, then the rest.
+
+    Args:
+        questions: of the run's training set.
+        rollouts: rows of the log (`rollouts.log`); of a question that came more than once the last iteration counts.
+
+    Raises:
+        InputError: the training set has no such question any more.
+    """
+    best: dict[str, tuple[int, float, list[str]]] = {}
+    for table in rollouts:
+        for row in table.select(["question_id", "iteration", "weight", "document_ids"]).to_pylist():
+            found = row["iteration"], row["weight"], row["document_ids"]
+            if row["question_id"] not in best or found[:2] > best[row["question_id"]][:2]:
+                best[row["question_id"]] = found
+    known = {question.id: question for question in questions if question.id in best}
+    for name, (_, _, ids) in best.items():
+        if name not in known:
+            raise InputError(
+                "the run's data", name, "the questions of its rollouts are in it", "Use the data of the run."
+            )
+        place = {document: number for number, document in enumerate(ids)}
+        documents = sorted(known[name].documents, key=lambda document: place.get(document.id, len(place)))
+        yield replace(known[name], documents=tuple(documents))
 
 
 def _flashrag(question: Question) -> dict[str, Any]:

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
-from dro_rl.data import load_questions
 from dro_rl.errors import InputError
-from dro_rl.keys.run import RunConfig
 from dro_rl.report.gather import Told
 from dro_rl.rollouts.explain import Group
 from dro_rl.rollouts.find import find, find_groups
-from dro_rl.runs import Run
+from dro_rl.runs import Run, questions_of
 from dro_rl.shown import plain, visible
 
 QUESTIONS = 1200
@@ -92,21 +89,10 @@ def _pick(places: Sequence[T], count: int) -> list[T]:
 
 def _texts(run: Run, wanted: set[str]) -> tuple[dict[str, dict[str, str]], str]:
     """By question and document id the texts of the candidates, of the file that the run names; or why not."""
-    recipe = {name: value for name, value in run.recipe.items() if name in RunConfig.__dataclass_fields__}
-    keys = RunConfig(**recipe)
     if not wanted:
         return {}, ""
-    local = keys.dataset_name == "toy" or Path(keys.dataset_name).expanduser().exists()
-    if not local:
-        return {}, f"{keys.dataset_name} is not on this machine"
     try:
-        questions = load_questions(
-            keys.dataset_name,
-            keys.dataset_train_split,
-            config=keys.dataset_config,
-            limit=keys.max_train_samples,
-            columns=keys.dataset_columns,
-        )
+        questions = questions_of(run)
     except InputError as error:
         return {}, str(error)
     known = {
