@@ -542,7 +542,7 @@ def test_a_disk_without_room_for_the_checkpoints_is_refused(
     usage = type(shutil.disk_usage(tmp_path))(10**9, 10**9 - 1000, 1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     error = refuse(claims=True, output_dir=tmp_path / "new" / "run")
-    assert says(error, "error: output_dir", "1000 B free", "checkpoints of both models take", "Free some")
+    assert says(error, "error: output_dir", "1,000 B free", "checkpoints of both models take", "Free some")
     assert not (tmp_path / "new").exists()
 
 

@@ -747,7 +747,7 @@ def test_version_and_help() -> None:
     """The help has examples that can be typed."""
     assert invoke("--version").stdout == f"dro-rl {__version__}\n"
     text = invoke("--help").stdout
-    for example in ("dro-rl rollouts ls out/musique", "dro-rl recipe validate", "dro-rl ask out/musique"):
+    for example in ("dro-rl rollouts ls runs/musique", "dro-rl recipe validate", "dro-rl ask runs/musique"):
         assert f"\n    {example}" in text
 
 

@@ -154,7 +154,7 @@ def test_log_q_of_a_sample_is_its_log_p_alone(family: str) -> None:
     for prompt, samples in zip(PROMPTS, Decoder(model, 1, shared_prefix=False).generate(request), strict=True):
         assert len({sample.ids for sample in samples}) > 1
         for sample in samples:
-            assert sample.logps == pytest.approx(alone(model, prompt, list(sample.ids)), abs=1e-4)
+            assert sample.logps == pytest.approx(alone(model, prompt, list(sample.ids)), abs=3e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

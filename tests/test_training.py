@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from training_world import largest_difference, launch, save_model, weights, world
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, MistralForCausalLM
 from typer.testing import CliRunner
 
 from dro_rl import likelihood, pipeline
@@ -237,9 +237,8 @@ def test_a_window_too_narrow_to_pack_is_said(job: Job, caplog: pytest.LogCapture
     llama = LlamaConfig.from_pretrained(save_model(tmp_path / "narrow", 1)).to_dict()
     kept = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     kept += ("num_key_value_heads", "max_position_embeddings", "pad_token_id", "eos_token_id", "bos_token_id")
-    window = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0}
-    config = Qwen2Config(**{name: llama[name] for name in kept}, **window)
-    Qwen2ForCausalLM(config).save_pretrained(tmp_path / "narrow")
+    config = MistralConfig(**{name: llama[name] for name in kept}, sliding_window=4)
+    MistralForCausalLM(config).save_pretrained(tmp_path / "narrow")
     with caplog.at_level("WARNING", "dro_rl"):
         job(selector_model_name_or_path=str(tmp_path / "narrow"))
     assert [r.message for r in caplog.records if "a window of 4" in r.message and "plain path" in r.message]
