@@ -31,11 +31,11 @@ class ToyEngine:
         self.prompter = selector.prompter
 
     @classmethod
-    def check(cls, config: DROConfig) -> None:
+    def check(cls, config: DROConfig, adapters: object = None) -> None:
         cls.told.append("check")
 
     @classmethod
-    def start(cls, config: DROConfig, selector: TrainedSelector) -> ToyEngine:
+    def start(cls, config: DROConfig, selector: TrainedSelector, generator: TrainedSelector | None = None) -> ToyEngine:
         return cls(selector)
 
     def at(self, step: int) -> ToyEngine:
@@ -88,7 +88,10 @@ def test_nothing_outside_their_room_names_an_engine() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dro_rl.engines."):
                 room = node.module.removeprefix("dro_rl.engines.")
-                assert room in {"protocol", "answers", "decoding", "serve", "vllm_common"}, (path, node.module)
+                assert room in {"protocol", "answers", "decoding", "selecting", "serve", "vllm_common"}, (
+                    path,
+                    node.module,
+                )
 
 
 # Enumeration ------------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from dro_rl import __version__
-from dro_rl.engines.endpoint import PLACE as ENDPOINT
 from dro_rl.errors import InputError, LackError, did_you_mean, is_out_of_memory
 from dro_rl.serve.batching import Batcher
 from dro_rl.serve.limits import App, gone
@@ -180,7 +179,7 @@ def create_app(model: str, batcher: Batcher[Asked, Served], metrics: Metrics, li
 
 def of_input(error: InputError) -> Refusal:
     """What is said of a wrong request, or of an endpoint that the server leans on."""
-    if error.place == ENDPOINT:
+    if error.place == "generator_endpoint":
         return Refusal(502, str(error), "generator_endpoint")
     if isinstance(error, LackError):
         return Refusal(503, str(error), "lack")
