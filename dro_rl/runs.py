@@ -13,12 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypedDict, cast
 
-from dro_rl.data import load_questions
 from dro_rl.errors import InputError, Phrase
 from dro_rl.evaluation.stages import FINAL, best_stage, read_stages
 from dro_rl.flat_yaml import read_yaml
 from dro_rl.keys.reference import KEYS
-from dro_rl.keys.run import RunConfig
 from dro_rl.locks import LOCK, owner_of
 from dro_rl.records import Question
 from dro_rl.rollouts import log
@@ -166,6 +164,9 @@ def questions_of(run: Run) -> list[Question]:
     Raises:
         InputError: the data is not there any more, or not as it was; a hub is not asked.
     """
+    from dro_rl.data import load_questions  # half a second that looking at a run has no use for
+    from dro_rl.keys.run import RunConfig
+
     keys = RunConfig(**{name: value for name, value in run.recipe.items() if name in RunConfig.__dataclass_fields__})
     if keys.dataset_name != "toy" and not Path(keys.dataset_name).expanduser().exists():
         raise InputError(

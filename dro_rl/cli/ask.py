@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dro_rl.cli.options import WindowSize, WindowStride
+
 if TYPE_CHECKING:
     from dro_rl.records import Question
 
@@ -23,16 +25,8 @@ def ask(
     ] = None,
     question_id: Annotated[str | None, typer.Option("--id", help="The question's id in --question-file.")] = None,
     k: Annotated[int | None, typer.Option("--k", "-k", min=1, help="Documents to select, or as trained.")] = None,
-    window_size: Annotated[
-        int | None,
-        typer.Option(
-            "--window-size", min=2, help="Candidates shown at a time, of a longer list. Without it, as trained."
-        ),
-    ] = None,
-    window_stride: Annotated[
-        int | None,
-        typer.Option("--window-stride", min=1, help="New ones of each further window. Without it, all with room."),
-    ] = None,
+    window_size: WindowSize = None,
+    window_stride: WindowStride = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Answer a question from documents with the selector and generator of a finished run.

@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from dro_rl.cli.options import WindowSize, WindowStride
+
 
 def rerank(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The run's output_dir.", show_default=False)],
@@ -29,16 +31,8 @@ def rerank(
         int | None, typer.Option("--depth", min=1, help="Candidates to rank; the others follow. Without it, all.")
     ] = None,
     k: Annotated[int | None, typer.Option("--k", min=1, help="Documents to select. Without it, as trained.")] = None,
-    window_size: Annotated[
-        int | None,
-        typer.Option(
-            "--window-size", min=2, help="Candidates shown at a time, of a longer list. Without it, as trained."
-        ),
-    ] = None,
-    window_stride: Annotated[
-        int | None,
-        typer.Option("--window-stride", min=1, help="New ones of each further window. Without it, all with room."),
-    ] = None,
+    window_size: WindowSize = None,
+    window_stride: WindowStride = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Queries ranked together.")] = 8,
     tag: Annotated[str, typer.Option("--tag", help="The run's name, in the last column of TREC.")] = "dro_rl",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that is there.")] = False,

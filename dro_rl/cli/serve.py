@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from dro_rl.cli.options import WindowSize, WindowStride
 from dro_rl.serve.settings import Limits
 
 DEFAULT = Limits()
@@ -27,16 +28,8 @@ def serve(
     ] = None,
     candidates: Annotated[int, typer.Option("--candidates", min=1, help="Documents to find in it.")] = 20,
     k: Annotated[int | None, typer.Option("--k", min=1, help="Documents to select. Without it, as trained.")] = None,
-    window_size: Annotated[
-        int | None,
-        typer.Option(
-            "--window-size", min=2, help="Candidates shown at a time, of a longer list. Without it, as trained."
-        ),
-    ] = None,
-    window_stride: Annotated[
-        int | None,
-        typer.Option("--window-stride", min=1, help="New ones of each further window. Without it, all with room."),
-    ] = None,
+    window_size: WindowSize = None,
+    window_stride: WindowStride = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Questions in work together, at most.")] = 8,
     queue: Annotated[
         int, typer.Option("--queue", min=1, help="Questions that wait; more are refused.")
