@@ -154,7 +154,8 @@ def test_log_q_of_a_sample_is_its_log_p_alone(family: str) -> None:
     for prompt, samples in zip(PROMPTS, Decoder(model, 1, shared_prefix=False).generate(request), strict=True):
         assert len({sample.ids for sample in samples}) > 1
         for sample in samples:
-            assert sample.logps == pytest.approx(alone(model, prompt, list(sample.ids)), abs=3e-4)
+            rounding = 3e-4 if family == "qwen3_next" else 1e-4  # its recurrence in chunks, and token by token
+            assert sample.logps == pytest.approx(alone(model, prompt, list(sample.ids)), abs=rounding)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
