@@ -26,7 +26,7 @@ from dro_rl.em.e_step import Asked, EStep
 from dro_rl.em.m_step import Group, MicroBatch
 from dro_rl.em.method import Method
 from dro_rl.evaluation.evaluator import evaluate
-from dro_rl.job.warmup import generator_examples
+from dro_rl.job.examples import generator_examples
 from dro_rl.likelihood import completion_logps
 from dro_rl.pipeline import PipelineSettings, RAGPipeline
 from dro_rl.prompts import Prompter

@@ -13,7 +13,7 @@ from dro_rl.em.m_step import Group, MicroBatch
 from dro_rl.em.method import Method
 from dro_rl.errors import InputError
 from dro_rl.evaluation.evaluator import evaluate
-from dro_rl.job.warmup import generator_examples, selector_examples
+from dro_rl.job.examples import generator_examples, selector_examples
 from dro_rl.pipeline import PipelineSettings, RAGPipeline
 from dro_rl.prompts import Prompter, load_template
 from dro_rl.proposal import Completion

@@ -19,6 +19,7 @@ from study_world import leave, leave_arm, made, study_file, write_recipe
 from typer.testing import CliRunner
 
 from dro_rl.cli import app
+from dro_rl.cli import study as study_commands
 from dro_rl.errors import InputError
 from dro_rl.recipe import load_recipe, parse_command_line, read_keys
 from dro_rl.shipped import STUDIES, names
@@ -655,3 +656,15 @@ def test_a_study_runs_from_its_file_to_its_verdicts(tmp_path: Path) -> None:
     assert not math.isnan(report["means"]["grads"]["gradient_variance"]["mean"])
     again = dro_rl("study", "run", path)
     assert "0 to run" in again.output
+
+
+def test_a_table_wider_than_the_terminal_comes_in_parts_of_whole_cells() -> None:
+    head = ("variant", "seeds", "em", "recall", "gradient_variance")
+    rows = [("joint", "3", "1.00 [0.50 … 1.50]", "2.00 [1.00 … 3.00]", "–"), ("gradient", "3", "–", "–", "5.00")]
+    (whole,) = study_commands._that_fit(head, rows, 100)
+    assert whole == ([*head], [[*row] for row in rows])
+    parts = list(study_commands._that_fit(head, rows, 40))
+    assert [part[0][2:] for part in parts] == [["em"], ["recall"], ["gradient_variance"]]
+    assert [[row[0] for row in part[1]] for part in parts] == [["joint"], ["joint"], ["gradient"]]
+    assert parts[2][1] == [["gradient", "3", "5.00"]]
+    assert list(study_commands._that_fit(head[:2], [("joint", "3")], 10)) == [(["variant", "seeds"], [["joint", "3"]])]

@@ -19,6 +19,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from training_world import launch, world
+from transformers import LlamaConfig
 from typer.testing import CliRunner
 
 from dro_rl import engines
@@ -27,7 +28,13 @@ from dro_rl.config import DROConfig
 from dro_rl.engines import answers, serve, vllm_common, vllm_server, vllm_weights
 from dro_rl.engines.protocol import GenerationRequest
 from dro_rl.engines.vllm_colocate import numbers_of, origin
-from dro_rl.engines.vllm_common import engine_dtype, random_state_kept, request_options
+from dro_rl.engines.vllm_common import (
+    cpu_cache_bytes,
+    engine_dtype,
+    random_state_kept,
+    request_options,
+    token_cache_bytes,
+)
 from dro_rl.engines.vllm_server import Server, ServerEngine, load_everywhere
 from dro_rl.errors import InputError, LackError
 from dro_rl.models.loading import LoraSettings, add_adapter
@@ -429,3 +436,19 @@ def test_numbers_of_are_those_that_peft_would_merge(tmp_path: Path, make_model) 
     assert any(not torch.equal(found[name], names[name]) for name in names)
     for name in names:
         assert torch.allclose(found[name], merged[name], atol=1e-6)
+
+
+def test_a_small_model_asks_for_a_small_cache_and_a_large_one_for_four_gibibytes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    small = LlamaConfig(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, hidden_size=64)
+    token = token_cache_bytes(small, torch.float32)
+    assert token == 2 * 2 * 2 * 16 * 4  # keys and values, layers, heads, width, bytes
+    assert cpu_cache_bytes(token, 144) == 2**28, "the least"
+    assert cpu_cache_bytes(token, 4096) == 256 * 4096 * token
+    assert cpu_cache_bytes(token, 10**6) == cpu_cache_bytes(token, None) == 2**32, "the most"
+    wide = LlamaConfig(num_attention_heads=4, num_key_value_heads=2, hidden_size=64, head_dim=128, num_hidden_layers=2)
+    assert token_cache_bytes(wide, torch.bfloat16) == 2 * 2 * 2 * 128 * 2
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "3")
+    assert cpu_cache_bytes(token, 144) == 3 * 2**30

@@ -19,7 +19,8 @@ from dro_rl import train
 from dro_rl.evaluation.stages import read_stages
 from dro_rl.files import damage, folder_written_whole
 from dro_rl.job import warmup
-from dro_rl.job.warmup import WarmUp, generator_examples, selection_order, selector_examples, warm_up
+from dro_rl.job.examples import generator_examples, selection_order, selector_examples
+from dro_rl.job.warmup import WarmUp, warm_up
 from dro_rl.locks import owned
 from dro_rl.prompts import Prompter
 from dro_rl.recipe import Recipe, load_recipe
@@ -196,7 +197,7 @@ def test_the_loss_falls_on_the_completion_alone(home: Path, tmp_path: Path) -> N
     recipe = recipe_with(home)
     for role, examples in (("selector", selector_examples), ("generator", generator_examples)):
         pairs = list(examples(questions(6), prompter(home, role), recipe.run, recipe.training))
-        warmup.write_examples(pairs, tmp_path / f"{role}.arrow")
+        warmup.write_examples([[pair] for pair in pairs], tmp_path / f"{role}.arrow")
         written = Dataset.from_file(str(tmp_path / f"{role}.arrow"))
         for row, (prompt, completion) in zip(written, pairs, strict=True):
             assert row["input_ids"] == [*prompt, *completion]

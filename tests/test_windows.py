@@ -28,8 +28,8 @@ from dro_rl.engines.protocol import GenerationRequest
 from dro_rl.engines.selecting import Selecting
 from dro_rl.errors import InputError
 from dro_rl.job.assembly import build_prompters, load_models
+from dro_rl.job.examples import selector_examples
 from dro_rl.job.preflight import prepare
-from dro_rl.job.warmup import selector_examples
 from dro_rl.likelihood import completion_logps, packing, row_logps
 from dro_rl.likelihood.packing import Row
 from dro_rl.pipeline import PipelineSettings, RAGPipeline, read_settings, save_settings

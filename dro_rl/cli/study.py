@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -229,17 +230,37 @@ def _print(report: Any, picture: Path) -> None:
             f"[{interval(contrast.low, contrast.high)}], p {p_value}, {contrast.seeds} seeds",
             soft_wrap=True,
         )
-    head, rows = mean_rows(report)
-    table = Table(box=None, pad_edge=False)
-    for i, title in enumerate(head):
-        table.add_column(title, justify="right" if i else "left")
-    for row in rows:
-        table.add_row(*row)
-    out.print(table)
+    for head, rows in _that_fit(*mean_rows(report), out.width):
+        table = Table(box=None, pad_edge=False)
+        for i, title in enumerate(head):
+            table.add_column(title, justify="right" if i else "left")
+        for row in rows:
+            table.add_row(*row)
+        out.print(table)
     out.print(NOTE, style="dim")
     if report.missing:
         out.print(f"not run to the end: {', '.join(report.missing)}", soft_wrap=True)
     out.print(f"report  {picture.with_suffix('.md')}, .json, .png", soft_wrap=True)
+
+
+def _that_fit(
+    head: Sequence[str], rows: Sequence[Sequence[str]], width: int
+) -> Iterator[tuple[list[str], list[list[str]]]]:
+    """A table in parts no wider than `width`: variants and seeds in each, and the metrics that still have room.
+
+    A part leaves out the variants that have none of its metrics.
+    """
+    from dro_rl.study.report import NONE
+
+    widths = [max(len(row[i]) for row in (head, *rows)) + 2 for i in range(len(head))]
+    parts: list[list[int]] = []
+    for i in range(2, len(head)):
+        if not parts or sum(widths[:2]) + sum(widths[j] for j in (*parts[-1], i)) > width:
+            parts.append([])
+        parts[-1].append(i)
+    for part in parts or [[]]:
+        shown = [row for row in rows if not part or any(row[i] != NONE for i in part)]
+        yield [*head[:2], *(head[i] for i in part)], [[*row[:2], *(row[i] for i in part)] for row in shown]
 
 
 @app.command("gradients", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

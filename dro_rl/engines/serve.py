@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,14 @@ from transformers import AutoConfig
 from dro_rl.engines.answers import settings_for_answers
 from dro_rl.engines.guard import KEY_FILE, MIDDLEWARE, server_key
 from dro_rl.engines.vllm_adapters import of_recipe, runs_adapters
-from dro_rl.engines.vllm_common import CPU_CACHE_GIB, LOGITS_PROCESSOR, check_installed, engine_dtype, engine_length
+from dro_rl.engines.vllm_common import (
+    LOGITS_PROCESSOR,
+    check_installed,
+    cpu_cache_bytes,
+    engine_dtype,
+    engine_length,
+    token_cache_bytes,
+)
 from dro_rl.engines.vllm_server import LORA_ROUTES
 from dro_rl.errors import InputError
 from dro_rl.recipe import Recipe
@@ -105,7 +111,9 @@ def server_command(
         # Why prompts are not split: see `vllm_colocate.cpu_options`.
         options["--max-num-batched-tokens"] = max(4096, length or 4096)
         flags += ["--enforce-eager", "--no-enable-chunked-prefill"]
-        environment["VLLM_CPU_KVCACHE_SPACE"] = os.environ.get("VLLM_CPU_KVCACHE_SPACE", CPU_CACHE_GIB)
+        # "auto" is the type of the weights, which may be the widest.
+        held = getattr(torch, str(options["--dtype"]), torch.float32)
+        options["--kv-cache-memory-bytes"] = cpu_cache_bytes(token_cache_bytes(config.get_text_config(), held), length)
     # `vllm serve` asks for a distribution by the name of vllm, which the CPU build has not. This is what it runs.
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     for name, value in options.items():

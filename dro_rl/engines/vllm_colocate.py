@@ -28,14 +28,15 @@ from dro_rl.config import DROConfig
 from dro_rl.engines.protocol import GenerationRequest
 from dro_rl.engines.vllm_adapters import Adapters
 from dro_rl.engines.vllm_common import (
-    CPU_CACHE_GIB,
     LOGITS_PROCESSOR,
     check_installed,
     constrained,
+    cpu_cache_bytes,
     engine_dtype,
     engine_length,
     random_state_kept,
     request_options,
+    token_cache_bytes,
 )
 from dro_rl.errors import InputError, first_line
 from dro_rl.likelihood import without_adapters
@@ -111,8 +112,6 @@ class ColocatedEngine:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-        if self._cpu:
-            os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", CPU_CACHE_GIB)
         from trl.generation import vllm_generation as trl_vllm
 
         vllm_generation = cast(Any, trl_vllm)
@@ -133,7 +132,8 @@ class ColocatedEngine:
         if config.constrain_selection:
             options["logits_processors"] = [LOGITS_PROCESSOR]
         if self._cpu:
-            options |= cpu_options(length)
+            token = token_cache_bytes(model.config.get_text_config(), getattr(torch, options["dtype"]))
+            options |= cpu_options(length, cpu_cache_bytes(token, length))
         plain = vllm_generation.LLM
         # TRL has no argument for these: https://github.com/huggingface/trl, generation/vllm_generation.py, 1.16.
         vllm_generation.LLM = lambda **given: plain(**{**given, **options})
@@ -332,7 +332,7 @@ def _reload(llm: Any, weights: Iterator[tuple[str, Tensor]]) -> None:
         raise RuntimeError("vLLM kept its prefix cache, which older weights computed")
 
 
-def cpu_options(length: int | None) -> dict[str, Any]:
+def cpu_options(length: int | None, cache_bytes: int) -> dict[str, Any]:
     """How vLLM runs on a CPU.
 
     A prompt is not split over steps: for a request with a seed vLLM 0.31 then turns its generator back, which a CPU's
@@ -342,6 +342,7 @@ def cpu_options(length: int | None) -> dict[str, Any]:
         "enforce_eager": True,
         "enable_chunked_prefill": False,
         "max_num_batched_tokens": max(4096, length or 4096),
+        "kv_cache_memory_bytes": cache_bytes,
     }
 
 

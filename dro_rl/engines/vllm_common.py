@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import os
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,8 +29,11 @@ VERSIONS = ("0.22", "0.31")
 LOGITS_PROCESSOR = "dro_rl.engines.vllm_constraint:SelectionLogits"
 """What vLLM is started with, for constrain_selection."""
 
-CPU_CACHE_GIB = "4"
-"""Memory for vLLM's key-value cache on a CPU, unless VLLM_CPU_KVCACHE_SPACE says otherwise."""
+CPU_CACHE_BYTES = (2**28, 2**32)
+"""Memory for vLLM's key-value cache on a CPU: at least this, and at most."""
+
+SEQUENCES = 256
+"""How many sequences vLLM runs at once, unless it is told otherwise."""
 
 
 def check_installed(place: str, value: object) -> None:
@@ -114,6 +118,34 @@ def engine_length(config: DROConfig, positions: int | None) -> int | None:
     if config.max_prompt_length is None:
         return positions
     return config.max_prompt_length + config.max_completion_length
+
+
+def token_cache_bytes(config: Any, dtype: torch.dtype) -> int:
+    """Keys and values of a token.
+
+    Args:
+        config: the Hugging Face configuration of a decoder's text part.
+        dtype: what they are held in.
+    """
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(2 * config.num_hidden_layers * heads * width * dtype.itemsize)
+
+
+def cpu_cache_bytes(token_bytes: int, length: int | None) -> int:
+    """Memory for vLLM's key-value cache on a CPU: room for `SEQUENCES` of full length, within `CPU_CACHE_BYTES`.
+
+    vLLM takes all of it when it starts, so a small model must not ask for a large one's. Its own
+    VLLM_CPU_KVCACHE_SPACE, in GiB, goes before.
+
+    Args:
+        token_bytes: see `token_cache_bytes`.
+        length: the longest sequence, in tokens; `None` where nothing limits it.
+    """
+    if told := os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
+        return int(told) * 2**30
+    least, most = CPU_CACHE_BYTES
+    return most if length is None else min(max(least, SEQUENCES * length * token_bytes), most)
 
 
 @contextmanager

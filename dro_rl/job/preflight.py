@@ -23,9 +23,9 @@ from dro_rl.em.schedule import Schedule
 from dro_rl.errors import InputError, Phrase, as_size, first_line
 from dro_rl.evaluation.results import METRICS
 from dro_rl.job.assembly import build_prompters
+from dro_rl.job.examples import selection_order
 from dro_rl.job.model_checks import check_models, check_positions
 from dro_rl.job.prompt_checks import check_lengths, check_prompts
-from dro_rl.job.warmup import selection_order
 from dro_rl.keys.run import RunConfig
 from dro_rl.prompts import Prompter
 from dro_rl.prompts.rows import answer_row
@@ -207,7 +207,7 @@ def check_warm_up(recipe: Recipe, train: Sequence[Question]) -> None:
             "labels are read from `supporting`, and no training question has any",
             "Use retrieved or random, or leave the generator's warm-up out.",
         )
-    if run.of("selector").warms:
+    if run.of("selector").warms and run.warmup_selector_order != "quotes":
         order = selection_order(run, recipe.training.seed)
         for question in train:
             order(question)

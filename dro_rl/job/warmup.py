@@ -12,7 +12,7 @@ import itertools
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ import trl
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from datasets import Dataset
+from transformers import AutoConfig
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from dro_rl import __version__
@@ -32,17 +33,17 @@ from dro_rl.config import DROConfig
 from dro_rl.em.progress import SupervisedProgress
 from dro_rl.errors import InputError, Phrase
 from dro_rl.files import damage, file_sha256, written_whole
+from dro_rl.job.examples import Pair, generator_examples, selector_examples
+from dro_rl.job.quotes import quoted_examples
 from dro_rl.keys.run import RunConfig
 from dro_rl.locks import owned
 from dro_rl.models.loading import LoraSettings, add_adapter, load_model
+from dro_rl.models.positions import positions_of
 from dro_rl.models.saving import export_role
 from dro_rl.processes import told_by_main
 from dro_rl.prompts import Prompter
-from dro_rl.records import Question, check_id
+from dro_rl.records import Question
 from dro_rl.roles import Role
-from dro_rl.rows.strict_json import json_lines
-from dro_rl.selection import SelectionSpec, format_selection
-from dro_rl.selection.windows import Slide
 
 logger = logging.getLogger(__name__)
 
@@ -83,19 +84,18 @@ def warm_up(job: WarmUp, questions: Sequence[Question], run: RunConfig, training
     """
     if not questions:
         raise InputError("warmup", Phrase("no examples"), "a warm-up has questions to learn from", "Give it some.")
-    examples = selector_examples if job.role == "selector" else generator_examples
-    name = fingerprint(job, questions, examples(questions[:CANARIES], job.prompter, run, training), run, training)
+    name = fingerprint(job, questions, examples_of(job, questions[:CANARIES], run, training), run, training)
     folder = Path(run.warmup_cache_dir).expanduser() / f"{job.role}-{name}"
     with _owned_by_main(folder) as found:
         if found:
             logger.info(f"warm-up of the {job.role}: found in {folder}")
             return str(folder)
-        logger.info(f"warm-up of the {job.role}: {len(questions)} examples")
+        logger.info(f"warm-up of the {job.role}: {len(questions)} questions")
         scratch = Path(training.output_dir or ".") / "warmup" / job.role
         state = PartialState()
         with state.main_process_first():
             if state.is_main_process:
-                write_examples(examples(questions, job.prompter, run, training), scratch / EXAMPLES)
+                write_examples(examples_of(job, questions, run, training), scratch / EXAMPLES)
         train_supervised(job, scratch, run, training, folder)
         state.wait_for_everyone()
     return str(folder)
@@ -129,126 +129,28 @@ def _owned_by_main(folder: Path) -> Iterator[bool]:
         yield what is None
 
 
-Pair = tuple[tuple[int, ...], tuple[int, ...]]
-"""Prompt ids and completion ids."""
-
 EXAMPLES = "examples.arrow"
 CANARIES = 16
 """Questions whose tokens are hashed too, so that a change of the code that makes prompts is not overlooked."""
 
 
-def selector_examples(
-    questions: Sequence[Question], prompter: Prompter, run: RunConfig, training: DROConfig
-) -> Iterator[Pair]:
-    """Selections to imitate: K numbers in the order that `warmup_selector_order` says.
-
-    Where the selector is to decide how many, it imitates as many as are labelled, a number by chance in an order by
-    chance, and all K of any other order, which says nothing of how many suffice. A list that is shown window by window
-    is an example for each, as who selects in that order goes through them.
-    """
-    order, spec = selection_order(run, training.seed), training.spec
-    for question in questions:
-        ranks = {number: rank for rank, number in enumerate(order(question))}
-        slide = Slide.begin(training.windows, len(question.documents))
-        while True:
-            shown = question.shown(slide.shown)
-            numbers = slide.shown or range(1, len(question.documents) + 1)
-            count = spec.most
-            if run.warmup_selector_order == "random":
-                count = _by_chance(spec, training.seed, question)
-            elif run.warmup_selector_order == "labels" and shown.supporting_numbers:
-                count = min(max(len(shown.supporting_numbers), spec.least), spec.most)
-            picked = sorted(numbers, key=ranks.__getitem__)[:count]
-            selection = format_selection([numbers.index(number) + 1 for number in picked])
-            yield prompter.selector_prompt(shown, spec.most, spec.least).ids, prompter.completion(selection)
-            if slide.last:
-                break
-            slide = slide.after(picked)
-
-
-def _by_chance(spec: SelectionSpec, seed: int, question: Question) -> int:
-    """How many documents, where it is left to chance."""
-    return Random(f"{seed}/count/{question.id}").randint(spec.least, spec.most)
-
-
-def selection_order(run: RunConfig, seed: int) -> Callable[[Question], list[int]]:
-    """How a question's candidates are ordered for imitation, best first, as document numbers."""
-
-    def retriever(question: Question) -> list[int]:
-        return list(range(1, len(question.documents) + 1))
-
-    def labels(question: Question) -> list[int]:
-        supporting = question.supporting_numbers
-        return [*supporting, *(n for n in retriever(question) if n not in supporting)]
-
-    def chance(question: Question) -> list[int]:
-        numbers = retriever(question)
-        Random(f"{seed}/order/{question.id}").shuffle(numbers)
-        return numbers
-
-    if run.warmup_selector_order == "ranking":
-        return read_ranking(Path(str(run.warmup_selector_ranking)))
-    return {"labels": labels, "retriever": retriever, "random": chance}[run.warmup_selector_order]
-
-
-def read_ranking(path: Path) -> Callable[[Question], list[int]]:
-    """A ranking file: JSONL with {id, ranking: [document ids, best first]}. Candidates it leaves out come last."""
-    if not path.is_file():
-        raise InputError("warmup_selector_ranking", str(path), "the file exists", "Check the path.")
-    ranking: dict[str, list[str]] = {}
-    for place, row in json_lines(path):
-        if not isinstance(row, dict) or not isinstance(row.get("ranking"), list):
-            raise InputError(place, row, "each line is {id, ranking: [document ids]}", "Correct it.")
-        ranking[check_id(row.get("id"), f"{place}: id")] = [
-            check_id(identifier, f"{place}: ranking[{n}]") for n, identifier in enumerate(row["ranking"], start=1)
-        ]
-
-    def order(question: Question) -> list[int]:
-        if question.id not in ranking:
-            raise InputError(str(path), question.id, "every training question has a ranking", "Add its line.")
-        places = {identifier: place for place, identifier in enumerate(ranking[question.id])}
-        if not any(document.id in places for document in question.documents):
-            raise InputError(
-                f"{path}: id {question.id}",
-                ranking[question.id],
-                "a ranking names candidates of its question, by document id",
-                "Rank the documents of the question file.",
-            )
-        numbers = range(1, len(question.documents) + 1)
-        return sorted(numbers, key=lambda n: places.get(question.documents[n - 1].id, len(places)))
-
-    return order
-
-
-def generator_examples(
-    questions: Sequence[Question], prompter: Prompter, run: RunConfig, training: DROConfig
-) -> Iterator[Pair]:
-    """Answers from K documents, chosen as `warmup_generator_documents` says; chosen documents stand in random order.
-
-    Where the selector is to decide how many, their number is left to chance, but for labelled ones, which all stay.
-    """
-    spec = training.spec
-    for question in questions:
-        k = _by_chance(spec, training.seed, question)
-        everything = range(1, len(question.documents) + 1)
-        random = Random(f"{training.seed}/documents/{question.id}")
-        supporting = list(question.supporting_numbers)[: spec.most]
-        others = [number for number in everything if number not in supporting]
-        random.shuffle(others)
-        numbers = {
-            "gold": supporting or list(everything)[:k],
-            "retrieved": list(everything)[:k],
-            "mixed": [*supporting, *others][: max(k, len(supporting))],
-            "random": random.sample(everything, min(k, len(everything))),
-        }[run.warmup_generator_documents]
-        # Gold always first is a label leak: the generator would learn to read the first document only.
-        if run.warmup_generator_documents != "retrieved":
-            random.shuffle(numbers)
-        yield prompter.generator_prompt(question, numbers).ids, prompter.completion(question.answers[0])
+def examples_of(
+    job: WarmUp, questions: Sequence[Question], run: RunConfig, training: DROConfig
+) -> Iterator[Sequence[Pair]]:
+    """What the model is to imitate: conversations of one turn, or of several."""
+    if job.role == "selector" and run.warmup_selector_order == "quotes":
+        named = {key: value for key, value in job.model_kwargs.items() if key in ("revision", "trust_remote_code")}
+        positions, _ = positions_of(AutoConfig.from_pretrained(job.model, **named))
+        wanted = job.steps * run.warmup_batch_size * PartialState().num_processes
+        if 0 < wanted < len(questions):  # a conversation takes a while to make
+            questions = Random(training.seed).sample(list(questions), wanted)
+        return quoted_examples(questions, job.prompter, training, positions)
+    examples = selector_examples if job.role == "selector" else generator_examples
+    return ((pair,) for pair in examples(questions, job.prompter, run, training))
 
 
 def fingerprint(
-    job: WarmUp, questions: Iterable[Question], canaries: Iterable[Pair], run: RunConfig, training: DROConfig
+    job: WarmUp, questions: Iterable[Question], canaries: Iterable[Sequence[Pair]], run: RunConfig, training: DROConfig
 ) -> str:
     """A hash of everything the result depends on: questions, prompts, weights, settings and versions.
 
@@ -333,13 +235,16 @@ def train_supervised(job: WarmUp, scratch: Path, run: RunConfig, training: DROCo
     gc.collect()
 
 
-def write_examples(pairs: Iterable[Pair], path: Path) -> None:
-    """Token ids and labels as an Arrow file, which is then read where it lies: a large set never stands in memory."""
+def write_examples(conversations: Iterable[Sequence[Pair]], path: Path) -> None:
+    """Token ids and labels as an Arrow file, which is then read where it lies: a large set never stands in memory.
+
+    What is learned are the completions of all turns.
+    """
     kind = pa.list_(pa.int32())
     schema = pa.schema([("input_ids", kind), ("labels", kind)])
-    stream = iter(pairs)
+    stream = iter(conversations)
     with written_whole(path) as beside, pa.OSFile(str(beside), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
         while chunk := list(itertools.islice(stream, 1000)):
-            ids = pa.array([prompt + completion for prompt, completion in chunk], kind)
-            labels = pa.array([(-100,) * len(prompt) + completion for prompt, completion in chunk], kind)
-            writer.write_batch(pa.record_batch([ids, labels], schema=schema))
+            ids = pa.array([sum((turn[0] + turn[1] for turn in turns), ()) for turns in chunk], kind)
+            learned = [sum(((-100,) * len(prompt) + completion for prompt, completion in turns), ()) for turns in chunk]
+            writer.write_batch(pa.record_batch([ids, pa.array(learned, kind)], schema=schema))

@@ -116,9 +116,10 @@ class RunConfig:
         "Supervised training before the first iteration, kept in a cache by the hash of what it depends on.",
         group="Warm-up",
     )
-    warmup_selector_order: Literal["labels", "ranking", "retriever", "random"] = option(
+    warmup_selector_order: Literal["labels", "ranking", "retriever", "random", "quotes"] = option(
         "labels",
-        "What the selector imitates: labelled documents first, a given ranking, the retriever's order, or chance.",
+        "What the selector imitates: labelled documents first, a given ranking, the retriever's order, or chance. "
+        "quotes: it learns to name the documents that words are quoted from, which needs no labels.",
     )
     warmup_selector_ranking: str | None = option(
         None, "For warmup_selector_order: ranking. JSONL with {id, ranking: [document ids]}."

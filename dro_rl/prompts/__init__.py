@@ -74,12 +74,31 @@ class Prompter:
 
     def selector_prompt(self, question: Question, k: int, least: int | None = None) -> Prompt:
         """The prompt that asks for K of the question's candidates, numbered from 1, or for `least` to K of them."""
+        return self._selector_prompt(question, k, least)[0]
+
+    def shown(self, question: Question, k: int, least: int | None = None) -> Sequence[Document]:
+        """The candidates as `selector_prompt` shows them: cut to fit."""
+        return self._selector_prompt(question, k, least)[1]
+
+    def _selector_prompt(self, question: Question, k: int, least: int | None) -> tuple[Prompt, Sequence[Document]]:
         example = format_selection(range(min(k, len(question.documents)), 0, -1))
         return self._fit(question, question.documents, **asks_for(k, least), example=example)
 
+    def next_turn(self, message: str) -> tuple[int, ...] | None:
+        """Token ids of a user's next message, which stand behind a completion, up to where the next one begins.
+
+        None if the chat template takes no second turn.
+        """
+        message = self._defused(message)
+        text = f"\n{message}\n" if self._chat is None else self._chat.follow(message)
+        if text is None:
+            return None
+        ids = tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return ids[1:] if ids[:1] == (self.ends.written,) else ids
+
     def generator_prompt(self, question: Question, numbers: Sequence[int]) -> Prompt:
         """The prompt that asks for the answer from the selected documents, in the selected order."""
-        return self._fit(question, [question.documents[number - 1] for number in numbers])
+        return self._fit(question, [question.documents[number - 1] for number in numbers])[0]
 
     def completion(self, text: str) -> tuple[int, ...]:
         """Token ids of what the model should write: `text` and its end."""
@@ -131,7 +150,9 @@ class Prompter:
             ids = ids[:-1]
         return tuple(ids)
 
-    def _fit(self, question: Question, documents: Sequence[Document], **variables: Any) -> Prompt:
+    def _fit(
+        self, question: Question, documents: Sequence[Document], **variables: Any
+    ) -> tuple[Prompt, Sequence[Document]]:
         text = self._defused(question.question)
         documents = [
             replace(document, title=self._defused(document.title), text=self._defused(document.text))
@@ -139,7 +160,7 @@ class Prompter:
         ]
         ids = self._encode(self.render(text, documents, **variables))
         if self.max_prompt_length is None or len(ids) <= self.max_prompt_length:
-            return Prompt(ids, cut=False)
+            return Prompt(ids, cut=False), documents
         encoded = self.tokenizer(
             [document.text for document in documents], add_special_tokens=False, return_offsets_mapping=True
         )
@@ -153,7 +174,7 @@ class Prompter:
             ids = self._encode(self.render(text, cut, **variables))
             over = len(ids) - self.max_prompt_length
             if over <= 0:
-                return Prompt(ids, cut=True)
+                return Prompt(ids, cut=True), cut
             # A text cut short need not give the first tokens of the whole: give back what is still over.
             cap = max(0, cap + (-over // len(documents))) if cap else -1
         raise InputError(

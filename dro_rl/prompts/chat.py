@@ -74,6 +74,20 @@ class ChatTemplate:
         """The prompt that a message makes, up to where the answer begins."""
         return self._render([{"role": "user", "content": text}], add_generation_prompt=True)
 
+    def follow(self, text: str) -> str | None:
+        """What stands between an answer and the next one, where a second message asks for it: from the first answer's
+        end on. None if the template takes no second turn."""
+        turns = [
+            {"role": "user", "content": "A question?"},
+            {"role": "assistant", "content": PROBE},
+            {"role": "user", "content": text},
+        ]
+        try:
+            between = self._render(turns, add_generation_prompt=True).rpartition(PROBE)[2]
+        except InputError:
+            return None
+        return between if text.strip() in between else None
+
     def end_of_turn(self) -> int | None:
         """The token that an assistant's turn ends in; None where it ends in none."""
         turn = [{"role": "user", "content": "A question?"}, {"role": "assistant", "content": PROBE}]

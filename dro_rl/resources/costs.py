@@ -116,8 +116,9 @@ def operations(
         done.append(Done("evaluation", asked * tokens, asked * answered))
     for role, steps in counts.warmup_steps.items():
         examples = steps * counts.warmup_batch
-        each = _forward(sizes[role], context[role], context[role], work.selection)
-        done.append(Done(f"warm-up {role}", examples * context[role], 3 * examples * each))
+        tokens = (work.conversation if role == "selector" else 0.0) or context[role]
+        each = _forward(sizes[role], tokens, tokens, work.selection)
+        done.append(Done(f"warm-up {role}", examples * tokens, 3 * examples * each))
     return done
 
 

@@ -212,7 +212,8 @@ def _sampling(settings: Settings, size: RoleSize, work: Work) -> tuple[float, fl
 
 def _warmup(settings: Settings, size: RoleSize, role: Role, work: Work) -> Phase:
     """Supervised training of one model, padded rows, alone in memory."""
-    longest = work.longest_prompt + work.selection if role == "selector" else work.longest_reading + work.longest_answer
+    asked = work.longest_conversation or work.longest_prompt + work.selection
+    longest = asked if role == "selector" else work.longest_reading + work.longest_answer
     tokens = int(settings.warmup_batch * longest)
     gradients = _gradients(settings, size)
     activations = _kept(settings, size, tokens) + _layer(size, tokens) + size.casts

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dro_rl.config import DROConfig
 from dro_rl.em.timing import flops_per_token
+from dro_rl.engines.vllm_common import token_cache_bytes
 from dro_rl.job.assembly import lora_settings
 from dro_rl.job.model_checks import without_weights
 from dro_rl.likelihood import depth, unshared, without_adapters
@@ -96,7 +97,6 @@ def size_of(recipe: Recipe, role: Role, half: torch.dtype | None, questions: Seq
         model.enable_input_require_grads()
         recomputing = _kept(model, rows, half, packed, training)
         head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         flops = flops_per_token(model)
         return RoleSize(
             parameters=sum(weight.numel() for weight in weights),
@@ -109,7 +109,7 @@ def size_of(recipe: Recipe, role: Role, half: torch.dtype | None, questions: Seq
             width=config.hidden_size,
             vocabulary=config.vocab_size,
             attention=head_size * config.num_attention_heads,
-            cache_bytes=2 * config.num_hidden_layers * heads * head_size * (half or weights[0].dtype).itemsize,
+            cache_bytes=token_cache_bytes(config, half or weights[0].dtype),
             packed=packed,
             kept=kept,
             kept_recomputing=recomputing,

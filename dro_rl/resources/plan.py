@@ -12,7 +12,7 @@ import psutil
 import torch
 
 from dro_rl.em.schedule import Schedule, fuses
-from dro_rl.engines.vllm_common import CPU_CACHE_GIB
+from dro_rl.engines.vllm_common import cpu_cache_bytes, engine_length
 from dro_rl.engines.vllm_start import have_one_engine
 from dro_rl.errors import InputError
 from dro_rl.job.assembly import build_prompters
@@ -27,10 +27,8 @@ from dro_rl.resources.costs import Counts, Done, by_card, operations
 from dro_rl.resources.machine import Machine, Sharding
 from dro_rl.resources.memory import CONTEXT, Phase, Settings, peak, phases
 from dro_rl.resources.models import RoleSize, size_of
-from dro_rl.resources.work import Rows, Work, rows_of, windows_of, work_of
+from dro_rl.resources.work import Rows, Work, quoted_of, rows_of, windows_of, work_of
 from dro_rl.roles import ROLES, Role
-
-GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -137,7 +135,8 @@ def make_plan(
     prompters = build_prompters(recipe)
     check_prompts(recipe, [*train, *dev], prompters)
     rows, windows = rows_of(training, train, prompters), windows_of(training, train)
-    planner = _Planner(machine, rows, windows, len(train), psutil.Process().memory_info().rss)
+    quoted = quoted_of(recipe, train, prompters["selector"])
+    planner = _Planner(machine, rows, windows, quoted, len(train), psutil.Process().memory_info().rss)
     sizes, work, found = planner.at(recipe, sharding)
     counts = _counts(recipe, schedule, len(train), len(dev), machine.devices)
     scores, reuses = planner.scores(recipe, sizes), planner.reuses(recipe, sizes, work)
@@ -195,12 +194,21 @@ class _Planner:
         machine: what it is for.
         rows: of some questions.
         windows: that a question's candidates are shown in.
+        quoted: tokens of conversations of the selector's warm-up, if it has them.
         questions: of the training set.
         resident: bytes of this process, which has imported what a job imports and read what it reads.
     """
 
-    def __init__(self, machine: Machine, rows: Sequence[Rows], windows: float, questions: int, resident: int) -> None:
-        self.machine, self.rows, self.windows, self.questions = machine, rows, windows, questions
+    def __init__(
+        self,
+        machine: Machine,
+        rows: Sequence[Rows],
+        windows: float,
+        quoted: Sequence[int],
+        questions: int,
+        resident: int,
+    ) -> None:
+        self.machine, self.rows, self.windows, self.quoted, self.questions = machine, rows, windows, quoted, questions
         self.process = resident if machine.kind == "cpu" else CONTEXT
         self._sizes: dict[Any, RoleSize] = {}
 
@@ -216,7 +224,7 @@ class _Planner:
         """Models, work and memory of a recipe."""
         sizes = {role: self._size(recipe, role) for role in recipe.training.roles}
         packed = {role: size.packed for role, size in sizes.items()}
-        work = work_of(recipe.training, self.rows, packed, self.windows)
+        work = work_of(recipe.training, self.rows, packed, self.windows, self.quoted)
         return sizes, work, phases(self._settings(recipe, sharding, sizes, work), sizes, work)
 
     def scores(self, recipe: Recipe, sizes: Mapping[Role, RoleSize]) -> bool:
@@ -301,9 +309,13 @@ class _Planner:
             ]
             if len(roles) == 2 and have_one_engine(recipe, on_cpu=self.machine.kind == "cpu"):
                 roles.pop()
-            share, cache = training.vllm_gpu_memory_utilization * self.machine.memory, float(CPU_CACHE_GIB) * GIB
+            share, length = training.vllm_gpu_memory_utilization * self.machine.memory, engine_length(training, None)
             on_gpu = self.machine.kind == "cuda"
-            vllm = sum(share if on_gpu else cache + size.weight_bytes for role, size in sizes.items() if role in roles)
+            vllm = sum(
+                share if on_gpu else cpu_cache_bytes(size.cache_bytes, length) + size.weight_bytes
+                for role, size in sizes.items()
+                if role in roles
+            )
         return Settings(
             devices=self.machine.devices,
             sharding=sharding,

@@ -12,10 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from dro_rl.config import DROConfig
+from dro_rl.job.quotes import quoted_examples
 from dro_rl.likelihood import passes, unshared
 from dro_rl.likelihood.packing import Row
 from dro_rl.prompts import Prompter
 from dro_rl.prompts.rows import answer_row, constraint_of
+from dro_rl.recipe import Recipe
 from dro_rl.records import Question
 from dro_rl.roles import ROLES, Role
 from dro_rl.selection import format_selection
@@ -25,6 +27,8 @@ from dro_rl.selection.windows import Slide
 SAMPLED = 48
 """Questions that are looked at, evenly over the training set."""
 
+QUOTED = 8
+"""The same, of conversations."""
 
 Rows = Mapping[Role, Sequence[Row]]
 """What both models read of a question in a step: the selector's row of each order of the candidates, and of each window
@@ -77,6 +81,7 @@ class Work:
         passes: of a device in one step.
         predicting: tokens of completions in the fullest pass, of each role.
         windows: that a question's candidates are shown in.
+        conversation, longest_conversation: of the quotes of a selector's warm-up, 0 where it imitates selections.
     """
 
     prompt: float
@@ -92,6 +97,8 @@ class Work:
     passes: int
     predicting: Mapping[Role, int]
     windows: float = 1.0
+    conversation: float = 0.0
+    longest_conversation: int = 0
 
 
 def windows_of(training: DROConfig, questions: Sequence[Question]) -> float:
@@ -100,13 +107,29 @@ def windows_of(training: DROConfig, questions: Sequence[Question]) -> float:
     return 1.0 if windows is None else statistics.fmean(windows.count(len(each.documents)) for each in questions)
 
 
-def work_of(training: DROConfig, questions: Sequence[Rows], packed: Mapping[Role, bool], windows: float = 1.0) -> Work:
+def quoted_of(recipe: Recipe, questions: Sequence[Question], prompter: Prompter) -> list[int]:
+    """Tokens of some conversations of the selector's warm-up, where it has them."""
+    if not recipe.run.of("selector").warms or recipe.run.warmup_selector_order != "quotes":
+        return []
+    some = questions[:: max(1, len(questions) // QUOTED)][:QUOTED]
+    talks = quoted_examples(some, prompter, recipe.training, None)
+    return [sum(len(prompt) + len(completion) for prompt, completion in turns) for turns in talks]
+
+
+def work_of(
+    training: DROConfig,
+    questions: Sequence[Rows],
+    packed: Mapping[Role, bool],
+    windows: float = 1.0,
+    quoted: Sequence[int] = (),
+) -> Work:
     """What a step comes to.
 
     Args:
         questions: their rows.
         packed: whether a role takes each prompt once for all its completions.
         windows: that a question's candidates are shown in.
+        quoted: tokens of conversations of the selector's warm-up.
     """
     moves = [role for role in training.roles if training.role_learning_rate(role) > 0]
     taken = [
@@ -141,4 +164,6 @@ def work_of(training: DROConfig, questions: Sequence[Rows], packed: Mapping[Role
         passes=len(runs) * training.gradient_accumulation_steps,
         predicting={role: int(scale * len(fullest) * ends[role]) for role in ROLES},
         windows=windows,
+        conversation=statistics.fmean(quoted) if quoted else 0.0,
+        longest_conversation=max(quoted, default=0),
     )

@@ -200,14 +200,14 @@ def _what_would_decide(claim: Claim, contrast: Contrast, adjusted: float | None)
 
 
 def number(value: float | None) -> str:
-    """A value in a table: two digits after the point, more where it is small, `–` where there is none."""
+    """A value in a table: two digits after the point, more where it is small, `NONE` where there is none."""
     if value is None or math.isnan(value):
-        return "–"
+        return NONE
     return f"{value:.2f}" if abs(value) >= 0.1 or value == 0 else f"{value:.2g}"
 
 
 def interval(low: float | None, high: float | None) -> str:
-    return "–" if low is None else f"{number(low)} … {number(high)}"
+    return NONE if low is None else f"{number(low)} … {number(high)}"
 
 
 def claim_rows(report: StudyReport) -> list[tuple[str, ...]]:
@@ -224,7 +224,7 @@ def claim_rows(report: StudyReport) -> list[tuple[str, ...]]:
                 number(judged.b),
                 number(contrast.difference),
                 interval(contrast.low, contrast.high),
-                "–" if judged.adjusted is None else "<0.001" if judged.adjusted < 0.001 else f"{judged.adjusted:.3f}",
+                NONE if judged.adjusted is None else "<0.001" if judged.adjusted < 0.001 else f"{judged.adjusted:.3f}",
                 str(contrast.seeds),
                 judged.words,
             )
@@ -233,6 +233,9 @@ def claim_rows(report: StudyReport) -> list[tuple[str, ...]]:
 
 
 CLAIM_HEAD = ("claim", "metric", "A", "B", "A − B", f"{CONFIDENCE:.0%} interval", "p", "seeds", "verdict")
+NONE = "–"
+"""In a table, where there is nothing to say."""
+
 NOTE = (
     "A − B is the mean difference over seeds, paired question by question where a metric has questions; for "
     "never_falls the deepest change from one iteration to the next; for steadier the ratio of the variances, and A "
@@ -256,7 +259,7 @@ def mean_rows(report: StudyReport) -> tuple[tuple[str, ...], list[tuple[str, ...
 
 def _cell(found: OverSeeds | None) -> str:
     if found is None or found.mean is None:
-        return "–"
+        return NONE
     return number(found.mean) + (f" [{interval(found.low, found.high)}]" if found.low is not None else "")
 
 

@@ -1,0 +1,122 @@
+"""A warm-up of the selector that needs no labels: to name the documents that words are quoted from.
+
+A small language model has never bound a number to a text. It then selects at chance, and no weighing of rollouts gives
+it what it lacks. Quotes teach it, from the documents alone: each conversation shows a question's candidates, and quotes
+in place of the question, turn after turn.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from random import Random
+
+from dro_rl.config import DROConfig
+from dro_rl.errors import InputError
+from dro_rl.job.examples import Pair, count_by_chance
+from dro_rl.prompts import Prompter
+from dro_rl.records import Document, Question
+from dro_rl.selection import format_selection
+from dro_rl.selection.windows import Slide
+
+TURNS = 12
+"""Quotes over one list of documents."""
+
+LETTERS = 40
+"""A quote has as many, and the rest of its last word."""
+
+TRIES = 8
+"""Draws of a quote, until one stands in one document alone."""
+
+JOINED = " … "
+"""Between quotes, where several documents are to be named."""
+
+
+def quoted_examples(
+    questions: Sequence[Question], prompter: Prompter, training: DROConfig, positions: int | None
+) -> Iterator[tuple[Pair, ...]]:
+    """One conversation a question, each of `TURNS` turns, or of fewer where the model has no more positions.
+
+    A turn quotes as many documents as are to be selected, by chance, and the selection names them in that order. Only
+    what a prompt shows of a document is quoted, and only words that stand in no other one.
+
+    Args:
+        positions: tokens that the model has room for, `None` for any number.
+
+    Raises:
+        InputError: no question has enough documents to quote from.
+    """
+    some = False
+    for question in questions:
+        turns = tuple(_conversation(question, prompter, training, positions))
+        if turns:
+            some = True
+            yield turns
+    if questions and not some:
+        raise InputError(
+            "warmup_selector_order",
+            "quotes",
+            f"documents have words of their own, {training.spec.most} of a question's at least, and are not cut away",
+            "Raise max_prompt_length, lower num_selected, or imitate another order.",
+        )
+
+
+def _conversation(question: Question, prompter: Prompter, training: DROConfig, positions: int | None) -> Iterator[Pair]:
+    random = Random(f"{training.seed}/quotes/{question.id}")
+    spec, window = training.spec, Slide.begin(training.windows, len(question.documents)).shown
+    question = question.shown(window)
+    shown, length = prompter.shown(question, spec.most, spec.least), 0
+    first: tuple[int, ...] | None = None
+    for turn in range(TURNS):
+        count = count_by_chance(spec, training.seed, replace(question, id=f"{question.id}/{turn}"))
+        for _ in range(TRIES):
+            quotes = _quotes(shown, min(count, len(shown)), random)
+            if quotes is None:
+                return
+            numbers, words = quotes
+            if turn:
+                prompt = prompter.next_turn(f"Question: {words}\nSelection:")
+                break
+            # Quotes in the question's place leave the documents more room, or less.
+            asked = replace(question, question=words)
+            shown = prompter.shown(asked, spec.most, spec.least)
+            prompt = prompter.selector_prompt(asked, spec.most, spec.least).ids
+            if all(quote in shown[n - 1].text for n, quote in zip(numbers, words.split(JOINED), strict=True)):
+                first = prompt
+                break
+        if first is None or prompt is None:  # no quote is shown, or the chat template takes no second turn
+            return
+        completion = prompter.completion(format_selection(numbers))
+        length += len(prompt) + len(completion)
+        if turn and positions is not None and length > positions:
+            return
+        yield prompt, completion
+
+
+def _quotes(documents: Sequence[Document], count: int, random: Random) -> tuple[list[int], str] | None:
+    """Numbers of so many documents, and what is quoted of them; None where too few have words of their own."""
+    numbers, words = [], []
+    for number in random.sample(range(1, len(documents) + 1), len(documents)):
+        quote = _quote(documents, number, random)
+        if quote is not None:
+            numbers.append(number)
+            words.append(quote)
+        if len(numbers) == count:
+            return numbers, JOINED.join(words)
+    return None
+
+
+def _quote(documents: Sequence[Document], number: int, random: Random) -> str | None:
+    """Words of one document that no other has; None where none were found."""
+    text = documents[number - 1].text
+    starts = [match.start() for match in re.finditer(r"\w+", text)]
+    starts = [start for start in starts if start + LETTERS <= len(text)] or starts[:1]
+    for _ in range(TRIES if starts else 0):
+        start = random.choice(starts)
+        end = start + LETTERS
+        rest = re.match(r"\w*", text[end : end + LETTERS])
+        quote = text[start : end + (len(rest.group()) if rest else 0)].strip()
+        if JOINED not in quote and sum(quote in document.text for document in documents) == 1:
+            return quote
+    return None
