@@ -52,11 +52,12 @@ def fired(history: Sequence[Iteration]) -> list[str]:
 
 
 def series(count: int = 4, **ends: tuple[float, float]) -> list[Summary]:
-    """Iterations in which figures go in a straight line from the first to the last; `recall` is that at 5."""
+    """Iterations in which figures go in a straight line from the first to the last; recalls are those at 5."""
     found = []
     for step in range(count):
         now = {name: first + (last - first) * step / (count - 1) for name, (first, last) in ends.items()}
-        recall = {"recall": {**GOOD.recall, 5: now.pop("recall")}} if "recall" in now else {}
+        by_k = [name for name in ("recall", "weighted_recall") if name in now]
+        recall = {name: {**getattr(GOOD, name), 5: now.pop(name)} for name in by_k}
         found.append(replace(GOOD, **now, **recall))
     return found
 
@@ -142,6 +143,15 @@ def test_recall_that_falls_while_the_evidence_rises() -> None:
     assert fired(run(*series(evidence_bound=(-2.0, -1.4), recall=(0.6, 0.4)))) == ["recall_falling"]
     assert fired(run(*series(evidence_bound=(-2.0, -2.0), recall=(0.6, 0.4)))) == [], "both suffer"
     assert fired(run(*series(evidence_bound=(-2.0, -1.4), recall=(0.6, 0.58)))) == []
+
+
+def test_weights_that_the_selector_does_not_follow() -> None:
+    """Recall has not moved since the first window, and by weight it is 20 points higher."""
+    stuck = series(evidence_bound=(-2.0, -2.0), recall=(0.3, 0.3), weighted_recall=(0.9, 0.9))
+    assert fired(run(*stuck)) == ["not_followed"]
+    assert fired(run(*stuck[:3])) == [], "three windows of four"
+    assert fired(run(*series(evidence_bound=(-2.0, -2.0), recall=(0.3, 0.6), weighted_recall=(0.9, 0.9)))) == []
+    assert fired(run(*series(evidence_bound=(-2.0, -2.0), recall=(0.3, 0.3), weighted_recall=(0.4, 0.4)))) == []
 
 
 def test_dev_that_falls_while_training_rises() -> None:

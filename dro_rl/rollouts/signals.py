@@ -259,6 +259,15 @@ def _forgetting(history: Sequence[Iteration]) -> Measured:
     return Measured(recall.value, -2 * recall.error, False)
 
 
+def _not_followed(history: Sequence[Iteration]) -> Measured:
+    """How far recall by weight is above the policy's, where that one has not moved since the run began."""
+    first, last = _start(history), _latest(history)
+    change = _change(_recall(first), _recall(last))
+    if len(windows(history, WINDOWS)) < WINDOWS or abs(change.value) > 2 * change.error:
+        return NOTHING
+    return Measured(last.weighted_recall[RECALL] - last.recall[RECALL], 0.2, True)
+
+
 def _overfitting(history: Sequence[Iteration]) -> Measured:
     """The last evaluation against the best before it, where the evidence on training questions has risen since."""
     evaluated = [(place, i.dev) for place, i in enumerate(history, start=1) if i.dev is not None]
@@ -379,6 +388,16 @@ RULES = (
         "Recall falls while the evidence rises: the generator learns to do without documents.",
         ("generator_learning_rate", "warmup_generator_steps"),
         "Lower generator_learning_rate against selector_learning_rate, or set it to 0.",
+    ),
+    Rule(
+        "not_followed",
+        "share",
+        _not_followed,
+        "The weights lie on labelled documents, and the selector does not come to name them: it may never have bound a "
+        "number to a text.",
+        ("warmup_selector_order", "selector_prompt_template", "selector_learning_rate"),
+        "Warm the selector up with warmup_selector_order: quotes, which needs no labels, or raise "
+        "selector_learning_rate.",
     ),
     Rule(
         "dev_falling",
