@@ -407,6 +407,22 @@ def test_a_plan_counts_what_the_job_does(tmp_path: Path) -> None:
     assert stopped.counts.warmup_steps == {"selector": 2, "generator": 2}  # an epoch of 12 questions by 8
 
 
+def test_a_warm_up_on_quotes_is_planned_by_its_conversations(tmp_path: Path) -> None:
+    """They are longer than the prompts that selections are imitated on."""
+    recipe = world(tmp_path / "w", warmup="selector")
+    orders = {order: plan_of(recipe, {"warmup_selector_order": order}, CPU) for order in ("labels", "quotes")}
+    longer = orders["quotes"].work.longest_conversation / orders["labels"].work.longest_prompt
+    assert longer > 1.5
+    assert orders["labels"].work.longest_conversation == 0
+    tokens = {
+        order: next(each for each in plan.done if each.phase == "warm-up selector").tokens
+        for order, plan in orders.items()
+    }
+    assert tokens["quotes"] > 1.5 * tokens["labels"]
+    held = {order: plan.phases[0].activations for order, plan in orders.items()}
+    assert held["quotes"] > 1.5 * held["labels"]
+
+
 def test_a_plan_scores_apart_where_the_trainer_does(tmp_path: Path) -> None:
     """Twelve questions by eight a step: an iteration of all whole steps is one step, whose pass weighs too."""
     recipe, once = world(tmp_path / "w"), {"questions_per_iteration": None, "per_device_train_batch_size": 8}
