@@ -305,6 +305,7 @@ def _in_words(keys: ClaimKeys) -> str:
     if keys.test == "never_falls":
         return f"{keys.metric} of {keys.variant} never falls from one iteration to the next"
     what = f"{keys.metric} of {keys.variant}" + (f" on {keys.type}" if keys.type else "")
+    what += f" at {keys.stage}" if keys.stage else ""
     if keys.test == "steadier":
         return f"{what} varies less over seeds than that of {keys.against}"
     margin = f" by {keys.by:g} or more" if keys.by else ""
