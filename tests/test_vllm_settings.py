@@ -19,7 +19,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from training_world import launch, world
-from transformers import LlamaConfig
+from transformers import LlamaConfig, MambaConfig
 from typer.testing import CliRunner
 
 from dro_rl import engines
@@ -450,5 +450,7 @@ def test_a_small_model_asks_for_a_small_cache_and_a_large_one_for_four_gibibytes
     assert cpu_cache_bytes(token, 10**6) == cpu_cache_bytes(token, None) == 2**32, "the most"
     wide = LlamaConfig(num_attention_heads=4, num_key_value_heads=2, hidden_size=64, head_dim=128, num_hidden_layers=2)
     assert token_cache_bytes(wide, torch.bfloat16) == 2 * 2 * 2 * 128 * 2
+    assert token_cache_bytes(MambaConfig(), torch.float32) is None
+    assert cpu_cache_bytes(None, 144) == 2**32, "what a state takes is not known"
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "3")
     assert cpu_cache_bytes(token, 144) == 3 * 2**30

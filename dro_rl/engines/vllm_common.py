@@ -120,32 +120,36 @@ def engine_length(config: DROConfig, positions: int | None) -> int | None:
     return config.max_prompt_length + config.max_completion_length
 
 
-def token_cache_bytes(config: Any, dtype: torch.dtype) -> int:
-    """Keys and values of a token.
+def token_cache_bytes(config: Any, dtype: torch.dtype) -> int | None:
+    """Keys and values of a token, `None` for a decoder without attention.
 
     Args:
         config: the Hugging Face configuration of a decoder's text part.
         dtype: what they are held in.
     """
+    if not getattr(config, "num_attention_heads", None):
+        return None
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return int(2 * config.num_hidden_layers * heads * width * dtype.itemsize)
 
 
-def cpu_cache_bytes(token_bytes: int, length: int | None) -> int:
+def cpu_cache_bytes(token_bytes: int | None, length: int | None) -> int:
     """Memory for vLLM's key-value cache on a CPU: room for `SEQUENCES` of full length, within `CPU_CACHE_BYTES`.
 
     vLLM takes all of it when it starts, so a small model must not ask for a large one's. Its own
     VLLM_CPU_KVCACHE_SPACE, in GiB, goes before.
 
     Args:
-        token_bytes: see `token_cache_bytes`.
+        token_bytes: see `token_cache_bytes`; with `None` it is the most.
         length: the longest sequence, in tokens; `None` where nothing limits it.
     """
     if told := os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
         return int(told) * 2**30
     least, most = CPU_CACHE_BYTES
-    return most if length is None else min(max(least, SEQUENCES * length * token_bytes), most)
+    if token_bytes is None or length is None:
+        return most
+    return min(max(least, SEQUENCES * length * token_bytes), most)
 
 
 @contextmanager

@@ -66,7 +66,7 @@ def _conversation(question: Question, prompter: Prompter, training: DROConfig, p
     random = Random(f"{training.seed}/quotes/{question.id}")
     spec, window = training.spec, Slide.begin(training.windows, len(question.documents)).shown
     question = question.shown(window)
-    shown, length = prompter.shown(question, spec.most, spec.least), 0
+    shown, length = prompter.selector_prompt_and_shown(question, spec.most, spec.least)[1], 0
     first: tuple[int, ...] | None = None
     for turn in range(TURNS):
         count = count_by_chance(spec, training.seed, replace(question, id=f"{question.id}/{turn}"))
@@ -80,8 +80,8 @@ def _conversation(question: Question, prompter: Prompter, training: DROConfig, p
                 break
             # Quotes in the question's place leave the documents more room, or less.
             asked = replace(question, question=words)
-            shown = prompter.shown(asked, spec.most, spec.least)
-            prompt = prompter.selector_prompt(asked, spec.most, spec.least).ids
+            made, shown = prompter.selector_prompt_and_shown(asked, spec.most, spec.least)
+            prompt = made.ids
             if all(quote in shown[n - 1].text for n, quote in zip(numbers, words.split(JOINED), strict=True)):
                 first = prompt
                 break

@@ -74,13 +74,12 @@ class Prompter:
 
     def selector_prompt(self, question: Question, k: int, least: int | None = None) -> Prompt:
         """The prompt that asks for K of the question's candidates, numbered from 1, or for `least` to K of them."""
-        return self._selector_prompt(question, k, least)[0]
+        return self.selector_prompt_and_shown(question, k, least)[0]
 
-    def shown(self, question: Question, k: int, least: int | None = None) -> Sequence[Document]:
-        """The candidates as `selector_prompt` shows them: cut to fit."""
-        return self._selector_prompt(question, k, least)[1]
-
-    def _selector_prompt(self, question: Question, k: int, least: int | None) -> tuple[Prompt, Sequence[Document]]:
+    def selector_prompt_and_shown(
+        self, question: Question, k: int, least: int | None = None
+    ) -> tuple[Prompt, Sequence[Document]]:
+        """The same, and the candidates as it shows them: cut to fit."""
         example = format_selection(range(min(k, len(question.documents)), 0, -1))
         return self._fit(question, question.documents, **asks_for(k, least), example=example)
 

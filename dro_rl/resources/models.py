@@ -109,7 +109,7 @@ def size_of(recipe: Recipe, role: Role, half: torch.dtype | None, questions: Seq
             width=config.hidden_size,
             vocabulary=config.vocab_size,
             attention=head_size * config.num_attention_heads,
-            cache_bytes=token_cache_bytes(config, half or weights[0].dtype),
+            cache_bytes=token_cache_bytes(config, half or weights[0].dtype) or 0,
             packed=packed,
             kept=kept,
             kept_recomputing=recomputing,
