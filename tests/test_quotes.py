@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -11,12 +12,12 @@ import pytest
 import torch
 from datasets import Dataset
 from training_world import questions as made
-from training_world import save_model, world
+from training_world import save_model, world, write_questions
 
 from dro_rl.errors import InputError
-from dro_rl.job import quotes, warmup
+from dro_rl.job import preflight, quotes, warmup
 from dro_rl.job.examples import Pair
-from dro_rl.job.quotes import JOINED, TURNS, quoted_examples
+from dro_rl.job.quotes import JOINED, TURNS, check_quotes, quoted_examples
 from dro_rl.job.warmup import WarmUp, examples_of, warm_up
 from dro_rl.models.loading import load_model
 from dro_rl.prompts import Prompter
@@ -137,10 +138,10 @@ def test_a_conversation_ends_before_the_models_positions(tmp_path, chat_tokenize
 
 
 def test_a_template_of_one_turn_gives_conversations_of_one(tmp_path, chat_tokenizer) -> None:
-    chat_tokenizer.chat_template = "{% if messages|length > 2 %}{{ raise_exception('one turn') }}{% endif %}" + str(
-        chat_tokenizer.chat_template
-    )
-    recipe, prompter = recipe_with(tmp_path, num_selected=1), Prompter(chat_tokenizer, "selector")
+    refusing = copy.deepcopy(chat_tokenizer)
+    guard = "{% if messages|length > 2 %}{{ raise_exception('one turn') }}{% endif %}"
+    refusing.chat_template = guard + str(refusing.chat_template)
+    recipe, prompter = recipe_with(tmp_path, num_selected=1), Prompter(refusing, "selector")
     assert len(turns_of(prompter, recipe, question())) == 1
 
 
@@ -158,8 +159,18 @@ def test_documents_without_words_of_their_own_are_refused(tmp_path, chat_tokeniz
     recipe, prompter = recipe_with(tmp_path, num_selected=1), Prompter(chat_tokenizer, "selector")
     same = replace(question(), documents=tuple(replace(d, text="all the same") for d in question().documents))
     with pytest.raises(InputError, match="words of their own"):
-        list(quoted_examples([same], prompter, recipe.training, None))
-    assert list(quoted_examples([], prompter, recipe.training, None)) == []
+        check_quotes([same], prompter, recipe.training)
+    check_quotes([same, question()], prompter, recipe.training)
+    (turns,) = quoted_examples([same, question()], prompter, recipe.training, None)
+    assert len(turns) == TURNS, "a question that has none is left out"
+
+
+def test_a_job_without_anything_to_quote_is_refused_before_a_model_loads(tmp_path) -> None:
+    recipe = recipe_with(tmp_path)
+    same = [replace(q, documents=tuple(replace(d, text="oslo") for d in q.documents)) for q in made(12)]
+    write_questions(tmp_path / "train.jsonl", same)
+    with pytest.raises(InputError, match="words of their own"):
+        preflight.prepare(recipe, 1)
 
 
 @pytest.mark.parametrize("text", ["", "é", "…", "一二三四五六七八九十" * 20, "a" * 500, "x\ny\n" * 90])

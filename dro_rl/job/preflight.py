@@ -26,6 +26,7 @@ from dro_rl.job.assembly import build_prompters
 from dro_rl.job.examples import selection_order
 from dro_rl.job.model_checks import check_models, check_positions
 from dro_rl.job.prompt_checks import check_lengths, check_prompts
+from dro_rl.job.quotes import check_quotes
 from dro_rl.keys.run import RunConfig
 from dro_rl.prompts import Prompter
 from dro_rl.prompts.rows import answer_row
@@ -64,6 +65,8 @@ def prepare(recipe: Recipe, processes: int) -> Prepared:
     disk = check(recipe, train, dev)
     prompters = build_prompters(recipe)
     check_prompts(recipe, [*train, *dev], prompters)
+    if recipe.run.of("selector").warms and recipe.run.warmup_selector_order == "quotes":
+        check_quotes(train, prompters["selector"], recipe.training)
     check_endpoint(recipe, [*train, *dev], prompters["generator"])
     return Prepared(train, dev, prompters, schedule, disk)
 

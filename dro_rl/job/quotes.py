@@ -39,21 +39,20 @@ def quoted_examples(
     """One conversation a question, each of `TURNS` turns, or of fewer where the model has no more positions.
 
     A turn quotes as many documents as are to be selected, by chance, and the selection names them in that order. Only
-    what a prompt shows of a document is quoted, and only words that stand in no other one.
+    what a prompt shows of a document is quoted, and only words that stand in no other one. A question without enough of
+    them is left out.
 
     Args:
         positions: tokens that the model has room for, `None` for any number.
-
-    Raises:
-        InputError: no question has enough documents to quote from.
     """
-    some = False
     for question in questions:
-        turns = tuple(_conversation(question, prompter, training, positions))
-        if turns:
-            some = True
+        if turns := tuple(_conversation(question, prompter, training, positions)):
             yield turns
-    if questions and not some:
+
+
+def check_quotes(questions: Sequence[Question], prompter: Prompter, training: DROConfig) -> None:
+    """Raise `InputError` where no question has enough documents to quote from."""
+    if next(quoted_examples(questions, prompter, training, None), None) is None:
         raise InputError(
             "warmup_selector_order",
             "quotes",

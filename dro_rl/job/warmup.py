@@ -142,9 +142,11 @@ def examples_of(
         named = {key: value for key, value in job.model_kwargs.items() if key in ("revision", "trust_remote_code")}
         positions, _ = positions_of(AutoConfig.from_pretrained(job.model, **named))
         wanted = job.steps * run.warmup_batch_size * PartialState().num_processes
-        if 0 < wanted < len(questions):  # a conversation takes a while to make
-            questions = Random(training.seed).sample(list(questions), wanted)
-        return quoted_examples(questions, job.prompter, training, positions)
+        if wanted < 0:
+            return quoted_examples(questions, job.prompter, training, positions)
+        # A conversation takes a while to make: no more of them than the steps take.
+        some = Random(training.seed).sample(list(questions), len(questions))
+        return itertools.islice(quoted_examples(some, job.prompter, training, positions), wanted)
     examples = selector_examples if job.role == "selector" else generator_examples
     return ((pair,) for pair in examples(questions, job.prompter, run, training))
 
