@@ -59,6 +59,15 @@ def turns_of(prompter: Prompter, recipe: Recipe, asked: Question, positions: int
     return turns
 
 
+def holders(asked: Question, quote: str) -> list[int]:
+    """The documents that a quote can be of: those that have all of its words, or the words as they stand."""
+    found = []
+    for number, document in enumerate(asked.documents, start=1):
+        if quote in document.text or set(quote.split()) <= set(document.text.split()):
+            found.append(number)
+    return found
+
+
 def quotes_of(prompter: Prompter, turns: tuple[Pair, ...]) -> list[str]:
     texts = [prompter.tokenizer.decode(prompt) for prompt, _ in turns]
     return [text.rpartition("Question: ")[2].splitlines()[0].removesuffix(" Selection:") for text in texts]
@@ -75,9 +84,37 @@ def test_a_selection_names_the_documents_that_its_turn_quotes_in_their_order(tmp
         numbers = parse_selection(prompter.decode(completion), 4, k).numbers
         assert len(numbers) == k
         for part, number in zip(quote.split(JOINED), numbers, strict=True):
-            assert [n for n, d in enumerate(asked.documents, start=1) if part in d.text] == [number]
+            assert holders(asked, part) == [number]
         named.update(numbers)
     assert len(named) > 2, "which documents are quoted is left to chance"
+
+
+def test_half_of_the_quotes_are_words_as_they_stand_and_half_words_from_anywhere(tmp_path, chat_tokenizer) -> None:
+    recipe, prompter = recipe_with(tmp_path, num_selected=1), Prompter(chat_tokenizer, "selector")
+    texts = " ".join(document.text for document in question().documents)
+    said = [q for n in range(20) for q in quotes_of(prompter, turns_of(prompter, recipe, question(f"q{n}")))]
+    scattered = [quote for quote in said if quote not in texts]
+    assert 0.4 < len(scattered) / len(said) < 0.6
+    fewest, most = quotes.SCATTERED
+    assert {len(quote.split()) for quote in scattered} == set(range(fewest, most + 1))
+
+
+def test_words_from_anywhere_may_stand_in_others_too_but_not_all_of_them(tmp_path, chat_tokenizer) -> None:
+    recipe, prompter = recipe_with(tmp_path, num_selected=1), Prompter(chat_tokenizer, "selector")
+    # Each two documents have ten of their thirteen words in common.
+    texts = [" ".join(WORDS[n : n + 10] + [f"{w}{n}" for w in WORDS[:3]]) for n in range(4)]
+    asked = replace(question(), documents=tuple(Document(f"d{n}", "", text) for n, text in enumerate(texts)))
+    shared = 0
+    for n in range(10):
+        turns = turns_of(prompter, recipe, replace(asked, id=f"q{n}"))
+        for quote, (_, completion) in zip(quotes_of(prompter, turns), turns, strict=True):
+            (number,) = parse_selection(prompter.decode(completion), 4, 1).numbers
+            assert holders(asked, quote) == [number]
+            others = [d.text.split() for i, d in enumerate(asked.documents, start=1) if i != number]
+            shared += quote not in asked.documents[number - 1].text and any(
+                word in other for word in quote.split() for other in others
+            )
+    assert shared > 10
 
 
 def test_the_turns_together_are_what_the_chat_template_makes_of_the_whole_conversation(
@@ -117,7 +154,8 @@ def test_only_what_a_cut_prompt_shows_is_quoted(tmp_path, chat_tokenizer) -> Non
         assert len(turns[0][0]) <= length - 200
         shown = chat_tokenizer.decode(turns[0][0])
         for quote in quotes_of(cut, turns):
-            assert quote in shown.replace("Question: " + quote, "")
+            rest = shown.replace("Question: " + quote, "")
+            assert quote in rest or set(quote.split()) <= set(rest.split())
 
 
 def test_words_that_stand_in_two_documents_are_not_quoted(tmp_path, chat_tokenizer) -> None:
@@ -177,8 +215,10 @@ def test_a_job_without_anything_to_quote_is_refused_before_a_model_loads(tmp_pat
 def test_any_text_is_quoted_or_left_alone(text: str) -> None:
     from random import Random
 
-    quote = quotes._quote([Document("a", "", text), Document("b", "", "other")], 1, Random(0))
-    assert quote is None or (quote and quote in text and len(quote) <= 2 * quotes.LETTERS)
+    for seed in range(20):
+        quote = quotes._quote([Document("a", "", text), Document("b", "", "other")], 1, Random(seed))
+        assert all(words and words in text and len(words) <= 2 * quotes.LETTERS for words in quote)
+        assert len(quote) < 2 or len(quote) in range(quotes.SCATTERED[0], quotes.SCATTERED[1] + 1)
 
 
 def test_a_warm_up_on_quotes_changes_the_selector_and_is_found_again(tmp_path, monkeypatch) -> None:

@@ -2,7 +2,8 @@
 
 A small language model has never bound a number to a text. It then selects at chance, and no weighing of rollouts gives
 it what it lacks. Quotes teach it, from the documents alone: each conversation shows a question's candidates, and quotes
-in place of the question, turn after turn.
+in place of the question, turn after turn. Half of them are runs of words, which can be found by copying; the others are
+words from anywhere in a document, of which other documents have some too, as the words of a question are.
 """
 
 from __future__ import annotations
@@ -24,7 +25,13 @@ TURNS = 12
 """Quotes over one list of documents."""
 
 LETTERS = 40
-"""A quote has as many, and the rest of its last word."""
+"""A run of words has as many, and the rest of its last word."""
+
+SCATTERED = (4, 8)
+"""The fewest and the most words from anywhere in a document."""
+
+Quote = tuple[str, ...]
+"""Words of a document: one run of them as it stands there, or some from anywhere in it, in any order."""
 
 TRIES = 8
 """Draws of a quote, until one stands in one document alone."""
@@ -39,8 +46,8 @@ def quoted_examples(
     """One conversation a question, each of `TURNS` turns, or of fewer where the model has no more positions.
 
     A turn quotes as many documents as are to be selected, by chance, and the selection names them in that order. Only
-    what a prompt shows of a document is quoted, and only words that stand in no other one. A question without enough of
-    them is left out.
+    what a prompt shows of a document is quoted, and only words that no other one has all of. A question without enough
+    of them is left out.
 
     Args:
         positions: tokens that the model has room for, `None` for any number.
@@ -73,7 +80,7 @@ def _conversation(question: Question, prompter: Prompter, training: DROConfig, p
             quotes = _quotes(shown, min(count, len(shown)), random)
             if quotes is None:
                 return
-            numbers, words = quotes
+            words = JOINED.join(" ".join(quote) for _, quote in quotes)
             if turn:
                 prompt = prompter.next_turn(f"Question: {words}\nSelection:")
                 break
@@ -81,41 +88,63 @@ def _conversation(question: Question, prompter: Prompter, training: DROConfig, p
             asked = replace(question, question=words)
             made, shown = prompter.selector_prompt_and_shown(asked, spec.most, spec.least)
             prompt = made.ids
-            if all(quote in shown[n - 1].text for n, quote in zip(numbers, words.split(JOINED), strict=True)):
+            if all(_holds(shown[number - 1], quote) for number, quote in quotes):
                 first = prompt
                 break
         if first is None or prompt is None:  # no quote is shown, or the chat template takes no second turn
             return
-        completion = prompter.completion(format_selection(numbers))
+        completion = prompter.completion(format_selection([number for number, _ in quotes]))
         length += len(prompt) + len(completion)
         if turn and positions is not None and length > positions:
             return
         yield prompt, completion
 
 
-def _quotes(documents: Sequence[Document], count: int, random: Random) -> tuple[list[int], str] | None:
-    """Numbers of so many documents, and what is quoted of them; None where too few have words of their own."""
-    numbers, words = [], []
+def _quotes(documents: Sequence[Document], count: int, random: Random) -> list[tuple[int, Quote]] | None:
+    """Numbers of so many documents, each with a quote; None where too few have words of their own."""
+    quotes: list[tuple[int, Quote]] = []
     for number in random.sample(range(1, len(documents) + 1), len(documents)):
         quote = _quote(documents, number, random)
-        if quote is not None:
-            numbers.append(number)
-            words.append(quote)
-        if len(numbers) == count:
-            return numbers, JOINED.join(words)
+        if quote:
+            quotes.append((number, quote))
+        if len(quotes) == count:
+            return quotes
     return None
 
 
-def _quote(documents: Sequence[Document], number: int, random: Random) -> str | None:
-    """Words of one document that no other has; None where none were found."""
-    text = documents[number - 1].text
+def _quote(documents: Sequence[Document], number: int, random: Random) -> Quote:
+    """A quote of one document that no other has all of; empty where none was found."""
+    for _ in range(TRIES):
+        quote = random.choice((_run, _scattered))(documents[number - 1].text, random)
+        if not quote or any(JOINED in words for words in quote):
+            continue
+        if [n for n, document in enumerate(documents, start=1) if _holds(document, quote)] == [number]:
+            return quote
+    return ()
+
+
+def _holds(document: Document, quote: Quote) -> bool:
+    """Whether a document has all words of a quote."""
+    text = document.text.lower()
+    return all(words.lower() in text for words in quote)
+
+
+def _run(text: str, random: Random) -> Quote:
+    """Words as they stand; none where a text has none."""
     starts = [match.start() for match in re.finditer(r"\w+", text)]
     starts = [start for start in starts if start + LETTERS <= len(text)] or starts[:1]
-    for _ in range(TRIES if starts else 0):
-        start = random.choice(starts)
-        end = start + LETTERS
-        rest = re.match(r"\w*", text[end : end + LETTERS])
-        quote = text[start : end + (len(rest.group()) if rest else 0)].strip()
-        if JOINED not in quote and sum(quote in document.text for document in documents) == 1:
-            return quote
-    return None
+    if not starts:
+        return ()
+    start = random.choice(starts)
+    end = start + LETTERS
+    rest = re.match(r"\w*", text[end : end + LETTERS])
+    return (text[start : end + (len(rest.group()) if rest else 0)].strip(),)
+
+
+def _scattered(text: str, random: Random) -> Quote:
+    """Some words in any order, in small letters; none where a text has too few."""
+    words = sorted({word.lower()[:LETTERS] for word in re.findall(r"\w+", text)})
+    fewest, most = SCATTERED
+    if len(words) < fewest:
+        return ()
+    return tuple(random.sample(words, random.randint(fewest, min(most, len(words)))))
