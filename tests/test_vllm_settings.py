@@ -454,3 +454,10 @@ def test_a_small_model_asks_for_a_small_cache_and_a_large_one_for_four_gibibytes
     assert cpu_cache_bytes(None, 144) == 2**32, "what a state takes is not known"
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "3")
     assert cpu_cache_bytes(token, 144) == 3 * 2**30
+
+
+@pytest.mark.parametrize("told", ["many", "0", "-1", "1.5", "4GiB", " ", "²"])
+def test_a_cache_of_no_whole_gibibytes_is_refused_by_its_name(monkeypatch: pytest.MonkeyPatch, told: str) -> None:
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", told)
+    with pytest.raises(InputError, match=r"VLLM_CPU_KVCACHE_SPACE.*whole GiB"):
+        cpu_cache_bytes(1024, 144)

@@ -20,7 +20,7 @@ from packaging.version import Version
 from dro_rl.config import DROConfig
 from dro_rl.engines.protocol import GenerationRequest
 from dro_rl.engines.vllm_constraint import CONSTRAINT
-from dro_rl.errors import LackError, Phrase
+from dro_rl.errors import InputError, LackError, Phrase
 from dro_rl.selection.constraint import SelectionConstraint
 
 VERSIONS = ("0.22", "0.31")
@@ -143,8 +143,13 @@ def cpu_cache_bytes(token_bytes: int | None, length: int | None) -> int:
     Args:
         token_bytes: see `token_cache_bytes`; with `None` it is the most.
         length: the longest sequence, in tokens; `None` where nothing limits it.
+
+    Raises:
+        InputError: the variable is no number of GiB.
     """
     if told := os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
+        if not told.isascii() or not told.isdigit() or int(told) == 0:
+            raise InputError("VLLM_CPU_KVCACHE_SPACE", told, "it is whole GiB, 1 or more", "Set 4, or unset it.")
         return int(told) * 2**30
     least, most = CPU_CACHE_BYTES
     if token_bytes is None or length is None:
