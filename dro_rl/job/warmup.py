@@ -27,6 +27,7 @@ from accelerate.state import AcceleratorState
 from datasets import Dataset
 from transformers import AutoConfig
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from trl.trainer import utils
 
 from dro_rl import __version__
 from dro_rl.config import DROConfig
@@ -222,7 +223,8 @@ def train_supervised(job: WarmUp, scratch: Path, run: RunConfig, training: DROCo
     )
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
-    trainer.train()
+    with _logits_of_what_is_learned():
+        trainer.train()
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if trainer.accelerator.is_main_process:
         trained = trainer.accelerator.unwrap_model(trainer.model)
@@ -235,6 +237,21 @@ def train_supervised(job: WarmUp, scratch: Path, run: RunConfig, training: DROCo
         AcceleratorState._reset_state()
     del trainer, model, examples
     gc.collect()
+
+
+@contextmanager
+def _logits_of_what_is_learned() -> Iterator[None]:
+    """Have TRL make no logits of prompts on a CPU either.
+
+    Where Triton is, its head is given the labelled tokens alone; elsewhere all of them, since some devices compile
+    anew for each number. A CPU does not, and the head of a small model costs as much as its layers.
+    """
+    given = utils._use_triton
+    utils._use_triton = lambda device: device.type == "cpu" or given(device)
+    try:
+        yield
+    finally:
+        utils._use_triton = given
 
 
 def write_examples(conversations: Iterable[Sequence[Pair]], path: Path) -> None:
