@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ast
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from training_world import questions, world
 
 import dro_rl
 from dro_rl import engines
@@ -15,7 +17,9 @@ from dro_rl.config import DROConfig
 from dro_rl.engines.protocol import GenerationRequest, TrainedSelector
 from dro_rl.engines.transformers_engine import TransformersEngine
 from dro_rl.errors import InputError
+from dro_rl.job.preflight import check_questions
 from dro_rl.proposal import Completion, SamplingParams
+from dro_rl.recipe import load_recipe
 from dro_rl.rollouts import log as rollout_log
 from dro_rl.rollouts.read import read_iteration, summarize_iteration
 
@@ -130,14 +134,26 @@ def test_the_bound_over_all_selections_is_the_evidence_itself(job) -> None:
         ("constrain_selection", False, "Set constrain_selection: true"),
         ("max_log_ratio", 2.0, "max_log_ratio: 2.0: an exact posterior has whole ratios"),
         ("temperature", 1.0, "temperature: 1.0: listed selections"),
-        ("num_generations", 10, "lists all 20 selections of 2 of 5 documents. Use 20"),
-        ("num_selected", 1, "lists all 5 selections of 1 of 5 documents. Use 5"),
+        ("num_generations", 10, "lists all 20 selections of 2 of 5 documents, of question q0. Use 20"),
+        ("num_selected", 1, "lists all 5 selections of 1 of 5 documents, of question q0. Use 5"),
     ],
 )
 def test_what_cannot_be_listed_whole_is_refused(job, capsys, key: str, value: object, said: str) -> None:
     with pytest.raises(InputError) as error:
         job(**{**LISTED, key: value})
     assert said in str(error.value)
+
+
+def test_a_question_of_another_size_is_refused_before_a_model_loads(tmp_path: Path) -> None:
+    recipe = load_recipe(world(tmp_path, **LISTED))
+    check_questions(recipe, questions(12), questions(4, seed=1))
+    short = questions(12)
+    short[3] = replace(short[3], documents=short[3].documents[:4])
+    with pytest.raises(InputError, match=r"lists all 12 selections of 2 of 4 documents, of question q3"):
+        check_questions(recipe, short, questions(4, seed=1))
+    check_questions(
+        recipe, questions(12), [replace(short[3], id="x", question="which ?")]
+    )  # answers are greedy: nothing is listed
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.0])

@@ -212,9 +212,11 @@ def test_these_are_the_trl_names_that_we_use() -> None:
         "trl": {"SFTConfig", "SFTTrainer", "__version__"},
         "trl.generation": {"vllm_generation"},
         "trl.models": {"get_act_offloading_ctx_manager"},
+        "trl.trainer": {"utils"},  # for `_use_triton` alone
         "trl.trainer.base_config": {"_BaseConfig"},
         "trl.trainer.base_trainer": {"_BaseTrainer"},
     }
+    assert list(inspect.signature(trl.trainer.utils._use_triton).parameters) == ["device"]
     assert issubclass(_BaseConfig, transformers.TrainingArguments)
     assert issubclass(_BaseTrainer, transformers.Trainer)
     for hook in ("_send_telemetry", "loss_is_scaled_for_ga", "_tag_names", "_name", "_paper"):

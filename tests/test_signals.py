@@ -138,6 +138,31 @@ def test_evidence_that_falls_from_window_to_window() -> None:
     assert fired(run(*series(3, evidence_bound=(-2.0, -2.6)))) == [], "too few windows to say"
 
 
+def test_a_short_run_has_trends_too() -> None:
+    """Thirty iterations of eight questions: less than four windows, cut into four."""
+    few = {"questions": 8, "rollouts": 64, "valid_rollouts": 64, "valid_questions": 8, "repeatable": 56, "labelled": 8}
+    falling = [replace(each, **few) for each in series(30, evidence_bound=(-2.0, -3.5))]
+    assert fired(run(*falling)) == ["evidence_falling"]
+    assert fired(run(*falling[:12])) == [], "of 96 questions there is no trend"
+    forgetting = series(30, evidence_bound=(-2.0, -0.5), recall=(0.9, 0.2), weighted_recall=(0.9, 0.2))
+    assert fired(run(*(replace(each, **few) for each in forgetting))) == ["recall_falling"]
+    noise = [replace(GOOD, evidence_bound=-2 - 0.3 * (n % 2), **few) for n in range(30)]
+    assert fired(run(*noise)) == []
+
+
+@pytest.mark.parametrize(
+    ("m", "ess", "expected"),
+    [
+        (1, 1.0, []), (2, 1.1, ["ess_share"]), (2, 1.3, []), (4, 1.1, ["ess_share"]), (4, 1.3, []), (8, 1.5, ["ess_share"]),
+        (8, 1.7, []), (32, 6.0, ["ess_share"]), (32, 7.0, []),
+    ],
+)  # fmt: skip
+def test_one_rollout_with_all_the_weight_is_named_however_few_there_are(
+    m: int, ess: float, expected: list[str]
+) -> None:
+    assert fired(run(replace(GOOD, ess=ess, ess_share=ess / m))) == expected
+
+
 def test_recall_that_falls_while_the_evidence_rises() -> None:
     """The generator learns to do without documents."""
     assert fired(run(*series(evidence_bound=(-2.0, -1.4), recall=(0.6, 0.4)))) == ["recall_falling"]
@@ -228,6 +253,23 @@ def test_a_signal_is_said_when_it_appears_and_when_it_is_over(said: Any, tmp_pat
     assert "constrain_selection" in appeared
     assert "iteration 6: signal: clean 100 % (signals below 90 %) is over" in over
     assert watch.spans == {"clean": [(2, 6)]}
+
+
+def test_the_quick_start_that_gamed_the_parser_is_said_where_people_look(
+    said: Any, tmp_path: Path, capsys: Any
+) -> None:
+    """In the log, in the figures of trackers, among what the line of progress names, and in the table at the end."""
+    watch = SignalWatch(schedule(), tmp_path)
+    logs = [watch.end_iteration(iteration.number, iteration.rollouts) for iteration in quickstart()]
+    warned = next(number for number, line in enumerate(logs, start=1) if line["signals/clean"])
+    assert warned <= 10
+    assert any(f"iteration {warned}: signal: clean" in text for text in said())
+    assert all(line["signals/clean"] for line in logs[warned - 1 :])
+    assert "clean" in {signal.rule.name for signal in watch.standing}
+    assert watch.spans["clean"] == [(warned, None)]
+    print_signals(signal_spans(watch.found, watch.spans))
+    assert f"{warned}- " in (shown := capsys.readouterr().out)
+    assert "constrain_selection" in shown
 
 
 def test_a_value_about_its_limit_does_not_come_and_go(said: Any, tmp_path: Path) -> None:

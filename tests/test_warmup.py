@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from dro_rl.job import warmup
 from dro_rl.job.examples import generator_examples, selection_order, selector_examples
 from dro_rl.job.warmup import WarmUp, warm_up
 from dro_rl.locks import owned
+from dro_rl.models.loading import load_model
 from dro_rl.prompts import Prompter
 from dro_rl.recipe import Recipe, load_recipe
 from dro_rl.records import Document, Question
@@ -222,6 +224,37 @@ def test_no_gradient_comes_from_the_prompt(home: Path, tmp_path: Path, monkeypat
         for ids, labels, mask in zip(batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True):
             learned = tuple(labels[labels != -100].tolist())
             assert learned == wanted[tuple(ids[mask.bool()].tolist())]
+
+
+def test_logits_are_made_where_something_is_learned_and_nothing_changes_by_it(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TRL's head is given labelled tokens alone; the plain way, in which it is given all, trains the same model."""
+    given: list[tuple[int, int]] = []
+    head = warmup.utils._ChunkedLogProbFunction
+
+    class Counting:
+        @staticmethod
+        def apply(hidden: torch.Tensor, *arguments: Any) -> Any:
+            given.append((len(hidden), len(arguments[2])))
+            return head.apply(hidden, *arguments)
+
+    monkeypatch.setattr(warmup.utils, "_ChunkedLogProbFunction", Counting)
+    before = warmup.utils._use_triton
+    folders = []
+    for name in ("alone", "all"):
+        recipe = recipe_with(home, warmup_cache_dir=str(tmp_path / name), warmup_batch_size=4)
+        if name == "all":
+            monkeypatch.setattr(warmup, "_logits_of_what_is_learned", nullcontext)
+        folders.append(warm_up(job(home), questions(8), recipe.run, recipe.training))
+        assert warmup.utils._use_triton is before
+    pairs = list(selector_examples(questions(8), prompter(home, "selector"), recipe.run, recipe.training))
+    learned = sum(len(completion) for _, completion in pairs)
+    assert sum(rows for rows, _ in given[: len(given) // 2]) == learned
+    assert sum(rows for rows, _ in given[len(given) // 2 :]) > 3 * learned
+    alone, everything = (load_model(folder) for folder in folders)
+    for one, other in zip(alone.parameters(), everything.parameters(), strict=True):
+        assert torch.allclose(one, other, atol=1e-6)
 
 
 # The cache

@@ -50,6 +50,20 @@ def _check(name: str, config: DROConfig, recipe: Recipe | None, role: Role) -> N
     )
 
 
+def check_candidates(config: DROConfig, num_documents: int, question_id: str) -> None:
+    """Refuse a training question that an engine could not take. Raises `InputError`.
+
+    Args:
+        num_documents: its candidates.
+        question_id: which it is, for the reader.
+    """
+    if config.engine == "enumeration":
+        from dro_rl.engines.enumeration import check_listed
+
+        listed = config.num_generations // config.candidate_orders
+        check_listed(config.spec, num_documents, listed, f", of question {question_id}")
+
+
 def start(config: DROConfig, selector: TrainedSelector, generator: TrainedSelector | None = None) -> RolloutEngine:
     """The engine that a recipe names, for the selector that trains. All processes call together.
 

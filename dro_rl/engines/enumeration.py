@@ -89,16 +89,27 @@ class EnumerationEngine:
         """It leaves nothing."""
 
 
-def _listed(constraint: SelectionConstraint, m: int) -> list[Completion]:
-    count, asked = constraint.count, SelectionSpec(constraint.least, constraint.k)
-    if count != m:
+def check_listed(spec: SelectionSpec, num_documents: int, m: int, where: str = "") -> None:
+    """Refuse a question that has more or fewer selections than the m that are listed of each order of its candidates.
+
+    Args:
+        spec: how many documents are selected.
+        num_documents: its candidates.
+        m: what is listed.
+        where: which question it is, for the reader.
+    """
+    if (count := spec.count(num_documents)) != m:
         raise InputError(
             "num_generations",
             m,
-            f"rollout_engine: enumeration lists all {count} selections of {asked} of "
-            f"{constraint.num_documents} documents",
+            f"rollout_engine: enumeration lists all {count} selections of {spec} of {num_documents} documents{where}",
             f"Use {count} for each of candidate_orders, with as many documents for every question, or another engine.",
         )
+
+
+def _listed(constraint: SelectionConstraint, m: int) -> list[Completion]:
+    check_listed(SelectionSpec(constraint.least, constraint.k), constraint.num_documents, m)
+    count = constraint.count
     # log q of the whole stands at its end: of listed tokens none has a probability of its own.
     return [Completion(ids, (*[0.0] * (len(ids) - 1), -math.log(count))) for ids in _walk(constraint, ())]
 

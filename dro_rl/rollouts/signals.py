@@ -1,8 +1,8 @@
 """Signals: what says that a run needs a hand, what it means, and which recipe keys to turn.
 
 The trainer judges them when an iteration ends, `dro-rl rollouts stats` afterwards, both from the same figures. Levels
-are those of the latest iterations that together hold `QUESTIONS` questions; trends go over several such windows, and
-count only beyond two standard errors.
+are those of the latest iterations that together hold `QUESTIONS` questions; trends go over several such windows, or
+narrower ones while a run is young, and count only beyond two standard errors.
 """
 
 from __future__ import annotations
@@ -144,11 +144,12 @@ def refuse_hopeless(history: Sequence[Iteration]) -> None:
         )
 
 
-def windows(history: Sequence[Iteration], count: int) -> list[list[Iteration]]:
-    """The latest `count` windows, or as many as there are, oldest first; the first one may hold fewer questions."""
+def windows(history: Sequence[Iteration], count: int, questions: float = QUESTIONS) -> list[list[Iteration]]:
+    """The latest `count` windows of so many questions, or as many as there are, oldest first; the first one may hold
+    fewer questions."""
     found: list[list[Iteration]] = []
     for iteration in reversed(history):
-        if not found or _is_whole(found[0]):
+        if not found or _is_whole(found[0], questions):
             if len(found) == count:
                 break
             found.insert(0, [])
@@ -171,8 +172,12 @@ def span(first: int, last: int) -> str:
     return f"iteration {last}" if first == last else f"iterations {first}-{last}"
 
 
-def _is_whole(window: Sequence[Iteration]) -> bool:
-    return sum(iteration.rollouts.questions for iteration in window) >= QUESTIONS
+def _is_whole(window: Sequence[Iteration], questions: float = QUESTIONS) -> bool:
+    return _questions(window) >= questions
+
+
+def _questions(window: Sequence[Iteration]) -> int:
+    return sum(iteration.rollouts.questions for iteration in window)
 
 
 # What is measured -------------------------------------------------------------------------------------------
@@ -199,6 +204,13 @@ def _level(figure: Callable[[Summary], float], limit: float, *, above: bool) -> 
 def _engine(history: Sequence[Iteration]) -> Measured:
     known = [i.engine_difference for i in windows(history, 1)[-1] if not math.isnan(i.engine_difference)]
     return Measured(sum(known) / len(known), 0.1, True) if known else NOTHING
+
+
+def _ess(history: Sequence[Iteration]) -> Measured:
+    """A fifth of the rollouts, or 1.2 of them where they are few: one holds 90 % of the weight then."""
+    latest = _latest(history)
+    m = latest.ess / latest.ess_share if latest.ess_share > 0 else math.nan
+    return Measured(latest.ess_share, max(0.2, 1.2 / m), False) if m > 1.5 else NOTHING
 
 
 def _position(history: Sequence[Iteration]) -> Measured:
@@ -238,9 +250,19 @@ def _rises(change: Estimate) -> bool:
     return change.value > 2 * change.error
 
 
+def _trend(history: Sequence[Iteration]) -> list[Summary]:
+    """The latest windows, oldest first. A run of fewer questions than they hold, but of one window's, is cut into as
+    many; before that there is none."""
+    seen = _questions(history)
+    if seen < QUESTIONS:
+        return []
+    found = windows(history, WINDOWS, min(QUESTIONS, seen / WINDOWS))
+    return [pooled([iteration.rollouts for iteration in window]) for window in found]
+
+
 def _falling(history: Sequence[Iteration]) -> Measured:
     """From window to window, each time, and by more than two standard errors in all."""
-    found = [pooled([iteration.rollouts for iteration in window]) for window in windows(history, WINDOWS)]
+    found = _trend(history)
     values = [summary.evidence_bound for summary in found]
     if len(found) < WINDOWS or any(after >= before for before, after in pairwise(values)):
         return NOTHING
@@ -249,10 +271,10 @@ def _falling(history: Sequence[Iteration]) -> Measured:
 
 
 def _forgetting(history: Sequence[Iteration]) -> Measured:
-    found = windows(history, WINDOWS)
+    found = _trend(history)
     if len(found) < WINDOWS:
         return NOTHING
-    first, last = (pooled([iteration.rollouts for iteration in window]) for window in (found[0], found[-1]))
+    first, last = found[0], found[-1]
     if not _rises(_change(_evidence(first), _evidence(last))):
         return NOTHING
     recall = _change(_recall(first), _recall(last))
@@ -336,8 +358,9 @@ RULES = (
     Rule(
         "ess_share",
         "share",
-        _level(lambda s: s.ess_share, 0.2, above=False),
-        "One rollout holds nearly all the weight of its question, and few teach.",
+        _ess,
+        "One rollout holds nearly all the weight of its question, and few teach. Where rollout_engine: enumeration lists "
+        "every selection, that is what a pair comes to that knows.",
         ("target_ess", "num_generations"),
         "Set target_ess, 0.5 to begin, or raise num_generations.",
     ),

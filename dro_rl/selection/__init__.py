@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,11 @@ class SelectionSpec:
     def chooses(self) -> bool:
         """Whether the selector decides how many."""
         return self.least < self.most
+
+    def count(self, num_documents: int) -> int:
+        """How many selections of so many documents there are, N!/(N−k)! of each length k; of too few, with all of them."""
+        lengths = range(min(self.least, num_documents), min(self.most, num_documents) + 1)
+        return sum(math.perm(num_documents, length) for length in lengths)
 
     def __str__(self) -> str:
         """How many, as people say it: `5`, or `1 to 5`."""

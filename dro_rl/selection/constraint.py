@@ -35,7 +35,7 @@ from typing import NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from dro_rl.errors import InputError
-from dro_rl.selection import format_selection, parse_selection
+from dro_rl.selection import SelectionSpec, format_selection, parse_selection
 
 KEPT_PREFIXES = 8192
 """Beginnings whose continuations are remembered; the others are followed again from the longest one that is."""
@@ -89,7 +89,7 @@ class SelectionConstraint:
     @property
     def count(self) -> int:
         """How many selections there are."""
-        return sum(math.perm(self.num_documents, length) for length in self._lengths)
+        return SelectionSpec(self.least, self.k).count(self.num_documents)
 
     @property
     def _lengths(self) -> range:
