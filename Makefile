@@ -1,5 +1,5 @@
 # make setup       a virtual environment in .venv with the tested versions
-# make real        a pre-trained model of 135 M weights on real questions: DATASET=nq DATA=folder
+# make real        a pre-trained model of 135 M weights on real questions: DATASET=nq DATA=folder ARGS="--output_dir runs/mine"
 # make smoke       a small training on real questions: DATASET=musique DATA=folder
 # make setup-vllm  vLLM for a CPU, into the same environment (on CUDA: pip install 'dro_rl[vllm]')
 # make quickstart  train the toy world into runs/quickstart, before/after table and curves
@@ -19,7 +19,6 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 TEST_PROCESSES ?= 2
-DATASET ?= musique
 DATA ?= $(or $(DRO_RL_DATA),data)
 
 .PHONY: setup setup-vllm quickstart real smoke docs test lint bench bench-large bench-rollouts bench-retrieval bench-serving clean
@@ -39,19 +38,19 @@ setup-vllm: .venv/.vllm
 	touch $@
 
 quickstart: setup
-	$(BIN)/dro-rl train quickstart --resume_from_checkpoint auto --launch "--config_file cpu"
+	$(BIN)/dro-rl train quickstart --resume_from_checkpoint auto --launch "--config_file cpu" $(ARGS)
 
-real: DATASET := nq
 real: setup
-	@test -d "$(DATA)" || { echo "error: DATA: no folder $(DATA): it holds train/$(DATASET).jsonl.gz and dev/$(DATASET).jsonl.gz." \
+	@test -e "$(DATA)" || { echo "error: DATA: there is no $(DATA): a folder of question files, or one of them." \
 		"Use make real DATA=FOLDER, or set DRO_RL_DATA." >&2; exit 2; }
 	$(BIN)/dro-rl model fetch smollm2-135m
-	$(BIN)/dro-rl train $(DATASET)_smollm2 --dataset_name "$(DATA)" --resume_from_checkpoint auto
+	$(BIN)/dro-rl train $(or $(DATASET),nq)_smollm2 --dataset_name "$(DATA)" --resume_from_checkpoint auto $(ARGS)
 
+smoke: NAME = $(or $(DATASET),musique)
 smoke: setup
-	$(BIN)/python -m dro_rl.toy.tiny_model --output runs/tiny/$(DATASET) \
-		--questions $(firstword $(wildcard $(DATA)/train/$(DATASET).jsonl* $(DATA)/$(DATASET)/train.jsonl*) $(DATA)/train/$(DATASET).jsonl)
-	$(BIN)/dro-rl train $(DATASET)_smoke --dataset_name $(DATA) --launch "--config_file cpu"
+	$(BIN)/python -m dro_rl.toy.tiny_model --output runs/tiny/$(NAME) --questions \
+		"$$(ls "$(DATA)"/train/$(NAME).jsonl* "$(DATA)"/$(NAME)/train.jsonl* 2>/dev/null | grep -m1 . || echo "$(DATA)/train/$(NAME).jsonl")"
+	$(BIN)/dro-rl train $(NAME)_smoke --dataset_name "$(DATA)" --launch "--config_file cpu" $(ARGS)
 
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --config-file docs/site/mkdocs.yml

@@ -153,8 +153,8 @@ def test_a_short_run_has_trends_too() -> None:
 @pytest.mark.parametrize(
     ("m", "ess", "expected"),
     [
-        (1, 1.0, []), (2, 1.1, ["ess_share"]), (2, 1.3, []), (4, 1.1, ["ess_share"]), (4, 1.3, []), (8, 1.5, ["ess_share"]),
-        (8, 1.7, []), (32, 6.0, ["ess_share"]), (32, 7.0, []),
+        (1, 1.0, []), (2, 1.1, ["ess_share"]), (2, 1.3, []), (4, 1.1, ["ess_share"]), (4, 1.3, []),
+        (8, 1.5, ["ess_share"]), (8, 1.7, []), (32, 6.0, ["ess_share"]), (32, 7.0, []),
     ],
 )  # fmt: skip
 def test_one_rollout_with_all_the_weight_is_named_however_few_there_are(

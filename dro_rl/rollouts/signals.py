@@ -359,8 +359,8 @@ RULES = (
         "ess_share",
         "share",
         _ess,
-        "One rollout holds nearly all the weight of its question, and few teach. Where rollout_engine: enumeration lists "
-        "every selection, that is what a pair comes to that knows.",
+        "One rollout holds nearly all the weight of its question, and few teach. Where rollout_engine: enumeration "
+        "lists every selection, that is what a pair comes to that knows.",
         ("target_ess", "num_generations"),
         "Set target_ess, 0.5 to begin, or raise num_generations.",
     ),

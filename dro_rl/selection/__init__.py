@@ -41,7 +41,7 @@ class SelectionSpec:
         return self.least < self.most
 
     def count(self, num_documents: int) -> int:
-        """How many selections of so many documents there are, N!/(N−k)! of each length k; of too few, with all of them."""
+        """How many selections of N documents there are: N!/(N−k)! of each length k, or of N where that is less."""
         lengths = range(min(self.least, num_documents), min(self.most, num_documents) + 1)
         return sum(math.perm(num_documents, length) for length in lengths)
 
