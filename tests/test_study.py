@@ -126,6 +126,10 @@ def test_a_wrong_study_is_one_line_that_says_where(tmp_path: Path, changes: dict
         ({"test": "never_falls", "against": None, "stage": "base"}, "stage: 'base': never_falls looks at all"),
         ({"test": "never_falls", "against": None, "variant": "random"}, "never_falls looks at a training"),
         ({"against": "random", "stage": "base"}, "stage: 'base': random is no training"),
+        ({"stage": "iteraton-2"}, "stage: 'iteraton-2': a stage of this training is base, final, or iteration-1 to"),
+        ({"stage": "iteration-0"}, "stage: 'iteration-0': a stage of this training"),
+        ({"stage": "iteration-99999"}, "stage: 'iteration-99999': a stage of this training"),
+        ({"stage": "warmup"}, "stage: 'warmup': a stage of this training"),
         ({"level": 0}, "level: 0: this is in (0, 0.5]"),
     ],
 )
@@ -135,6 +139,40 @@ def test_a_wrong_claim_is_one_line_that_says_where(tmp_path: Path, claim: dict[s
         made(tmp_path, claims={"mine": {**right, **claim}})
     assert "claims.mine: " in str(error.value)
     assert said in str(error.value)
+
+
+def test_a_variant_that_is_a_stage_which_a_training_cannot_have_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"variants\.start: stage: 'bsae': a stage of this.*Did you mean base"):
+        made(tmp_path, variants={"joint": {}, "start": {"of": "joint", "stage": "bsae"}}, claims={})
+    warmed = {"warmup": "both", "warmup_selector_order": "random"}
+    made(tmp_path, variants={"joint": warmed, "start": {"of": "joint", "stage": "warmup"}}, claims={})
+
+
+def test_a_base_recipe_is_looked_for_beside_the_study(tmp_path: Path) -> None:
+    (tmp_path / "other.yaml").write_text("extends: quickstart\nnum_iterations: 3\n")
+    study = made(tmp_path, base="other.yaml", claims={})
+    assert Path(study.base) == tmp_path / "other.yaml"
+    assert str(tmp_path / "other.yaml") in arms_of(study)[0].command
+
+
+@pytest.mark.parametrize("variants", [{"joint": {}}, {"m1": {"measure": "gradients"}}])
+def test_a_study_without_metrics_or_claims_is_shown(tmp_path: Path, variants: dict[str, Any]) -> None:
+    study = made(tmp_path, variants=variants, claims={}, metrics=[])
+    shown = dro_rl("study", "show", study.path)
+    assert shown.exit_code == 0, shown.output
+    assert "report.md, .json" in shown.output
+    assert ".png" not in shown.output
+
+
+def test_gradients_are_shown_unless_told_where_nothing_else_is_measured(tmp_path: Path) -> None:
+    assert made(tmp_path, variants={"m1": {"measure": "gradients"}}, claims={}, metrics=None).metrics == GRADIENTS
+
+
+def test_the_page_names_the_command_for_this_file(tmp_path: Path) -> None:
+    study = made(tmp_path, claims={})
+    assert f"`dro-rl study run {study.path}`" in to_markdown(make_report(study, Results(study)))
+    shipped = read_study("joint")
+    assert "`dro-rl study run joint`" in to_markdown(make_report(shipped, Results(shipped)))
 
 
 def test_metrics_of_the_log_that_the_dev_split_has_too_are_told_apart() -> None:
@@ -503,7 +541,7 @@ def test_types_stages_and_numbers_are_what_a_claim_is_about(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("claim", "said"),
     [
-        ({"stage": "iteration-9"}, "this is an evaluation of the run, which has base, final"),
+        ({"stage": "iteration-1"}, "this is an evaluation of the run, which has base, final"),
         ({"type": "3-hop"}, "1-hop, 2-hop"),
     ],
 )

@@ -209,10 +209,10 @@ def show(
     if json:
         print_json(report)
         return
-    _print(report, picture)
+    _print(report, study.output_dir / "report.md", picture)
 
 
-def _print(report: Any, picture: Path) -> None:
+def _print(report: Any, page: Path, picture: Path | None) -> None:
     from rich.table import Table
 
     from dro_rl.study.report import NOTE, interval, mean_rows, number
@@ -240,7 +240,7 @@ def _print(report: Any, picture: Path) -> None:
     out.print(NOTE, style="dim")
     if report.missing:
         out.print(f"not run to the end: {', '.join(report.missing)}", soft_wrap=True)
-    out.print(f"report  {picture.with_suffix('.md')}, .json, .png", soft_wrap=True)
+    out.print(f"report  {page}, .json{'' if picture is None else ', .png'}", soft_wrap=True)
 
 
 def _that_fit(

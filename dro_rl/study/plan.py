@@ -17,6 +17,8 @@ from dro_rl.flat_yaml import read_yaml
 from dro_rl.keys import at_least, check_keys, keys_of, option, within
 from dro_rl.keys.inherited import REFUSED, WITHOUT_EFFECT
 from dro_rl.keys.reference import KEYS
+from dro_rl.keys.run import RunConfig
+from dro_rl.keys.training import TrainingKeys
 from dro_rl.recipe import read_keys
 from dro_rl.recipe.files import recipe_file
 from dro_rl.roles import ROLES
@@ -169,7 +171,8 @@ def read_study(path: str | Path) -> Study:
         check_keys(keys)
         if not keys.base:
             raise InputError("base", Phrase("missing"), "a study changes a recipe", "Set base: quickstart.")
-        recipe_file(keys.base)
+        base = str(beside) if (beside := path.parent / keys.base).is_file() else keys.base
+        recipe_file(base)
         if not keys.seeds or len(set(keys.seeds)) < len(keys.seeds):
             raise InputError("seeds", keys.seeds, "a study has seeds, each once", "Use seeds: [0, 1, 2].")
         if not keys.variants:
@@ -180,14 +183,17 @@ def read_study(path: str | Path) -> Study:
         variants = {name: _variant(name, value, keys.keys) for name, value in keys.variants.items()}
         for variant in variants.values():
             with at(f"variants.{variant.name}"):
-                _check_variant(variant, variants, keys.base, output_dir)
+                _check_variant(variant, variants, base, output_dir)
         claims = {name: _claim(name, value, variants, keys.level) for name, value in keys.claims.items()}
-        metrics = keys.metrics if keys.metrics is not None else _usual(variants.values())
+        for name, stage, trained in _stages(variants, claims):
+            with at(name):
+                _check_stage(stage, *read_keys(base, overrides(variants[trained], 0, output_dir)))
+        metrics = keys.metrics if keys.metrics is not None else _usual(variants.values(), claims)
         for metric in metrics:
             _check_metric("metrics", metric, sorted({name for v in variants.values() for name in v.metrics}))
         shown = dict.fromkeys([*metrics, *(claim.metric for claim in claims.values())])
     return Study(
-        path.stem, path, headline(path), keys.base, output_dir, keys.seeds, tuple(shown), variants, claims
+        path.stem, path, headline(path), base, output_dir, keys.seeds, tuple(shown), variants, claims
     )  # fmt: skip
 
 
@@ -255,6 +261,33 @@ def _check_variant(variant: Variant, variants: Mapping[str, Variant], base: str,
         read_keys(base, overrides(variant, 0, output_dir))
 
 
+def _stages(variants: Mapping[str, Variant], claims: Mapping[str, Claim]) -> Iterator[tuple[str, str, str]]:
+    """Where a stage is named, the stage, and the variant whose training it is of."""
+    for variant in variants.values():
+        if variant.stage is not None:
+            yield f"variants.{variant.name}", variant.stage, str(variant.of)
+    for claim in claims.values():
+        for name in (claim.variant, claim.against):
+            if claim.stage is not None and isinstance(name, str):
+                yield f"claims.{claim.name}", claim.stage, name
+
+
+def _check_stage(stage: str, run: RunConfig, training: TrainingKeys) -> None:
+    """Refuse a stage that a training cannot have."""
+    number = stage.removeprefix("iteration-")
+    if stage in ("base", "final") or (stage == "warmup" and run.warmup != "none"):
+        return
+    if number != stage and number.isdecimal() and 1 <= int(number) <= training.num_iterations:
+        return
+    warmed = "" if run.warmup == "none" else "warmup, "
+    raise InputError(
+        "stage",
+        stage,
+        f"a stage of this training is base, {warmed}final, or iteration-1 to iteration-{training.num_iterations}",
+        did_you_mean(stage, ("base", "warmup", "final", "iteration-1"), "Name one."),
+    )
+
+
 def _claim(name: str, value: Any, variants: Mapping[str, Variant], level: float) -> Claim:
     with at(f"claims.{name}"):
         given = _mapping(name, value)
@@ -312,9 +345,11 @@ def _in_words(keys: ClaimKeys) -> str:
     return f"{what} is {keys.test} {keys.against}{margin}"
 
 
-def _usual(variants: Iterable[Variant]) -> tuple[str, ...]:
-    """What is shown unless told: of evaluations, where there are any."""
-    return SHOWN if any(variant.measure is None for variant in variants) else ()
+def _usual(variants: Iterable[Variant], claims: Mapping[str, Claim]) -> tuple[str, ...]:
+    """What is shown unless told: of evaluations, where there are any; else what is claimed, or all of gradients."""
+    if any(variant.measure is None for variant in variants):
+        return SHOWN
+    return () if claims else GRADIENTS
 
 
 def _mapping(name: str, value: Any) -> Mapping[str, Any]:

@@ -15,10 +15,12 @@ from dro_rl.study.verdicts import over_seeds
 COLUMNS = 3
 
 
-def plot_study(study: Study, results: Results) -> Path:
-    """Draw a study, and return where the picture is."""
+def plot_study(study: Study, results: Results) -> Path | None:
+    """Draw a study, and return where the picture is; None where it shows no metric."""
     series = [claim for claim in study.claims.values() if claim.test == "never_falls"]
     panels = len(study.metrics) + len(series)
+    if not panels:
+        return None
     rows = -(-panels // COLUMNS)
     figure = Figure(figsize=(4.2 * min(panels, COLUMNS), 3.4 * rows), layout="constrained")
     axes = figure.subplots(rows, min(panels, COLUMNS), squeeze=False).flatten()

@@ -15,6 +15,7 @@ import numpy as np
 from dro_rl.errors import InputError, Phrase
 from dro_rl.evaluation.statistics import CONFIDENCE
 from dro_rl.files import written_whole
+from dro_rl.shipped import STUDIES
 from dro_rl.study.machines import read_machines
 from dro_rl.study.plan import Claim, Study, at
 from dro_rl.study.results import Results, Value, deepest_change
@@ -268,7 +269,8 @@ def to_markdown(report: StudyReport) -> str:
     seeds = f"{len(report.seeds)} seed{'s' if len(report.seeds) > 1 else ''}"
     lines = [f"## {report.study}", "", f"{report.about}.", ""]
     lines += [f"- study: `{report.study}`, on the recipe `{report.base}`, {seeds}"]
-    lines += [f"- run: `dro-rl study run {report.study}`, then `dro-rl study show {report.study}`"]
+    named = report.study if Path(report.file).resolve().parent == STUDIES.resolve() else report.file
+    lines += [f"- run: `dro-rl study run {named}`, then `dro-rl study show {named}`"]
     lines += [f"- machine: {machine}" for machine in report.machines]
     if report.missing:
         lines += [f"- not run to the end: {', '.join(report.missing)}"]
