@@ -41,12 +41,14 @@ class Part:
         arguments: of `python -m`.
         seconds: at most.
         needs: a module without which it is left out.
+        reads: folders without which it is left out.
     """
 
     name: str
     arguments: tuple[str, ...]
     seconds: float
     needs: str | None = None
+    reads: tuple[str, ...] = ()
 
 
 CPU = (
@@ -65,11 +67,17 @@ CUDA = (
     ("selector-1b", 120, "selector_update --dtype bfloat16 --model llama-1b --m 1 --m 8 --m 16 --plain-m 8"),
     ("sampling-1b", 120, "sampling_pass --dtype bfloat16 --model llama-1b --m 8"),
     ("generator-1b", 120, "generator_update --dtype bfloat16 --model llama-1b"),
-    ("step-1b", 180, "trl_step --dtype bfloat16 --model llama-1b --questions 2 --checkpointing --steps 3"),
     ("selector-8b", 120, "selector_update --dtype bfloat16 --model llama-8b --m 8 --plain-m 8 --repeats 3"),
     ("generator-8b", 120, "generator_update --dtype bfloat16 --model llama-8b --repeats 3"),
+    ("step-1b", 180, "trl_step --dtype bfloat16 --model llama-1b --questions 2 --checkpointing --steps 3"),
 )
 """Name, seconds, benchmark: the most worth first."""
+
+
+REAL = "dro_rl train nq_smollm2 --dataset_name data"
+"""A real model on real questions, at the recipe's whole size."""
+TINY = "dro_rl train quickstart --num_iterations 2 --eval_iterations 2 --max_eval_samples 16"
+"""What stands for it on a CPU: the same command, a model that is shipped."""
 
 
 def parts(device: str, output: Path) -> list[Part]:
@@ -78,10 +86,12 @@ def parts(device: str, output: Path) -> list[Part]:
         Part(name, (*f"benchmarks.{line} --device {device} --output".split(), str(output / name)), seconds)
         for name, seconds, line in (CUDA if device == "cuda" else CPU)
     ]
-    if device == "cuda":
-        line = "benchmarks.rollouts --width 2048 --layers 16 --m 8 --output"
-        listed.append(Part("vllm", (*line.split(), str(output / "rollouts.json")), 240, needs="vllm"))
-    return listed
+    own = ("--output_dir", str(output / "real"), "--warmup_cache_dir", str(output / "warmup"))
+    if device == "cpu":
+        return [*listed, Part("real", (*TINY.split(), *own), 240)]
+    real = Part("real", (*REAL.split(), *own), 300, reads=("data", "models/smollm2-135m"))
+    line = "benchmarks.rollouts --width 2048 --layers 16 --m 8 --output"
+    return [*listed, real, Part("vllm", (*line.split(), str(output / "rollouts.json")), 240, needs="vllm")]
 
 
 def run(part: Part, seconds: float) -> dict[str, Any]:
@@ -90,6 +100,8 @@ def run(part: Part, seconds: float) -> dict[str, Any]:
     record: dict[str, Any] = {"part": part.name, "command": " ".join(["python", "-m", *part.arguments])}
     if part.needs is not None and importlib.util.find_spec(part.needs) is None:
         return {**record, "state": f"left out: {part.needs} is not installed"}
+    if absent := [name for name in part.reads if not Path(name).exists()]:
+        return {**record, "state": f"left out: there is no {absent[0]}"}
     if seconds <= 0:
         return {**record, "state": "left out: no time"}
     print(f"{part.name}: {seconds:.0f} s at most", file=sys.stderr, flush=True)

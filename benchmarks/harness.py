@@ -27,6 +27,8 @@ import torch
 import typer
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from dro_rl.em.timing import flops_per_token, peak_flops
+
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL's trainers report themselves unless told not to
 HEAD_SIZE = 64
 VOCABULARY = 8192
@@ -162,14 +164,19 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def time_update(update: Callable[[], Any], model: torch.nn.Module, repeats: int, device: str) -> dict[str, Any]:
+def time_update(
+    update: Callable[[], Any], model: torch.nn.Module, repeats: int, device: str, tokens: int = 0
+) -> dict[str, Any]:
     """Time a forward and backward pass `repeats` times, after once that is not timed.
 
     Gradients are allocated beforehand, so that the memory is that of activations.
 
+    Args:
+        tokens: that go through the layers, forward and backward; 0 where they are not counted.
+
     Returns:
-        `seconds` of each run, `cpu_seconds` of all threads, which other jobs on the machine disturb less, and `mib` at
-        the peak above what the model and its gradients take.
+        `seconds` of each run, `cpu_seconds` of all threads, which other jobs on the machine disturb less, `mib` at the
+        peak above what the model and its gradients take, and `tflops`, operations of the layers' weights a second.
     """
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -183,7 +190,8 @@ def time_update(update: Callable[[], Any], model: torch.nn.Module, repeats: int,
         seconds.append(time.perf_counter() - started)
         cpu_seconds.append(time.process_time() - cpu_started)
         model.zero_grad(set_to_none=False)
-    return {"seconds": seconds[1:], "cpu_seconds": cpu_seconds[1:], "mib": memory.mib()}
+    tflops = tokens * flops_per_token(model).step / statistics.median(seconds[1:]) / 1e12 if tokens else 0.0
+    return {"seconds": seconds[1:], "cpu_seconds": cpu_seconds[1:], "mib": memory.mib(), "tflops": tflops}
 
 
 def median(measured: Mapping[str, Any], what: str = "seconds") -> float:
@@ -192,6 +200,13 @@ def median(measured: Mapping[str, Any], what: str = "seconds") -> float:
 
 
 # Reporting
+
+
+def utilisation(measured: Mapping[str, Any], device: str) -> str:
+    """Operations a second of the layers' weights, and of a known card the share of its 16-bit peak."""
+    peak = peak_flops(torch.device(device))
+    share = "" if peak is None else f", {100 * 1e12 * measured['tflops'] / peak:.0f} % of the card's peak"
+    return f"{measured['tflops']:.3g} TFLOP/s{share}"
 
 
 def machine(device: str) -> dict[str, Any]:

@@ -36,7 +36,8 @@ def update(
         logps = completion_logps(selector, ids, selections, shared_prefix=packed)
         (-torch.stack([each.sum() for each in logps]).mean()).backward()
 
-    return harness.time_update(forward_and_backward, selector, repeats, device)
+    tokens = prompt + m * completion if packed else m * (prompt + completion)
+    return harness.time_update(forward_and_backward, selector, repeats, device, tokens)
 
 
 def main(
@@ -95,7 +96,7 @@ def main(
         ],
         lines,
         rows,
-        [f"Medians of {repeats}."],
+        [f"Medians of {repeats}. Packed at m = {rows[-1]['m']}: {harness.utilisation(rows[-1]['packed'], device)}."],
     )
 
 

@@ -254,6 +254,7 @@ def test_a_part_that_fails_or_is_too_slow_is_said_and_the_next_goes_on(tmp_path:
         gpu.Part("missing", ("no_such_benchmark",), 60),
         gpu.Part("slow", ("timeit", "-n", "1", "-r", "1", "-s", "import time", "time.sleep(60)"), 1),
         gpu.Part("elsewhere", ("timeit",), 60, needs="no_such_module"),
+        gpu.Part("unread", ("timeit",), 60, reads=(str(tmp_path), str(tmp_path / "data"))),
         gpu.Part("fine", ("timeit", "-n", "1", "-r", "1", "pass"), 60),
         gpu.Part("late", ("timeit",), 0),
     ]
@@ -264,6 +265,7 @@ def test_a_part_that_fails_or_is_too_slow_is_said_and_the_next_goes_on(tmp_path:
     assert "no_such_benchmark" in found["missing"]
     assert found["slow"] == "out of time"
     assert found["elsewhere"] == "left out: no_such_module is not installed"
+    assert found["unread"] == f"left out: there is no {tmp_path / 'data'}"
     assert found["fine"] == "done"
     assert found["late"] == "left out: no time"
 
