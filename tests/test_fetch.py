@@ -140,3 +140,15 @@ def test_the_shipped_names_have_hashes() -> None:
     for model in PACKAGED.values():
         assert len(model.sha256) == 64
         assert "==" in model.package
+
+
+def test_an_environment_without_pip_is_told_how_to_have_it(
+    packaged: Packaged, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed = SimpleNamespace(returncode=1, stderr="/x/python: No module named pip\n")
+    monkeypatch.setattr(fetch.subprocess, "run", lambda *args, **kwargs: failed)
+    result = fetched(tmp_path / "tiny")
+    assert result.exit_code == 3
+    assert "no pip in this environment" in result.stderr
+    assert "ensurepip" in result.stderr
+    assert not (tmp_path / "tiny").exists()

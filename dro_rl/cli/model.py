@@ -67,10 +67,12 @@ def fetch(
     from transformers.utils.logging import disable_progress_bar
 
     from dro_rl.models.fetch import fetch_model
+    from dro_rl.terminal import console
 
     disable_progress_bar()
     folder = output or Path("models") / name
-    fetched = fetch_model(name, folder)
+    with console(stderr=True).status(f"fetching {name}, some minutes"):
+        fetched = fetch_model(name, folder)
     _say(json, folder, "" if fetched else ", there already and whole")
 
 

