@@ -175,6 +175,20 @@ def test_the_page_names_the_command_for_this_file(tmp_path: Path) -> None:
     assert "`dro-rl study run joint`" in to_markdown(make_report(shipped, Results(shipped)))
 
 
+def test_seeds_may_be_given_in_place_of_the_files(tmp_path: Path) -> None:
+    study = made(tmp_path, claims={}, seeds=[0], variants={"joint": {}})
+    printed = dro_rl("study", "run", study.path, "--seeds", "3,1", "--print")
+    assert [line.split("--seed ")[1].split()[0] for line in printed.output.splitlines()] == ["3", "1"]
+    shown = dro_rl("study", "show", study.path, "--seeds", "3,1")
+    assert "joint/seed-3, joint/seed-1" in shown.output
+    page = (study.output_dir / "report.md").read_text(encoding="utf-8")
+    assert f"`dro-rl study run {study.path} --seeds 3,1`" in page
+    for wrong, said in (("3,3", "each once"), ("", "whole numbers"), ("1,x", "whole numbers"), ("-1", "whole numbers")):
+        refused = dro_rl("study", "run", study.path, "--seeds", wrong)
+        assert refused.exit_code == 2
+        assert said in refused.output
+
+
 def test_metrics_of_the_log_that_the_dev_split_has_too_are_told_apart() -> None:
     assert {"evidence_bound", "train/answer_logp", "train/recall@3", "rollouts/clean", "ess"} <= set(LOGGED)
     assert "answer_logp" not in LOGGED

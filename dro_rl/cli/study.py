@@ -17,6 +17,10 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 File = Annotated[
     str, typer.Argument(metavar="STUDY", help="A study's file, or a shipped one's name.", show_default=False)
 ]
+Seeds = Annotated[
+    str | None,
+    typer.Option("--seeds", metavar="LIST", help="Seeds in place of the file's, commas between.", show_default=False),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 LINE_SECONDS = 60.0
 """Between two lines of an arm that runs, where there is no terminal."""
@@ -57,6 +61,7 @@ def ls(json: Json = False) -> None:
 @app.command("run")
 def run(
     file: File,
+    seeds: Seeds = None,
     jobs: Annotated[
         int | None, typer.Option("--jobs", min=1, help="Arms at once. Without it, one a GPU, or two without any.")
     ] = None,
@@ -72,6 +77,7 @@ def run(
     \b
     Examples:
       dro-rl study run joint
+      dro-rl study run joint --seeds 0,1,2,3,4
       dro-rl study run mine.yaml --jobs 4
       dro-rl study run mine.yaml --print > commands.sh
     """
@@ -80,7 +86,7 @@ def run(
     from dro_rl.study.arms import arms_of, check_unchanged
     from dro_rl.study.plan import read_study
 
-    study = read_study(file)
+    study = read_study(file, _numbers(seeds))
     arms = arms_of(study)
     missing = [arm for arm in arms if not arm.done]
     if print_only:
@@ -93,7 +99,18 @@ def run(
     typer.echo(f"{study.name}: {len(arms)} arms, {len(missing)} to run, in {study.output_dir}")
     if missing:
         _run(study, missing, jobs)
-    typer.echo(f"results: dro-rl study show {file}")
+    typer.echo(f"results: dro-rl study show {study.called}")
+
+
+def _numbers(seeds: str | None) -> list[int] | None:
+    """The seeds that were asked for; None for the file's."""
+    from dro_rl.errors import InputError
+
+    if seeds is None:
+        return None
+    if not all(part.isascii() and part.isdigit() for part in seeds.split(",")):
+        raise InputError("--seeds", seeds, "these are whole numbers, commas between", "Use 0,1,2.")
+    return [int(part) for part in seeds.split(",")]
 
 
 def _run(study: Any, missing: list[Arm], jobs: int | None) -> None:
@@ -178,6 +195,7 @@ class _Lines:
 @app.command("show")
 def show(
     file: File,
+    seeds: Seeds = None,
     page: Annotated[
         Path | None,
         typer.Option("--page", help="A Markdown page that gets the study's section, in place of its old one."),
@@ -191,6 +209,7 @@ def show(
     \b
     Examples:
       dro-rl study show joint
+      dro-rl study show joint --seeds 0,1,2,3,4
       dro-rl study show joint --page docs/evidence.md
     """
     from dro_rl.cli.output import print_json
@@ -199,7 +218,7 @@ def show(
     from dro_rl.study.report import make_report, write_report, write_section
     from dro_rl.study.results import Results
 
-    study = read_study(file)
+    study = read_study(file, _numbers(seeds))
     results = Results(study)
     report = make_report(study, results)
     write_report(study.output_dir, report)

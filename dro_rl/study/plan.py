@@ -138,6 +138,7 @@ class Study:
     Args:
         name: of its file.
         path: its file.
+        called: what a command names it by: `joint`, or `mine.yaml --seeds 0,1`.
         about: what the file says of itself first.
         base: the recipe's name or file, as the file has it.
         output_dir: folder of its arms.
@@ -148,6 +149,7 @@ class Study:
 
     name: str
     path: Path
+    called: str
     about: str
     base: str
     output_dir: Path
@@ -157,8 +159,12 @@ class Study:
     claims: Mapping[str, Claim]
 
 
-def read_study(path: str | Path) -> Study:
+def read_study(path: str | Path, seeds: Sequence[int] | None = None) -> Study:
     """Read a study's file, or the shipped one of that name, and check all that needs neither data nor torch.
+
+    Args:
+        path: the file, or the name.
+        seeds: in place of the file's.
 
     Raises:
         InputError: naming the file, where in it, the value, the rule and the fix.
@@ -173,8 +179,9 @@ def read_study(path: str | Path) -> Study:
             raise InputError("base", Phrase("missing"), "a study changes a recipe", "Set base: quickstart.")
         base = str(beside) if (beside := path.parent / keys.base).is_file() else keys.base
         recipe_file(base)
-        if not keys.seeds or len(set(keys.seeds)) < len(keys.seeds):
-            raise InputError("seeds", keys.seeds, "a study has seeds, each once", "Use seeds: [0, 1, 2].")
+        asked = keys.seeds if seeds is None else list(seeds)
+        if not asked or len(set(asked)) < len(asked):
+            raise InputError("seeds", asked, "a study has seeds, each once", "Use seeds: [0, 1, 2].")
         if not keys.variants:
             raise InputError("variants", Phrase("missing"), "a study has at least one variant", "Name one.")
         output_dir = Path(keys.output_dir or f"runs/studies/{path.stem}")
@@ -192,8 +199,10 @@ def read_study(path: str | Path) -> Study:
         for metric in metrics:
             _check_metric("metrics", metric, sorted({name for v in variants.values() for name in v.metrics}))
         shown = dict.fromkeys([*metrics, *(claim.metric for claim in claims.values())])
+    called = path.stem if path.resolve().parent == STUDIES.resolve() else str(path)
+    called += "" if seeds is None else f" --seeds {','.join(map(str, seeds))}"
     return Study(
-        path.stem, path, headline(path), base, output_dir, keys.seeds, tuple(shown), variants, claims
+        path.stem, path, called, headline(path), base, output_dir, asked, tuple(shown), variants, claims
     )  # fmt: skip
 
 

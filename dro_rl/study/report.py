@@ -15,7 +15,6 @@ import numpy as np
 from dro_rl.errors import InputError, Phrase
 from dro_rl.evaluation.statistics import CONFIDENCE
 from dro_rl.files import written_whole
-from dro_rl.shipped import STUDIES
 from dro_rl.study.machines import read_machines
 from dro_rl.study.plan import Claim, Study, at
 from dro_rl.study.results import Results, Value, deepest_change
@@ -64,7 +63,7 @@ class StudyReport:
     Args:
         study: its name.
         about: what its file says of itself.
-        file: the file.
+        file, called: the file, and what a command names it by.
         base: the recipe that it changes.
         seeds: all that it asks for.
         machines: what ran it.
@@ -76,6 +75,7 @@ class StudyReport:
     study: str
     about: str
     file: str
+    called: str
     base: str
     seeds: Sequence[int]
     machines: Sequence[str]
@@ -96,6 +96,7 @@ def make_report(study: Study, results: Results) -> StudyReport:
         study.name,
         study.about,
         str(study.path),
+        study.called,
         study.base,
         study.seeds,
         read_machines(study.output_dir),
@@ -269,8 +270,7 @@ def to_markdown(report: StudyReport) -> str:
     seeds = f"{len(report.seeds)} seed{'s' if len(report.seeds) > 1 else ''}"
     lines = [f"## {report.study}", "", f"{report.about}.", ""]
     lines += [f"- study: `{report.study}`, on the recipe `{report.base}`, {seeds}"]
-    named = report.study if Path(report.file).resolve().parent == STUDIES.resolve() else report.file
-    lines += [f"- run: `dro-rl study run {named}`, then `dro-rl study show {named}`"]
+    lines += [f"- run: `dro-rl study run {report.called}`, then `dro-rl study show {report.called}`"]
     lines += [f"- machine: {machine}" for machine in report.machines]
     if report.missing:
         lines += [f"- not run to the end: {', '.join(report.missing)}"]
