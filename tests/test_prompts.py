@@ -246,6 +246,29 @@ def test_a_question_that_cannot_fit_is_an_error_that_names_it(tokenizer) -> None
 # Errors in templates ----------------------------------------------------------------------------------------
 
 
+NUMBERED = "{% for d in documents %}[{{ loop.index }}] {{ d.text }} [{{ loop.index }}]\n{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "again"),
+    [
+        (
+            f"{{{{ question }}}}\n\n{NUMBERED}\nAsked: {{{{ question }}}} !\n\nName {{{{ k }}}}.\nPick:",
+            "Asked: why? !\n\nName 1.\nPick:",
+        ),
+        (f"{NUMBERED}{{{{ question }}}}", "why?"),
+        (f"Q: {{{{ question }}}}\n{NUMBERED}\nPick {{{{ k }}}}:", "Question: why?\nPick 1:"),
+        (f"{{{{ question }}}}\n{NUMBERED}", "Question: why?"),
+    ],
+    ids=["behind too", "behind", "before", "before, and nothing behind"],
+)  # fmt: skip
+def test_a_next_turn_asks_as_the_prompt_ends(tokenizer, tmp_path, template: str, again: str) -> None:
+    (tmp_path / "s.jinja").write_text(template)
+    documents = tuple(Document(f"d{n}", "", f"text {n}\nwhy? because") for n in range(3))
+    prompter = Prompter(tokenizer, str(tmp_path / "s.jinja"))
+    assert prompter.selector_asks_again(Question("q", "why?", ("x",), documents), 1) == again
+
+
 def test_a_missing_template_is_an_error_that_lists_the_shipped_ones() -> None:
     with pytest.raises(
         InputError,

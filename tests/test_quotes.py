@@ -128,7 +128,7 @@ def test_the_turns_together_are_what_the_chat_template_makes_of_the_whole_conver
     text = prompter._template.render(first, asked.documents, k=1, least=1, most=1, example="[1]").strip("\n")
     messages = []
     for number, (quote, (_, completion)) in enumerate(zip(quotes_of(prompter, turns), turns, strict=True)):
-        content = text if number == 0 else f"Question: {quote}\nSelection:"
+        content = text if number == 0 else f"Question: {quote}\n\n{text.rpartition(chr(10) * 2)[2]}"
         messages += [
             {"role": "user", "content": content},
             {"role": "assistant", "content": prompter.decode(completion)},

@@ -80,12 +80,12 @@ def _conversation(question: Question, prompter: Prompter, training: DROConfig, p
             quotes = _quotes(shown, min(count, len(shown)), random)
             if quotes is None:
                 return
-            words = JOINED.join(" ".join(quote) for _, quote in quotes)
+            asked = replace(question, question=JOINED.join(" ".join(quote) for _, quote in quotes))
             if turn:
-                prompt = prompter.next_turn(f"Question: {words}\nSelection:")
+                again = replace(asked, documents=shown)
+                prompt = prompter.next_turn(prompter.selector_asks_again(again, spec.most, spec.least))
                 break
             # Quotes in the question's place leave the documents more room, or less.
-            asked = replace(question, question=words)
             made, shown = prompter.selector_prompt_and_shown(asked, spec.most, spec.least)
             prompt = made.ids
             if all(_holds(shown[number - 1], quote) for number, quote in quotes):

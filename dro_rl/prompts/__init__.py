@@ -83,6 +83,18 @@ class Prompter:
         example = format_selection(range(min(k, len(question.documents)), 0, -1))
         return self._fit(question, question.documents, **asks_for(k, least), example=example)
 
+    def selector_asks_again(self, question: Question, k: int, least: int | None = None) -> str:
+        """What a next turn asks about the same candidates: the prompt's end, from the line in which the question stands
+        behind them. Where the template has it before them alone, a line of its own comes first."""
+        example = format_selection(range(min(k, len(question.documents)), 0, -1))
+        text = self._template.render(question.question, question.documents, **asks_for(k, least), example=example)
+        last = question.documents[-1].text
+        behind = text[text.rfind(last) + len(last) :].partition("\n")[2].strip("\n")
+        before, found, after = behind.rpartition(question.question)
+        if found:
+            return before.rpartition("\n")[2] + found + after
+        return f"Question: {question.question}\n{behind}".strip()
+
     def next_turn(self, message: str) -> tuple[int, ...] | None:
         """Token ids of a user's next message, which stand behind a completion, up to where the next one begins.
 

@@ -207,10 +207,10 @@ def _engine(history: Sequence[Iteration]) -> Measured:
 
 
 def _ess(history: Sequence[Iteration]) -> Measured:
-    """A fifth of the rollouts, or 1.2 of them where they are few: one holds 90 % of the weight then."""
+    """A fifth of the rollouts, or 1.05 of them where they are few: one holds all but a fortieth of the weight then."""
     latest = _latest(history)
     m = latest.ess / latest.ess_share if latest.ess_share > 0 else math.nan
-    return Measured(latest.ess_share, max(0.2, 1.2 / m), False) if m > 1.5 else NOTHING
+    return Measured(latest.ess_share, max(0.2, 1.05 / m), False) if m > 1.5 else NOTHING
 
 
 def _position(history: Sequence[Iteration]) -> Measured:
