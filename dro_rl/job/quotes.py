@@ -78,11 +78,11 @@ def _conversation(question: Question, prompter: Prompter, training: DROConfig, p
         count = count_by_chance(spec, training.seed, replace(question, id=f"{question.id}/{turn}"))
         for _ in range(TRIES):
             quotes = _quotes(shown, min(count, len(shown)), random)
-            if quotes is None:
+            if not quotes:
                 return
             asked = replace(question, question=JOINED.join(" ".join(quote) for _, quote in quotes))
             if turn:
-                again = replace(asked, documents=shown)
+                again = replace(asked, documents=tuple(shown))
                 prompt = prompter.next_turn(prompter.selector_asks_again(again, spec.most, spec.least))
                 break
             # Quotes in the question's place leave the documents more room, or less.
@@ -100,8 +100,8 @@ def _conversation(question: Question, prompter: Prompter, training: DROConfig, p
         yield prompt, completion
 
 
-def _quotes(documents: Sequence[Document], count: int, random: Random) -> list[tuple[int, Quote]] | None:
-    """Numbers of so many documents, each with a quote; None where too few have words of their own."""
+def _quotes(documents: Sequence[Document], count: int, random: Random) -> list[tuple[int, Quote]]:
+    """Numbers of so many documents, each with a quote; empty where too few have words of their own."""
     quotes: list[tuple[int, Quote]] = []
     for number in random.sample(range(1, len(documents) + 1), len(documents)):
         quote = _quote(documents, number, random)
@@ -109,7 +109,7 @@ def _quotes(documents: Sequence[Document], count: int, random: Random) -> list[t
             quotes.append((number, quote))
         if len(quotes) == count:
             return quotes
-    return None
+    return []
 
 
 def _quote(documents: Sequence[Document], number: int, random: Random) -> Quote:
