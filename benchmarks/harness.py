@@ -176,7 +176,8 @@ def time_update(
 
     Returns:
         `seconds` of each run, `cpu_seconds` of all threads, which other jobs on the machine disturb less, `mib` at the
-        peak above what the model and its gradients take, and `tflops`, operations of the layers' weights a second.
+        peak above what the model and its gradients take, and `tflops`, operations of the layers' weights a second, where
+        tokens are counted.
     """
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -190,8 +191,10 @@ def time_update(
         seconds.append(time.perf_counter() - started)
         cpu_seconds.append(time.process_time() - cpu_started)
         model.zero_grad(set_to_none=False)
-    tflops = tokens * flops_per_token(model).step / statistics.median(seconds[1:]) / 1e12 if tokens else 0.0
-    return {"seconds": seconds[1:], "cpu_seconds": cpu_seconds[1:], "mib": memory.mib(), "tflops": tflops}
+    measured = {"seconds": seconds[1:], "cpu_seconds": cpu_seconds[1:], "mib": memory.mib()}
+    if tokens:
+        measured["tflops"] = tokens * flops_per_token(model).step / median(measured) / 1e12
+    return measured
 
 
 def median(measured: Mapping[str, Any], what: str = "seconds") -> float:

@@ -71,7 +71,7 @@ def fetch(
 
     disable_progress_bar()
     folder = output or Path("models") / name
-    with console(stderr=True).status(f"fetching {name}, some minutes"):
+    with console(stderr=True).status(f"fetching {name}"):
         fetched = fetch_model(name, folder)
     _say(json, folder, "" if fetched else ", there already and whole")
 

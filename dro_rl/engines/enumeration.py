@@ -109,9 +109,8 @@ def check_listed(spec: SelectionSpec, num_documents: int, m: int, where: str = "
 
 def _listed(constraint: SelectionConstraint, m: int) -> list[Completion]:
     check_listed(SelectionSpec(constraint.least, constraint.k), constraint.num_documents, m)
-    count = constraint.count
     # log q of the whole stands at its end: of listed tokens none has a probability of its own.
-    return [Completion(ids, (*[0.0] * (len(ids) - 1), -math.log(count))) for ids in _walk(constraint, ())]
+    return [Completion(ids, (*[0.0] * (len(ids) - 1), -math.log(m))) for ids in _walk(constraint, ())]
 
 
 def _walk(constraint: SelectionConstraint, written: tuple[int, ...]) -> Iterator[tuple[int, ...]]:

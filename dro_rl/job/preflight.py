@@ -128,8 +128,8 @@ def check_questions(recipe: Recipe, train: Sequence[Question], dev: Sequence[Que
     training = recipe.training
     for question in (*train, *dev):
         training.check_documents(len(question.documents), question.id)
-    for question in train:
-        engines.check_candidates(training, len(question.documents), question.id)
+    for size, example in {len(question.documents): question.id for question in train}.items():
+        engines.check_candidates(training, size, example)
     training.check_windows(max(len(question.documents) for question in (*train, *dev)))
     if training.metric_for_best_model not in METRICS:
         raise InputError(

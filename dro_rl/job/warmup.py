@@ -244,7 +244,7 @@ def _logits_of_what_is_learned() -> Iterator[None]:
     """Have TRL make no logits of prompts on a CPU either.
 
     Where Triton is, its head is given the labelled tokens alone; elsewhere all of them, since some devices compile
-    anew for each number. A CPU does not, and the head of a small model costs as much as its layers.
+    anew for each number. A CPU does not, and the head is a large part of a small model.
     """
     given = utils._use_triton
     utils._use_triton = lambda device: device.type == "cpu" or given(device)

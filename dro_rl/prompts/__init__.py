@@ -80,14 +80,12 @@ class Prompter:
         self, question: Question, k: int, least: int | None = None
     ) -> tuple[Prompt, Sequence[Document]]:
         """The same, and the candidates as it shows them: cut to fit."""
-        example = format_selection(range(min(k, len(question.documents)), 0, -1))
-        return self._fit(question, question.documents, **asks_for(k, least), example=example)
+        return self._fit(question, question.documents, **_asked_of(question, k, least))
 
     def selector_asks_again(self, question: Question, k: int, least: int | None = None) -> str:
         """What a next turn asks about the same candidates: the prompt's end, from the line in which the question stands
         behind them. Where the template has it before them alone, a line of its own comes first."""
-        example = format_selection(range(min(k, len(question.documents)), 0, -1))
-        text = self._template.render(question.question, question.documents, **asks_for(k, least), example=example)
+        text = self._template.render(question.question, question.documents, **_asked_of(question, k, least))
         last = question.documents[-1].text
         behind = text[text.rfind(last) + len(last) :].partition("\n")[2].strip("\n")
         before, found, after = behind.rpartition(question.question)
@@ -200,6 +198,11 @@ def asks_for(k: int, least: int | None = None) -> dict[str, Any]:
     """How many documents are asked for, as a template is told."""
     spec = SelectionSpec(k if least is None else least, k)
     return {"k": str(spec) if spec.chooses else k, "least": spec.least, "most": spec.most}
+
+
+def _asked_of(question: Question, k: int, least: int | None) -> dict[str, Any]:
+    """`asks_for`, and an example of a selection."""
+    return {**asks_for(k, least), "example": format_selection(range(min(k, len(question.documents)), 0, -1))}
 
 
 def _even_cap(lengths: Sequence[int], excess: int) -> int:

@@ -140,7 +140,7 @@ class Study:
         path: its file.
         called: what a command names it by: `joint`, or `mine.yaml --seeds 0,1`.
         about: what the file says of itself first.
-        base: the recipe's name or file, as the file has it.
+        base: the recipe's name, or its file.
         output_dir: folder of its arms.
         seeds: of every variant.
         metrics: what is shown, claims' metrics among them.
