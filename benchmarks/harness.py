@@ -176,8 +176,8 @@ def time_update(
 
     Returns:
         `seconds` of each run, `cpu_seconds` of all threads, which other jobs on the machine disturb less, `mib` at the
-        peak above what the model and its gradients take, and `tflops`, operations of the layers' weights a second, where
-        tokens are counted.
+        peak above what the model and its gradients take, and, where tokens are counted, `tflops`: operations of the
+        layers' weights a second.
     """
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import shlex
+import subprocess
 from dataclasses import fields
 from pathlib import Path
 
@@ -58,6 +60,27 @@ def test_trees_agree_on_make_targets() -> None:
     mentioned = set(re.findall(r"`make ([a-z]+)`", (ROOT / "README.md").read_text()))
     assert mentioned <= targets
     assert {"setup", "quickstart", "test", "lint", "bench"} <= targets
+
+
+def test_make_passes_on_what_it_is_given(tmp_path: Path) -> None:
+    """DATASET from the environment or the command line, paths with spaces, a single file, and further keys."""
+    (folder := tmp_path / "my data" / "train").mkdir(parents=True)
+    (folder / "musique.jsonl.gz").write_bytes(b"")
+
+    def printed(*arguments: str, **environment: str) -> str:
+        kept = {name: value for name, value in os.environ.items() if name not in ("DATASET", "DATA", "MAKEFLAGS")}
+        make = ["make", "-n", "-C", str(ROOT), *arguments]
+        return subprocess.run(make, env=kept | environment, capture_output=True, text=True, check=True).stdout
+
+    assert 'dro-rl train nq_smollm2 --dataset_name "/a b" ' in printed("real", "DATA=/a b")
+    assert "dro-rl train hotpotqa_smollm2 " in printed("real", DATASET="hotpotqa")
+    assert "auto --output_dir runs/mine" in printed("real", "DATASET=musique", "ARGS=--output_dir runs/mine")
+    assert 'test -e "/a b"' in printed("real", "DATA=/a b")
+    data = f"DATA={tmp_path / 'my data'}"
+    (line,) = [line for line in printed("smoke", data).splitlines() if line.strip().startswith('"$(ls')]
+    found = subprocess.run(["sh", "-c", f"echo {line.strip()}"], capture_output=True, text=True, check=True).stdout
+    assert found.strip() == str(folder / "musique.jsonl.gz")
+    assert "dro-rl train nq_smoke " in printed("smoke", data, DATASET="nq")
 
 
 def test_commands_that_documents_give_exist_with_their_options() -> None:
