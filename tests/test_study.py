@@ -164,13 +164,6 @@ def test_a_study_without_metrics_or_claims_is_shown(tmp_path: Path, variants: di
     assert ".png" not in shown.output
 
 
-def test_what_is_no_number_is_undefined(tmp_path: Path) -> None:
-    study = made(tmp_path, variants={"joint": {}}, claims={}, metrics=["em"])
-    leave(study, {"joint": [[math.inf, 0], [-math.inf, 0], [1, 0]]})
-    means = make_report(study, Results(study)).means["joint"]["em"]
-    assert (means.mean, means.seeds) == (50.0, 1)
-
-
 def test_gradients_are_shown_unless_told_where_nothing_else_is_measured(tmp_path: Path) -> None:
     assert made(tmp_path, variants={"m1": {"measure": "gradients"}}, claims={}, metrics=None).metrics == GRADIENTS
 

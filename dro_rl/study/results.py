@@ -74,7 +74,7 @@ class Results:
             folder = arm_folder(self.study, variant, seed)
             if folder in self._done:
                 value = self._value(folder, variant, metric, stage, type)
-                if math.isfinite(value.value):
+                if not math.isnan(value.value):
                     found[seed] = value
         return found
 
@@ -91,7 +91,7 @@ class Results:
                 values = [value for stage, value in stages.items() if stage not in (FINAL, before)]
             else:
                 values = [_figure(summary, metric) for summary in self._history(folder)]
-            known = [value for value in values if value is not None and math.isfinite(value)]
+            known = [value for value in values if value is not None and not math.isnan(value)]
             if len(known) > 1:
                 found[seed] = known
         return found
