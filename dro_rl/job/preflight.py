@@ -114,11 +114,11 @@ def read_splits(recipe: Recipe) -> tuple[list[Question], list[Question]]:
 def check(recipe: Recipe, train: Sequence[Question], dev: Sequence[Question]) -> int:
     """Settings against data, models and disk. Returns the bytes that the run takes. Raises `InputError`."""
     training = recipe.training
+    engines.check(training, recipe)
     check_questions(recipe, train, dev)
     check_warm_up(recipe, train)
     check_trackers(training.report_to)
     check_optimizer(training)
-    engines.check(training, recipe)
     check_functions(training.reward_rule)
     return check_disk(recipe, check_models(recipe))
 
@@ -128,8 +128,8 @@ def check_questions(recipe: Recipe, train: Sequence[Question], dev: Sequence[Que
     training = recipe.training
     for question in (*train, *dev):
         training.check_documents(len(question.documents), question.id)
-    for size, example in {len(question.documents): question.id for question in train}.items():
-        engines.check_candidates(training, size, example)
+    for size, first in {len(question.documents): question.id for question in reversed(train)}.items():
+        engines.check_candidates(training, size, first)
     training.check_windows(max(len(question.documents) for question in (*train, *dev)))
     if training.metric_for_best_model not in METRICS:
         raise InputError(
