@@ -42,9 +42,9 @@ from dro_rl.em.schedule import Schedule, Slots, SlotSampler, fuses
 from dro_rl.em.timing import PhaseClock, flops_per_token, peak_flops, rates
 from dro_rl.engines.protocol import TrainedSelector
 from dro_rl.errors import InputError, is_out_of_memory
-from dro_rl.evaluation.evaluator import evaluate_stage
+from dro_rl.evaluation.evaluator import evaluate_stage, evaluated_before
 from dro_rl.evaluation.results import UNITS
-from dro_rl.evaluation.stages import with_stage
+from dro_rl.evaluation.stages import FINAL, with_stage
 from dro_rl.likelihood.prefill import Prefills
 from dro_rl.likelihood.room import Room
 from dro_rl.models.module import SelectorGenerator
@@ -429,6 +429,16 @@ class DROTrainer(_BaseTrainer):
         if self.args.load_best_model_at_end:
             self._determine_best_metric(metrics, None)
             self._save_checkpoint(cast(nn.Module, self.model), None)
+
+    def evaluate_kept(self) -> dict[str, float]:
+        """The stage `final`: the weights that are kept. Those gone back to are evaluated as they were loaded; the last
+        ones are, unless they have been since the last step."""
+        evaluated = self._kept_step is None and any(stage["stage"] == self.kept_stage for stage in self.stages)
+        summary = evaluated_before(self.run_dir, self.kept_stage, FINAL) if evaluated else None
+        if summary is None:
+            return self.evaluate(stage=FINAL)
+        self.stages = with_stage(self.stages, summary)
+        return self._report(summary)
 
     def _report(self, summary: dict[str, Any]) -> dict[str, float]:
         metrics = {f"eval_{name}": value for name, value in summary.items() if isinstance(value, int | float)}

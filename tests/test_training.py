@@ -20,6 +20,9 @@ from dro_rl.data import load_questions
 from dro_rl.em import fast_path
 from dro_rl.em.checkpoints import Checkpoints
 from dro_rl.errors import InputError
+from dro_rl.evaluation.evaluator import evaluate_stage
+from dro_rl.evaluation.results import read_results
+from dro_rl.evaluation.stages import read_stages
 from dro_rl.job.assembly import build_prompters, load_models
 from dro_rl.likelihood import completion_logps, packing
 from dro_rl.models.loading import LoraSettings, add_adapter
@@ -486,11 +489,37 @@ def test_a_trained_pair_can_be_asked_from_the_command_line(job: Job, tmp_path: P
 
 def test_training_stops_when_dev_no_longer_improves(job: Job) -> None:
     run = job(early_stopping_patience=1, num_iterations=20, learning_rate=0.0001)
-    stages = [stage["stage"] for stage in rag_stages(run)]
+    stages = [stage["stage"] for stage in read_stages(run)]
     assert stages == ["base", "iteration-1", "final"]
 
 
-def rag_stages(run: Path) -> list[dict[str, Any]]:
-    from dro_rl.evaluation.stages import read_stages
+@pytest.mark.parametrize(
+    ("best", "lost", "measured"),
+    [
+        (False, None, ["base", "iteration-1", "iteration-2"]),  # as they were at the end
+        (False, "iteration-2", ["base", "iteration-1", "iteration-2", "final"]),  # its file is gone
+        (True, None, ["base", "iteration-1", "iteration-2", "final"]),  # loaded again
+    ],
+)
+def test_what_is_kept_is_evaluated_once(
+    job: Job, monkeypatch: pytest.MonkeyPatch, best: bool, lost: str | None, measured: list[str]
+) -> None:
+    stages: list[str] = []
 
-    return read_stages(run)
+    def recorded(*args: Any, stage: str, **kwargs: Any) -> dict[str, Any]:
+        stages.append(stage)
+        summary = evaluate_stage(*args, stage=stage, **kwargs)
+        if stage == lost:
+            (Path(kwargs["output_dir"]) / "evaluation" / f"{stage}.parquet").unlink()
+        return summary
+
+    monkeypatch.setattr("dro_rl.trainer.evaluate_stage", recorded)
+    monkeypatch.setattr("dro_rl.job.assembly.evaluate_stage", recorded)
+    run = job(num_iterations=2, early_stopping_patience=None, load_best_model_at_end=best)
+    assert stages == measured
+    results, conditions = read_results(run / "evaluation" / "final.parquet")
+    assert conditions.stage == read_stages(run)[-1]["stage"] == "final"
+    questions = load_questions(str(run.parent / "world"), "dev")
+    assert [r.prediction for r in results] == [
+        answer.text for answer in pipeline.RAGPipeline.from_pretrained(run).answer_all(questions)
+    ]

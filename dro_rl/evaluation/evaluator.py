@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from dro_rl.evaluation.results import (
     QuestionResult,
     candidates_hash,
     metric_values,
+    read_results,
     results_by_type,
     write_results,
 )
@@ -28,6 +30,7 @@ from dro_rl.evaluation.stages import read_stages, summary_path, with_stage, writ
 from dro_rl.likelihood import answer_logp
 from dro_rl.metrics import answer_recall_at_k, exact_match, f1, precision_at_k, precision_of, recall_at_k, rouge_l
 from dro_rl.pipeline import RAGPipeline, read
+from dro_rl.processes import told_by_main
 from dro_rl.progress import Progress
 from dro_rl.prompts.rows import answer_row
 from dro_rl.records import Question, Selection
@@ -123,11 +126,34 @@ def evaluate_stage(
         window_size=pipeline.settings.window_size,
         window_stride=pipeline.settings.window_stride,
     )
+    return told_by_main(lambda: _write_stage(results, conditions, output_dir))
+
+
+def evaluated_before(output_dir: str | Path, stage: str, name: str) -> dict[str, Any] | None:
+    """Write an evaluated stage again, as another: its weights have not changed since.
+
+    Returns its summary on every process; None where its file is missing, and there is nothing to write.
+    """
+
+    def again() -> dict[str, Any] | None:
+        path = _results_path(output_dir, stage)
+        if not path.is_file():
+            return None
+        results, conditions = read_results(path)
+        return _write_stage(results, replace(conditions, stage=name), output_dir)
+
+    return told_by_main(again)
+
+
+def _write_stage(results: Sequence[QuestionResult], conditions: Conditions, output_dir: str | Path) -> dict[str, Any]:
     summary = summarise(results, conditions)
-    if state.is_main_process:
-        write_results(summary_path(output_dir).with_name(f"{stage}.parquet"), results, conditions)
-        write_stages(output_dir, with_stage(read_stages(output_dir), summary))
+    write_results(_results_path(output_dir, conditions.stage), results, conditions)
+    write_stages(output_dir, with_stage(read_stages(output_dir), summary))
     return summary
+
+
+def _results_path(output_dir: str | Path, stage: str) -> Path:
+    return summary_path(output_dir).with_name(f"{stage}.parquet")
 
 
 def _parts(questions: Sequence[Question], size: int) -> list[list[int]]:

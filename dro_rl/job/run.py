@@ -57,7 +57,7 @@ def run_training(recipe: Recipe, job: preflight.Prepared, checkpoint: str | None
         reference=load_reference(recipe, sources, models),
     )
     trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.evaluate(stage="final")
+    trainer.evaluate_kept()
     trainer.save_model()
     trainer.save_state()
     if trainer.is_world_process_zero():

@@ -10,7 +10,7 @@ from typing import Any
 
 from dro_rl.data import dev_beside
 from dro_rl.errors import InputError
-from dro_rl.evaluation.stages import read_stages
+from dro_rl.evaluation.stages import FINAL, read_stages
 from dro_rl.flat_yaml import read_yaml
 from dro_rl.keys.reference import KEYS, as_yaml
 from dro_rl.recipe import read_keys
@@ -60,7 +60,7 @@ class Arm:
         if self.variant.measure is not None:
             return (self.folder / RESULT).is_file()
         ended = (self.folder / "trainer_state.json").is_file()
-        if not ended or all(stage["stage"] != "final" for stage in read_stages(self.folder)):
+        if not ended or all(stage["stage"] != FINAL for stage in read_stages(self.folder)):
             return False
         return not set(LENGTH) & set(changed_keys(self))
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dro_rl.errors import InputError
 from dro_rl.evaluation.results import metric_values, read_results
-from dro_rl.evaluation.stages import read_stages
+from dro_rl.evaluation.stages import FINAL, read_stages
 from dro_rl.rollouts.diagnostics import Summary, logged, pooled
 from dro_rl.rollouts.read import history, ranges
 from dro_rl.rows.small import read_object
@@ -18,7 +18,6 @@ from dro_rl.study.arms import Arm, arm_folder, arms_of, check_unchanged
 from dro_rl.study.metrics import GRADIENTS, METRICS, RESULT, TRAIN
 from dro_rl.study.plan import Study
 
-FINAL = "final"
 LAST = 0.1
 """The share of a run's iterations that its end is: of figures of rollouts, which one iteration has few of."""
 
