@@ -26,6 +26,7 @@ from dro_rl.records import Document, Question, Rollout, Selection
 from dro_rl.rollouts import log
 from dro_rl.rollouts.diagnostics import Summary
 from dro_rl.rollouts.signals import QUESTIONS, RULES, Estimate, Iteration, of_iteration
+from dro_rl.selection import SelectionSpec
 
 GOOD = Summary(
     questions=QUESTIONS, rollouts=8 * QUESTIONS, valid_rollouts=8 * QUESTIONS, valid_questions=QUESTIONS,
@@ -361,19 +362,25 @@ def test_a_line_says_what_a_person_asks(tmp_path: Path, capsys: Any, monkeypatch
     monkeypatch.setattr(progress.time, "monotonic", iter([100.0, 110.0, 120.0]).__next__)
     watch = SignalWatch(schedule(2), tmp_path, speaks=False)
     lines = LineProgress(schedule(2), watch)
-    settings: Any = SimpleNamespace(disable_tqdm=True)
+    settings: Any = SimpleNamespace(disable_tqdm=True, spec=SelectionSpec.of(2))
     state: Any = SimpleNamespace(is_world_process_zero=True, global_step=0, max_steps=20)
     lines.on_train_begin(settings, state, None)  # type: ignore[arg-type]
     watch.end_iteration(1, replace(GOOD, clean=0.5))
     state.global_step = 1
-    lines.on_log(settings, state, None, {"loss": 0.5, "ess": 3.2, "time/rollout": 1.5})  # type: ignore[arg-type]
+    lines.on_log(
+        settings, state, None, {"loss": 0.5, "ess": 3.2, "recall@1": 0.4, "recall@3": 0.6, "time/rollout": 1.5}
+    )  # type: ignore[arg-type]
     state.global_step = 2
     lines.on_step_end(settings, state, None)  # type: ignore[arg-type]
-    first, second = capsys.readouterr().out.splitlines()
+    dev = {"eval_em": 17.0, "eval_f1": 24.5, "eval_recall@1": 40.0, "eval_recall@3": 60.0, "eval_valid": 100.0}
+    lines.on_log(settings, state, None, dev)  # type: ignore[arg-type]
+    first, second, third = capsys.readouterr().out.splitlines()
     assert first == (
-        "iteration 1/10  step 1/20  loss 0.500  ess 3.2  1.5 s  50 of 1,000 questions, 5.0 a second, 3 min left  !clean"
+        "iteration 1/10  step 1/20  loss 0.500  ess 3.2  recall@1 0.40  1.5 s  "
+        "50 of 1,000 questions, 5.0 a second, 3 min left  !clean"
     )
     assert second == "iteration 1/10  step 2/20  100 of 1,000 questions, 5.0 a second, 3 min left  !clean"
+    assert third == "iteration 1/10  step 2/20  dev: em 17.0  f1 24.5  recall@1 40.0  valid 100.0"  # two are selected
 
 
 @pytest.mark.parametrize(

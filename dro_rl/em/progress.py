@@ -8,14 +8,14 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
 from dro_rl.config import DROConfig
 from dro_rl.em.schedule import Schedule
-from dro_rl.evaluation.stages import read_stages
+from dro_rl.evaluation.stages import read_stages, recalls
 from dro_rl.progress import Progress, how_far, on_terminal
 from dro_rl.records import Question
 from dro_rl.rollouts import read, signals
@@ -24,14 +24,17 @@ from dro_rl.rollouts.signals import Estimate, Iteration, Signal
 
 logger = logging.getLogger(__name__)
 
-COLUMNS = (
-    ("evidence_bound", "bound", ".2f"),
-    ("ess", "ess", ".1f"),
-    ("answer_logp", "answer", ".2f"),
-    ("recall@3", "recall@3", ".2f"),
-    ("rollouts/valid", "valid", ".2f"),
-    ("rollouts/clean", "clean", ".2f"),
-)
+
+def _columns(recall: str) -> tuple[tuple[str, str, str], ...]:
+    """What a line says: a metric, its label, its form."""
+    return (
+        ("evidence_bound", "bound", ".2f"),
+        ("ess", "ess", ".1f"),
+        ("answer_logp", "answer", ".2f"),
+        (recall, recall, ".2f"),
+        ("rollouts/valid", "valid", ".2f"),
+        ("rollouts/clean", "clean", ".2f"),
+    )
 
 
 PATIENCE = 3
@@ -230,14 +233,15 @@ class LineProgress(ProgressCallback):
     ) -> None:
         if not state.is_world_process_zero or not logs:
             return
+        recall = recalls(cast(DROConfig, args).spec.most)[-1]
         if "loss" in logs:
             seconds = sum(value for name, value in logs.items() if name.startswith("time/"))
             parts = [f"loss {logs['loss']:.3f}"]
-            parts += [f"{label} {logs[name]:{form}}" for name, label, form in COLUMNS if name in logs]
+            parts += [f"{label} {logs[name]:{form}}" for name, label, form in _columns(recall) if name in logs]
             far = [] if self._draws(args) else [self._how_far(state)]
             self._write(f"{self._where(state)}  {'  '.join([*parts, f'{seconds:.1f} s', *far])}{self._named()}")
         elif "eval_em" in logs:
-            known = [name for name in ("eval_recall@3", "eval_valid") if logs.get(name) is not None]
+            known = [name for name in (f"eval_{recall}", "eval_valid") if logs.get(name) is not None]
             parts = [f"{name.removeprefix('eval_')} {logs[name]:.1f}" for name in ("eval_em", "eval_f1", *known)]
             self._write(f"{self._where(state)}  dev: {'  '.join(parts)}")
 

@@ -10,17 +10,20 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from dro_rl.evaluation.stages import recalls
 from dro_rl.files import written_whole
 from dro_rl.shown import chart
 
-DEV = (("eval_em", "exact match"), ("eval_f1", "F1"), ("eval_recall@3", "recall@3"), ("eval_valid", "valid"))
 
-
-def plot_curves(output_dir: str | Path) -> Path:
+def plot_curves(output_dir: str | Path, most: int) -> Path:
     """Draw a run's curves and return where they are.
 
     Four panels over optimizer steps: the dev split; the evidence bound; the effective sample size and the selector's
     entropy; recall and validity of the rollouts. Thin lines are steps, thick ones their running mean.
+
+    Args:
+        output_dir: the run's.
+        most: the documents that its selector names at most, at which recall is drawn.
     """
     history = json.loads((Path(output_dir) / "trainer_state.json").read_text())["log_history"]
     steps = [entry for entry in history if "loss" in entry]
@@ -28,13 +31,14 @@ def plot_curves(output_dir: str | Path) -> Path:
     figure = Figure(figsize=(11, 7), layout="constrained")
     axes = figure.subplots(2, 2)
     figure.suptitle(chart(output_dir))
-    _dev(axes[0][0], dev)
+    recall = recalls(most)[-1]
+    _dev(axes[0][0], dev, recall)
     _steps(axes[0][1], steps, {"evidence_bound": "evidence bound", "answer_logp": "mean log p(answer)"}, "nats")
     _steps(axes[1][0], steps, {"ess": "effective sample size", "selector_entropy": "selector entropy (nats)"}, "")
     _steps(
         axes[1][1],
         steps,
-        {"recall@3": "recall@3", "rollouts/valid": "valid", "rollouts/duplicate": "duplicate"},
+        {recall: recall, "rollouts/valid": "valid", "rollouts/duplicate": "duplicate"},
         "share",
     )
     path = Path(output_dir) / "evaluation" / "curves.png"
@@ -43,8 +47,9 @@ def plot_curves(output_dir: str | Path) -> Path:
     return path
 
 
-def _dev(axes: Axes, entries: Sequence[Mapping[str, Any]]) -> None:
-    for name, label in DEV:
+def _dev(axes: Axes, entries: Sequence[Mapping[str, Any]], recall: str) -> None:
+    labels = {"em": "exact match", "f1": "F1", recall: recall, "valid": "valid"}
+    for name, label in ((f"eval_{name}", label) for name, label in labels.items()):
         points = [(entry["step"], entry[name]) for entry in entries if name in entry]
         if points:
             axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label)

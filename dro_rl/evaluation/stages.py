@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dro_rl.errors import InputError, Phrase
+from dro_rl.evaluation.results import KS
 from dro_rl.files import written_whole
 from dro_rl.rows.small import read_object
 
@@ -19,6 +20,11 @@ SHOWN = ("em", "f1", "recall@1", "recall@3", "recall@5", "answer_logp", "valid")
 """Of a stage's metrics, those that a line or a table of runs has."""
 FINAL = "final"
 """The last stage: the weights that are kept."""
+
+
+def recalls(most: int) -> list[str]:
+    """The metrics of recall that a selector of `most` documents at most has: at so many of them, and at fewer."""
+    return [f"recall@{k}" for k in KS if k <= most]
 
 
 def summary_path(output_dir: str | Path) -> Path:

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from dro_rl.evaluation.stages import FINAL, STARTS, start_of
+from dro_rl.evaluation.stages import FINAL, STARTS, recalls, start_of
 from dro_rl.rollouts.signals import Signal, reading
 from dro_rl.runs import Run, SignalSpan
 from dro_rl.selection import SelectionSpec
@@ -68,8 +68,7 @@ def print_stages(run: Run) -> None:
     stages = run.stages
     table = Table(title=f"{run.path}: {stages[0]['split']}, {stages[0]['n']} questions")
     spec = SelectionSpec.of(run.recipe["num_selected"])
-    recalls = [f"recall@{n}" for n in (1, 3, 5) if n <= spec.most]
-    names = ("em", "f1", *recalls, "answer_logp", "valid", *(["num_selected"] if spec.chooses else []))
+    names = ("em", "f1", *recalls(spec.most), "answer_logp", "valid", *(["num_selected"] if spec.chooses else []))
     table.add_column("stage", no_wrap=True)
     for name in names:
         shown = name.replace("recall@", "R@").replace("answer_logp", "log p").replace("num_selected", "K")

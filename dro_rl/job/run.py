@@ -61,7 +61,7 @@ def run_training(recipe: Recipe, job: preflight.Prepared, checkpoint: str | None
     trainer.save_model()
     trainer.save_state()
     if trainer.is_world_process_zero():
-        plot_curves(trainer.run_dir)
+        plot_curves(trainer.run_dir, training.spec.most)
         note_ending(trainer.run_dir, ending_of(trainer))
         print_run(read_run(trainer.run_dir))
         write_cards(trainer.run_dir)
