@@ -60,6 +60,7 @@ CPU = (
         180,
         "generator_update --model 64x1 --m 4 --distinct 2 --documents 4 --k 2 --tokens 8 --repeats 1",
     ),
+    ("attention", 90, "attention --model 64x1 --m 2 --prompt 60 --completion 4 --repeats 1"),
     ("step", 240, "trl_step --model 64x1 --documents 8 --m 4 --k 3 --tokens 8 --steps 1"),
 )
 CUDA = (
@@ -67,6 +68,7 @@ CUDA = (
     ("selector-1b", 120, "selector_update --dtype bfloat16 --model llama-1b --m 1 --m 8 --m 16 --plain-m 8"),
     ("sampling-1b", 120, "sampling_pass --dtype bfloat16 --model llama-1b --m 8"),
     ("generator-1b", 120, "generator_update --dtype bfloat16 --model llama-1b"),
+    ("attention", 120, "attention --dtype bfloat16 --model llama-1b --m 8"),
     ("selector-8b", 120, "selector_update --dtype bfloat16 --model llama-8b --m 8 --plain-m 8 --repeats 3"),
     ("generator-8b", 120, "generator_update --dtype bfloat16 --model llama-8b --repeats 3"),
     ("step-1b", 180, "trl_step --dtype bfloat16 --model llama-1b --questions 2 --checkpointing --steps 3"),
@@ -116,6 +118,9 @@ def run(part: Part, seconds: float) -> dict[str, Any]:
         os.killpg(process.pid, signal.SIGKILL)
         out, error = process.communicate()
         state = "out of time"
+    except BaseException:  # this process is to end, and leaves none of its own behind
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
     return {**record, "state": state, "seconds": round(time.perf_counter() - started, 1), "output": out[-8000:]}
 
 
@@ -144,4 +149,5 @@ def main(
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     typer.run(main)

@@ -181,20 +181,27 @@ def time_update(
     """
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
+    measured = time_calls(update, repeats, device, between=lambda: model.zero_grad(set_to_none=False))
+    if tokens:
+        measured["tflops"] = tokens * flops_per_token(model).step / median(measured) / 1e12
+    return measured
+
+
+def time_calls(
+    call: Callable[[], Any], repeats: int, device: str, between: Callable[[], Any] = lambda: None
+) -> dict[str, Any]:
+    """`seconds` and `cpu_seconds` of each of `repeats` calls, after one that is not timed, and the peak's `mib`."""
     memory = PeakMemory(device)
     seconds, cpu_seconds = [], []
     for _ in range(repeats + 1):
         synchronize(device)
         started, cpu_started = time.perf_counter(), time.process_time()
-        update()
+        call()
         synchronize(device)
         seconds.append(time.perf_counter() - started)
         cpu_seconds.append(time.process_time() - cpu_started)
-        model.zero_grad(set_to_none=False)
-    measured = {"seconds": seconds[1:], "cpu_seconds": cpu_seconds[1:], "mib": memory.mib()}
-    if tokens:
-        measured["tflops"] = tokens * flops_per_token(model).step / median(measured) / 1e12
-    return measured
+        between()
+    return {"seconds": seconds[1:], "cpu_seconds": cpu_seconds[1:], "mib": memory.mib()}
 
 
 def median(measured: Mapping[str, Any], what: str = "seconds") -> float:

@@ -4,16 +4,20 @@ share does what it says. Figures are not tested: they belong to a machine."""
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import typer
+from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from benchmarks import child, commands, harness, operations, rollout_log, world
@@ -245,6 +249,56 @@ def test_packed_rows_are_the_plain_path_up_to_rounding_and_the_table_says_so(tmp
     assert exact["gradient"] < 1e-4
     assert by_name["plain bfloat16 against plain float32"]["logps"] > exact["logps"]
     assert rows[-1]["tflops"] > 0
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_attention_is_compared_where_a_device_has_it(tmp_path: Path) -> None:
+    sizes = ["--m", "3", "--prompt", "20", "--completion", "4", "--repeats", "1"]
+    found = {row["way"]: row["measured"] for row in run("attention", tmp_path, *TINY, *sizes)["rows"]}
+    assert found["flex"] is found["varlen"] is None  # a CPU
+    for way in ("packed", "rows"):
+        assert found[way]["values"] < 1e-6
+        assert found[way]["gradients"] < 1e-6
+
+
+def flash(query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int,
+          *, window_size: tuple[int, int], enable_gqa: bool) -> Tensor:  # fmt: skip
+    """What FlashAttention of variable length does, sequence by sequence."""
+    assert window_size == (-1, 0)  # all before, none after
+    pieces = [slice(*each) for each in itertools.pairwise(cu_q.tolist())]
+    assert {piece.stop - piece.start for piece in pieces} == {max_q}
+    states = [[each[piece].movedim(0, 1)[None] for each in (query, key, value)] for piece in pieces]
+    done = [nn.functional.scaled_dot_product_attention(*each, is_causal=True, enable_gqa=enable_gqa) for each in states]
+    return torch.cat([each[0].movedim(1, 0) for each in done])
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_what_only_a_gpu_runs_attends_as_the_dense_mask_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its layout and its mask, by slower kernels that a CPU has."""
+    from benchmarks import attention
+
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", flash)
+    shape = attention.Shape(3, 20, 4)
+    query, key, value = (torch.randn(1, heads, shape.tokens, 16) for heads in (4, 2, 2))
+    expected = attention.dense((query, key, value), shape)
+    for way in (attention._flex(shape, "cpu"), attention._varlen(shape, "cpu")):
+        assert torch.allclose(way((query, key, value)), expected, atol=1e-5)
+
+
+def test_the_list_ends_with_all_that_it_started(tmp_path: Path) -> None:
+    """As a scheduler ends a job: SIGTERM to it alone."""
+    command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", "--output", str(tmp_path)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as listed:
+        assert listed.stderr is not None
+        assert listed.stderr.readline().startswith("exact: ")
+        children = psutil.Process(listed.pid).children()
+        while not children:
+            children = psutil.Process(listed.pid).children()
+        listed.terminate()
+    assert listed.returncode == 128 + signal.SIGTERM
+    psutil.wait_procs(children, timeout=60)
+    assert not [each for each in children if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]
 
 
 def test_a_part_that_fails_or_is_too_slow_is_said_and_the_next_goes_on(tmp_path: Path, monkeypatch) -> None:
