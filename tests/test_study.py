@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from typer.testing import CliRunner
 from dro_rl.cli import app
 from dro_rl.cli import study as study_commands
 from dro_rl.errors import InputError
+from dro_rl.evaluation.results import read_results, write_results
+from dro_rl.evaluation.stages import write_stages
 from dro_rl.recipe import load_recipe, parse_command_line, read_keys
 from dro_rl.shipped import STUDIES, names
 from dro_rl.study import run as running
@@ -102,6 +105,45 @@ def test_a_wrong_study_is_one_line_that_says_where(tmp_path: Path, changes: dict
         read_study(path)
     assert str(error.value).startswith(str(path))
     assert said in str(error.value)
+
+
+def test_an_arm_that_ended_early_is_left_out_where_it_did_not_come(tmp_path: Path) -> None:
+    """As early stopping ends one: the others are shown, and what is missing is said."""
+    claim = {"variant": "joint", "against": 10, "metric": "em", "stage": "iteration-2"}
+    study = made(tmp_path, claims={"late": claim}, metrics=["em", "recall@3"])
+    leave(study, {"joint": [[1, 1, 1, 1]] * 3}, stage="iteration-2")
+    leave(study, {"joint": [[0, 1, 0, 1]] * 3})
+    for arm, last in zip((arm for arm in arms_of(study) if arm.variant.name == "joint"), (2, 2, 1), strict=True):
+        stages = [{"stage": name, "em": 0.0} for name in ("base", f"iteration-{last}", "final")]
+        write_stages(arm.folder, stages)
+    report = make_report(study, Results(study))
+    assert report.claims[0].contrast.seeds == 2
+    assert report.ended_before == {"joint/seed-2": ["iteration-2"]}
+    assert report.means["joint"]["em"].seeds == 3
+    shown = dro_rl("study", "show", study.path)
+    assert shown.exit_code == 0, shown.output
+    assert "joint/seed-2 ended before iteration-2" in shown.output
+    assert "joint/seed-2 ended before iteration-2" in (tmp_path / "study" / "report.md").read_text()
+
+
+def test_what_no_seed_defines_is_not_called_not_run(tmp_path: Path) -> None:
+    """Recall on a dev split without labels; and in one seed of three, a table says in how many."""
+    claim = {"variant": "joint", "against": 10, "metric": "recall@3"}
+    study = made(tmp_path, claims={"it": claim}, metrics=["em", "recall@3"])
+    leave(study, {"joint": [[1, 1, 1, 1]] * 3})
+    for seed in range(3):
+        change_scores(tmp_path / f"study/joint/seed-{seed}/evaluation/final.parquet", "recall@3", math.nan)
+    report = make_report(study, Results(study))
+    assert report.claims[0].words == "undecided: undefined in every seed"
+    leave_arm(arms_of(study)[0], [1, 1, 1, 1])
+    assert "| joint | 3 | 100.00 [100.00 … 100.00] | 100.00 (1 seed) |" in to_markdown(
+        make_report(study, Results(study))
+    )
+
+
+def change_scores(path: Path, metric: str, value: float) -> None:
+    rows, conditions = read_results(path)
+    write_results(path, [replace(row, scores={**row.scores, metric: value}) for row in rows], conditions)
 
 
 @pytest.mark.parametrize(

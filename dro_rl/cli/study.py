@@ -259,6 +259,8 @@ def _print(report: Any, page: Path, picture: Path | None) -> None:
     out.print(NOTE, style="dim")
     if report.missing:
         out.print(f"not run to the end: {', '.join(report.missing)}", soft_wrap=True)
+    for arm, stages in report.ended_before.items():
+        out.print(f"{arm} ended before {', '.join(stages)}", soft_wrap=True)
     out.print(f"report  {page}, .json{'' if picture is None else ', .png'}", soft_wrap=True)
 
 

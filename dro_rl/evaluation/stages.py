@@ -44,6 +44,12 @@ def read_stages(output_dir: str | Path) -> list[dict[str, Any]]:
     raise InputError(str(path), Phrase("other fields"), "this is as a run wrote it", fix)
 
 
+def iteration_of(stage: str) -> int:
+    """The number of `iteration-<t>`; 0 for another stage."""
+    number = stage.removeprefix("iteration-")
+    return int(number) if number != stage and number.isdecimal() else 0
+
+
 def with_stage(stages: Sequence[dict[str, Any]], summary: dict[str, Any]) -> list[dict[str, Any]]:
     """The stages with one more, in place of an earlier one of the same name."""
     return [*(known for known in stages if known["stage"] != summary["stage"]), summary]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dro_rl.errors import InputError, Phrase, did_you_mean
+from dro_rl.evaluation.stages import iteration_of
 from dro_rl.flat_yaml import read_yaml
 from dro_rl.keys import at_least, check_keys, keys_of, option, within
 from dro_rl.keys.inherited import REFUSED, WITHOUT_EFFECT
@@ -283,10 +284,9 @@ def _stages(variants: Mapping[str, Variant], claims: Mapping[str, Claim]) -> Ite
 
 def _check_stage(stage: str, run: RunConfig, training: TrainingKeys) -> None:
     """Refuse a stage that a training cannot have."""
-    number = stage.removeprefix("iteration-")
     if stage in ("base", "final") or (stage == "warmup" and run.warmup != "none"):
         return
-    if number != stage and number.isdecimal() and 1 <= int(number) <= training.num_iterations:
+    if 1 <= iteration_of(stage) <= training.num_iterations:
         return
     warmed = "" if run.warmup == "none" else "warmup, "
     raise InputError(

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from dro_rl.errors import InputError, Phrase
+from dro_rl.evaluation.stages import iteration_of
 from dro_rl.evaluation.statistics import CONFIDENCE
 from dro_rl.files import written_whole
 from dro_rl.study.machines import read_machines
@@ -70,6 +71,7 @@ class StudyReport:
         means: by variant, by metric: percent, nats, shares, or a metric's own unit.
         claims: judged together.
         missing: arms that have not been run to their end.
+        ended_before: by arm, stages asked for that its training ended before.
     """
 
     study: str
@@ -82,6 +84,7 @@ class StudyReport:
     means: Mapping[str, Mapping[str, OverSeeds]]
     claims: Sequence[Judged]
     missing: Sequence[str]
+    ended_before: Mapping[str, Sequence[str]]
     confidence: float = field(default=CONFIDENCE, init=False)
 
 
@@ -92,6 +95,7 @@ def make_report(study: Study, results: Results) -> StudyReport:
         shown = [metric for metric in study.metrics if metric in variant.metrics]
         with at(f"{study.path}: variants.{name}"):
             means[name] = {metric: over_seeds(_numbers(results.values(name, metric))) for metric in shown}
+    claims = judge(study, results)
     return StudyReport(
         study.name,
         study.about,
@@ -101,8 +105,9 @@ def make_report(study: Study, results: Results) -> StudyReport:
         study.seeds,
         read_machines(study.output_dir),
         means,
-        judge(study, results),
+        claims,
         [arm.name for arm in results.missing],
+        {arm: sorted(stages, key=iteration_of) for arm, stages in results.ended_before.items()},
     )
 
 
@@ -115,7 +120,8 @@ def judge(study: Study, results: Results) -> list[Judged]:
         found = verdict(contrast, p_value, claim.level)
         more, words = None, str(found)
         if found == "undecided":
-            more, words = _what_would_decide(claim, contrast, p_value)
+            sides = [name for name in (claim.variant, claim.against) if isinstance(name, str)]
+            more, words = _what_would_decide(claim, contrast, p_value, all(map(results.ran, sides)))
         judged.append(Judged(claim, found, words, a, b, contrast, p_value, more))
     return judged
 
@@ -184,9 +190,9 @@ def _deviation(values: Sequence[float]) -> float | None:
     return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
-def _what_would_decide(claim: Claim, contrast: Contrast, adjusted: float | None) -> tuple[int | None, str]:
+def _what_would_decide(claim: Claim, contrast: Contrast, adjusted: float | None, ran: bool) -> tuple[int | None, str]:
     if contrast.seeds == 0:
-        return None, "undecided: not run"
+        return None, "undecided: undefined in every seed" if ran else "undecided: not run"
     if contrast.seeds == 1:
         return None, "undecided: one run decides nothing"
     # Holm multiplies this p-value by as much as there are tests left when its turn comes.
@@ -255,14 +261,16 @@ def mean_rows(report: StudyReport) -> tuple[tuple[str, ...], list[tuple[str, ...
         if not row:
             continue  # nothing of it is shown
         seeds = max(found.seeds for found in row.values())
-        rows.append((variant, str(seeds), *(_cell(row.get(metric)) for metric in metrics)))
+        rows.append((variant, str(seeds), *(_cell(row.get(metric), seeds) for metric in metrics)))
     return ("variant", "seeds", *metrics), rows
 
 
-def _cell(found: OverSeeds | None) -> str:
+def _cell(found: OverSeeds | None, seeds: int) -> str:
+    """A mean with its interval, and over how many seeds, where it is defined in fewer than the row has."""
     if found is None or found.mean is None:
         return NONE
-    return number(found.mean) + (f" [{interval(found.low, found.high)}]" if found.low is not None else "")
+    fewer = f" ({found.seeds} seed{'s' if found.seeds > 1 else ''})" if found.seeds < seeds else ""
+    return number(found.mean) + (f" [{interval(found.low, found.high)}]" if found.low is not None else "") + fewer
 
 
 def to_markdown(report: StudyReport) -> str:
@@ -274,6 +282,7 @@ def to_markdown(report: StudyReport) -> str:
     lines += [f"- machine: {machine}" for machine in report.machines]
     if report.missing:
         lines += [f"- not run to the end: {', '.join(report.missing)}"]
+    lines += [f"- {arm} ended before {', '.join(stages)}" for arm, stages in report.ended_before.items()]
     if report.claims:
         lines += ["", *_table(CLAIM_HEAD, claim_rows(report))]
     head, rows = mean_rows(report)

@@ -10,10 +10,11 @@ from pathlib import Path
 
 from dro_rl.errors import InputError
 from dro_rl.evaluation.results import metric_values, read_results
-from dro_rl.evaluation.stages import FINAL, read_stages
+from dro_rl.evaluation.stages import FINAL, iteration_of, read_stages
 from dro_rl.rollouts.diagnostics import Summary, logged, pooled
 from dro_rl.rollouts.read import history, ranges
 from dro_rl.rows.small import read_object
+from dro_rl.runs import recipe_of
 from dro_rl.study.arms import Arm, arm_folder, arms_of, check_unchanged
 from dro_rl.study.metrics import GRADIENTS, METRICS, RESULT, TRAIN
 from dro_rl.study.plan import Study
@@ -48,6 +49,8 @@ class Results:
         check_unchanged(study, self.arms)
         self._done = {arm.folder for arm in self.arms if arm.done}
         self._rollouts: dict[Path, list[Summary]] = {}
+        self.ended_before: dict[str, set[str]] = {}
+        """Stages asked for that an arm ended before, as early stopping ends one, by arm."""
 
     @property
     def missing(self) -> list[Arm]:
@@ -57,7 +60,8 @@ class Results:
     def values(
         self, variant: str, metric: str, *, stage: str | None = None, type: str | None = None
     ) -> dict[int, Value]:
-        """A metric of a variant, by seed. Seeds that have not run are left out, and those where it is undefined.
+        """A metric of a variant, by seed. Left out are seeds that have not run, in which it is undefined, or whose
+        training ended before the stage.
 
         Args:
             variant: its name.
@@ -102,6 +106,9 @@ class Results:
             found = measured.get(metric)
             return Value(math.nan if found is None else float(found))
         stage = stage or named.stage or FINAL
+        if self._ended_before(folder, stage):
+            self.ended_before.setdefault(f"{variant}/{folder.name}", set()).add(stage)
+            return Value(math.nan)
         if metric not in METRICS:
             return Value(self._logged(folder, metric, stage))
         path = folder / "questions.parquet" if named.control else folder / "evaluation" / f"{stage}.parquet"
@@ -124,17 +131,27 @@ class Results:
         known = {row.id: value for row, value in pairs if not math.isnan(value)}
         return Value(math.fsum(known.values()) / len(known) if known else math.nan, known)
 
+    def _ended_before(self, folder: Path, stage: str) -> bool:
+        """Whether a training ended, as it may, before an iteration that it was to have."""
+        asked = iteration_of(stage)
+        known = [number for each in read_stages(folder) if (number := iteration_of(each["stage"]))]
+        return bool(known) and max(known) < asked <= recipe_of(folder)["num_iterations"]
+
+    def ran(self, variant: str) -> bool:
+        """Whether any seed of a variant has run to its end."""
+        return any(arm_folder(self.study, variant, seed) in self._done for seed in self.study.seeds)
+
     def _logged(self, folder: Path, metric: str, stage: str) -> float:
         summaries = self._history(folder)
         if stage == FINAL:
             return _figure(pooled(summaries[-max(1, round(LAST * len(summaries))) :]), metric)
-        number = stage.removeprefix("iteration-")
-        if not number.isdecimal() or not 1 <= int(number) <= len(summaries):
+        number = iteration_of(stage)
+        if not 1 <= number <= len(summaries):
             logged_ones = ranges(range(1, len(summaries) + 1))
             raise InputError(
                 str(folder), stage, f"rollouts are of iterations, and this run has {logged_ones}", "Use iteration-<t>."
             )
-        return _figure(summaries[int(number) - 1], metric)
+        return _figure(summaries[number - 1], metric)
 
     def _history(self, folder: Path) -> list[Summary]:
         if folder not in self._rollouts:
