@@ -105,7 +105,7 @@ def test_what_computes_is_kept_of_every_start_and_another_version_is_said(
     assert line == f"the run goes on under other versions than it had: torch {version('torch')} → 0.0.1"
     sessions = json.loads((begun / "run" / "run.json").read_text())["sessions"]
     assert [session["versions"]["torch"] for session in sessions] == [version("torch")] * 2 + ["0.0.1"]
-    assert all({"started", "command"} <= set(session) for session in sessions)
+    assert all({"started", "command", "machine"} <= set(session) for session in sessions)
 
 
 def test_tokens_do_not_stand_in_the_command_that_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:

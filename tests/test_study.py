@@ -24,11 +24,13 @@ from dro_rl.cli import study as study_commands
 from dro_rl.errors import InputError
 from dro_rl.evaluation.results import read_results, write_results
 from dro_rl.evaluation.stages import write_stages
+from dro_rl.job.identity import this_machine
 from dro_rl.recipe import load_recipe, parse_command_line, read_keys
 from dro_rl.shipped import STUDIES, names
 from dro_rl.study import run as running
 from dro_rl.study.arms import arms_of, check_unchanged
 from dro_rl.study.check import check_arms
+from dro_rl.study.machines import note_machine
 from dro_rl.study.metrics import GRADIENTS, LOGGED
 from dro_rl.study.plan import read_study
 from dro_rl.study.report import make_report, to_markdown, write_section
@@ -721,6 +723,19 @@ def test_a_page_keeps_everything_but_the_studys_own_section(tmp_path: Path) -> N
 def test_shipped_studies_are_listed_by_what_they_ask() -> None:
     listed = dro_rl("study", "ls").stdout
     assert {line.split()[0] for line in listed.splitlines()} == set(names(STUDIES))
+
+
+def test_machines_are_those_that_trained_wherever_they_were_sent(tmp_path: Path) -> None:
+    """`--print` notes none: a cluster's jobs say in their runs where they ran."""
+    study = made(tmp_path)
+    assert make_report(study, Results(study)).machines == []
+    for arm, name in zip(arms_of(study), ("8 cores", "16 cores", None), strict=False):
+        arm.folder.mkdir(parents=True)
+        sessions = [{"machine": "8 cores"}, {"machine": name} if name else {}]
+        (arm.folder / "run.json").write_text(json.dumps({"inputs": {}, "sessions": sessions}))
+    assert make_report(study, Results(study)).machines == ["16 cores", "8 cores"]
+    note_machine(study.output_dir)
+    assert make_report(study, Results(study)).machines == [this_machine(), "16 cores", "8 cores"]
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 import re
 import shlex
@@ -15,6 +16,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import psutil
+import torch
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 import dro_rl
@@ -73,14 +76,23 @@ def model_hashes(name: str, revision: str | None = None) -> dict[str, str]:
 
 
 def this_session() -> dict[str, Any]:
-    """What computes: versions, with the state of the code, the command, and when it was given."""
+    """What computes: machine and versions, with the state of the code, the command, and when it was given."""
     known = {"dro_rl": dro_rl.__version__, "git": git_state(Path(dro_rl.__file__).parent.parent)}
     known |= {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": re.sub(r"(--\w+_token[ =])\S+", r"\1…", shlex.join(sys.argv)),
+        "machine": this_machine(),
         "versions": {name: version for name, version in known.items() if version is not None},
     }
+
+
+def this_machine() -> str:
+    """Cores, memory, GPUs and the versions that count, in a line: a figure without them is half a figure."""
+    parts = [f"{os.cpu_count()} {platform.machine()} cores", f"{psutil.virtual_memory().total / 2**30:.0f} GiB"]
+    if torch.cuda.is_available():
+        parts.append(f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}")
+    return ", ".join([*parts, *(f"{name} {_version(name)}" for name in ("torch", "transformers"))])
 
 
 def git_state(checkout: Path) -> str | None:
