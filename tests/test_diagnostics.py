@@ -103,6 +103,10 @@ def test_entropy_divergence_and_recall_are_the_policys(counts: tuple[int, ...]) 
     assert found.recall[1] == pytest.approx(POLICY[1])
     valid = POLICY[:3] / POLICY[:3].sum()
     assert found.answer_logp == pytest.approx((valid * np.log(ANSWERS[:3])).sum())
+    rewarded = [replace(r, reward=float(len(r.selection.numbers) + r.sample)) for r in rollouts([0, 1, 2], POLICY)]
+    of_each = np.array([len(numbers) for numbers in SELECTIONS[:3]]) + np.arange(3)
+    assert summary(rewarded).reward == pytest.approx(of_each.mean())  # drawn from p: each counts once
+    assert summary(rewarded, rewarded).reward_sd == 0
     assert found.weighted_recall[1] == pytest.approx(0.25 * 0.8 / np.nansum(POLICY * ANSWERS))
 
 

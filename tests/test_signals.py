@@ -186,6 +186,8 @@ def test_dev_that_falls_while_training_rises() -> None:
         history[place] = replace(history[place], dev=Estimate(value, 2.0))
     assert fired(history) == ["dev_falling"]
     assert fired(history[:5]) == [], "59 is not below 60"
+    rewarded = series(6, reward=(0.3, 0.8), reward_sd=(0.4, 0.4))  # the evidence stays; the reward is another
+    assert fired([replace(i, rollouts=s) for i, s in zip(history, rewarded, strict=True)]) == ["dev_falling"]
     flat = [replace(iteration, rollouts=GOOD) for iteration in history]
     assert fired(flat) == []
 

@@ -64,6 +64,12 @@ PANELS = (
         "Evidence", "nats", {"evidence_bound": "bound"}, "log((1/m) Σ p/q p(answer)) of the training questions sampled."
     ),
     Panel(
+        "Reward",
+        "nats, or the reward's own unit",
+        {"reward": "reward"},
+        "What the objective weighs, of the training questions sampled, under the selector.",
+    ),
+    Panel(
         "Recall of rollouts",
         "share",
         {"recall@1": "@1", "recall@3": "@3", "recall@5": "@5"},

@@ -201,6 +201,7 @@ def _rollout_curves(points: Sequence[tuple[int, Summary]], most: int) -> dict[st
     for x, summary in points:
         questions = max(1, summary.valid_questions)
         add("evidence_bound", x, summary.evidence_bound, NORMAL * summary.evidence_bound_sd / math.sqrt(questions))
+        add("reward", x, summary.reward, NORMAL * summary.reward_sd / math.sqrt(questions))
         add("ess_share", x, summary.ess_share)
         add("selector_entropy", x, summary.selector_entropy)
         for k, recall in summary.recall.items():

@@ -235,6 +235,13 @@ class GroupFigures:
             return self._total(weighed) / self.policy_valid
 
     @cached_property
+    def reward(self) -> np.ndarray:
+        """Mean of what the objective weighs, under p over what is valid; NaN where nothing is."""
+        weighed = np.where(self._of.valid & (self.policy > 0), self.policy * self._of.reward, 0.0)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return self._total(weighed) / self.policy_valid
+
+    @cached_property
     def policy_valid(self) -> np.ndarray:
         """Probability under p that a rollout is valid."""
         return self._total(np.where(self._of.valid, self.policy, 0.0))
@@ -345,6 +352,8 @@ class Summary:
         likely_rollouts: how many would be valid, were all drawn from the policy.
         evidence_bound, evidence_bound_sd: nats, mean and standard deviation over the valid questions.
         answer_logp: nats, mean over the likely rollouts.
+        reward, reward_sd: what the objective weighs, nats for the likelihood; mean and standard deviation over the
+            valid questions.
         ess, ess_share: effective sample size in rollouts, 0..m, and over m; means over questions.
         weight_entropy, weight_temperature: mean over questions; the first in nats.
         selector_entropy: nats, mean over questions.
@@ -376,6 +385,8 @@ class Summary:
     evidence_bound: float = _mean_over("valid_questions", "evidence_bound")
     evidence_bound_sd: float
     answer_logp: float = _mean_over("likely_rollouts", "answer_logp")
+    reward: float = field(default=math.nan, metadata={"count": "valid_questions", "log": "reward"})
+    reward_sd: float = math.nan
     ess: float = _mean_over("questions", "ess")
     ess_share: float = _mean_over("questions", "ess_share")
     weight_entropy: float = _mean_over("questions", "weight_entropy")
@@ -439,6 +450,8 @@ def summarize_groups(rollouts: Columns, groups: GroupFigures, *, max_log_ratio: 
             evidence_bound=_mean(bound),
             evidence_bound_sd=_deviation(bound),
             answer_logp=_ratio((likely * groups.answer_logp)[valid].sum(), likely[valid].sum()),
+            reward=_mean(groups.reward[valid]),
+            reward_sd=_deviation(groups.reward[valid]),
             ess=_mean(rollouts.ess),
             ess_share=_mean(rollouts.ess / rollouts.size),
             weight_entropy=_mean(groups.weight_entropy),
@@ -485,6 +498,7 @@ def pooled(summaries: Sequence[Summary]) -> Summary:
         evidence_bound_sd=_pool_deviation(
             [summary.evidence_bound for summary in summaries], [s.evidence_bound_sd for s in summaries], questions
         ),
+        reward_sd=_pool_deviation([s.reward for s in summaries], [s.reward_sd for s in summaries], questions),
         recall_sd={
             k: _pool_deviation([s.recall[k] for s in summaries], [s.recall_sd[k] for s in summaries], labelled)
             for k in RECALL_AT

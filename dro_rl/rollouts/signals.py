@@ -234,6 +234,10 @@ def _evidence(summary: Summary) -> Estimate:
     return _estimate(summary.evidence_bound, summary.evidence_bound_sd, summary.valid_questions)
 
 
+def _reward(summary: Summary) -> Estimate:
+    return _estimate(summary.reward, summary.reward_sd, summary.valid_questions)
+
+
 def _recall(summary: Summary) -> Estimate:
     return _estimate(summary.recall[RECALL], summary.recall_sd[RECALL], summary.labelled)
 
@@ -291,12 +295,13 @@ def _not_followed(history: Sequence[Iteration]) -> Measured:
 
 
 def _overfitting(history: Sequence[Iteration]) -> Measured:
-    """The last evaluation against the best before it, where the evidence on training questions has risen since."""
+    """The last evaluation against the best before it, where evidence or reward in training have risen since."""
     evaluated = [(place, i.dev) for place, i in enumerate(history, start=1) if i.dev is not None]
     if len(evaluated) < 2:
         return NOTHING
     (best, dev_then), (now, dev_now) = max(evaluated[:-1], key=lambda item: item[1].value), evaluated[-1]
-    if not _rises(_change(_evidence(_latest(history[:best])), _evidence(_latest(history[:now])))):
+    then, after = _latest(history[:best]), _latest(history[:now])
+    if not any(_rises(_change(figure(then), figure(after))) for figure in (_evidence, _reward)):
         return NOTHING
     change = _change(dev_then, dev_now)
     return Measured(change.value, -2 * change.error, False)
@@ -426,7 +431,7 @@ RULES = (
         "dev_falling",
         "points",
         _overfitting,
-        "Dev falls while the evidence on the training questions rises: the pair learns them by heart.",
+        "Dev falls while evidence or reward on the training questions rise: the pair learns them by heart.",
         ("early_stopping_patience", "selector_learning_rate", "generator_learning_rate", "m_step_epochs"),
         "Stop early (early_stopping_patience), lower the learning rates or m_step_epochs, or give more questions.",
     ),
