@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from rich.cells import cell_len
+from scipy.stats import ttest_1samp
 from typer.testing import CliRunner
 
 from dro_rl import __version__
@@ -590,6 +591,21 @@ def test_diff_compares_two_runs(changed: Path, run: Path) -> None:
     said = document("rollouts", "diff", changed, run, "--to", 1)
     assert {item["after"]["question_id"] for item in said["questions"]} == {"a", "b", "c"}
     assert said["questions"][-1]["evidence_change"] == pytest.approx(4 + math.log(0.5))
+
+
+def test_diff_says_how_far_the_bound_moves_over_questions(changed: Path, run: Path) -> None:
+    """By scipy's test of pairs; of several iterations, the last time of each question."""
+    said = document("rollouts", "diff", changed, run, "--to", "1-1", "--limit", 100)
+    pairs = [change["evidence_change"] for change in said["questions"]]
+    mean = said["mean"]
+    assert mean["questions"] == len(pairs) == said["compared"]
+    assert mean["change"] == pytest.approx(sum(pairs) / len(pairs)) == pytest.approx(mean["after"] - mean["before"])
+    assert mean["p_value"] == pytest.approx(ttest_1samp(pairs, 0).pvalue)
+    assert mean["low"] < mean["change"] < mean["high"]
+    shown = invoke("rollouts", "diff", changed, run, "--from", "1-2", "--to", 1).stdout
+    assert "nats a question (" in shown
+    assert "--from: '2-1'" in refusal("rollouts", "diff", changed, run, "--from", "2-1")
+    assert "--to: 'x'" in refusal("rollouts", "diff", changed, run, "--to", "x")
 
 
 @pytest.mark.parametrize("name", ["out.jsonl", "out.jsonl.gz", "out.parquet"])

@@ -93,8 +93,8 @@ TOP_LEGEND = (
 )
 
 
-def iterations_of(run: Path, given: str | None) -> list[int] | None:
-    """What --iteration says: `7`, `3-9` or `all`."""
+def iterations_of(run: Path, given: str | None, option: str = "--iteration") -> list[int] | None:
+    """What an option says of iterations: `7`, `3-9` or `all`."""
     from dro_rl.errors import InputError
     from dro_rl.rollouts.read import iterations
 
@@ -106,7 +106,7 @@ def iterations_of(run: Path, given: str | None) -> list[int] | None:
     if not (
         first.isdecimal() and (last or first).isdecimal() and int(first) <= int(last or first) <= int(first) + 10**6
     ):
-        raise InputError("--iteration", given, "this is a number, several as 3-9, or all", "Correct it.")
+        raise InputError(option, given, "this is a number, several as 3-9, or all", "Correct it.")
     return list(range(int(first), int(last or first) + 1))
 
 
@@ -236,10 +236,18 @@ def diff(
         Path | None, typer.Argument(metavar="OTHER", help="Another run, against this one.", show_default=False)
     ] = None,
     first: Annotated[
-        int | None, typer.Option("--from", help="Iteration. Without it, the first time of each question.")
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="N|N-M",
+            help="Iterations of RUN. Without it, the first time of each question, or with OTHER the last.",
+        ),
     ] = None,
     last: Annotated[
-        int | None, typer.Option("--to", help="Iteration. Without it, the last time of each question.")
+        str | None,
+        typer.Option(
+            "--to", metavar="N|N-M", help="Iterations to compare with them. Without it, the last time of each question."
+        ),
     ] = None,
     sort: Annotated[
         Literal["worse", "improved"], typer.Option("--sort", help="What comes first: worse, or improved.")
@@ -254,14 +262,19 @@ def diff(
       dro-rl rollouts diff runs/musique --sort improved
       dro-rl rollouts diff runs/musique --from 1 --to 5
       dro-rl rollouts diff runs/seed-0 runs/seed-1
+      dro-rl rollouts diff runs/frozen runs/joint --from 11-20 --to 11-20
     """
+    from dataclasses import asdict
+
     from dro_rl.cli.output import console, print_json
     from dro_rl.cli.rollout_tables import print_changes
     from dro_rl.rollouts.changes import compare
 
-    found = compare(run, other, first=first, last=last, improved_first=sort == "improved", limit=limit)
+    early, late = iterations_of(run, first, "--from"), iterations_of(other or run, last, "--to")
+    found = compare(run, other, first=early, last=late, improved_first=sort == "improved", limit=limit)
     if json:
-        counts = {"compared": found.compared, "improved": found.improved, "worse": found.worse}
+        mean = None if found.mean is None else asdict(found.mean)
+        counts = {"compared": found.compared, "improved": found.improved, "worse": found.worse, "mean": mean}
         items = [
             {"evidence_change": change.evidence, "before": change.before, "after": change.after}
             for change in found.shown
@@ -270,9 +283,14 @@ def diff(
         return
     out = console()
     print_changes(out, found.shown)
+    if (mean := found.mean) is not None:
+        known = "" if mean.low is None else f" ({mean.low:+.2f} … {mean.high:+.2f}), p {mean.p_value:.2g}"
+        out.print(f"{mean.before:.2f} → {mean.after:.2f}, {mean.change:+.2f} nats a question{known}", soft_wrap=True)
+    twice = "that were sampled twice" if other is None else "that both have"
     out.print(
-        f"{len(found.shown)} of {found.compared} questions that were sampled twice: {found.improved} explained better, "
-        f"{found.worse} worse. bound: evidence bound in nats, before and after; the selections are the heaviest.",
+        f"{len(found.shown)} of {found.compared} questions {twice}: {found.improved} explained better, "
+        f"{found.worse} worse. bound: evidence bound in nats, before and after; in brackets the 95 % interval of its "
+        "mean change, Student's t over questions; the selections are the heaviest.",
         style="dim",
     )
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from dro_rl.errors import InputError, Phrase
 from dro_rl.rollouts import log
 from dro_rl.rollouts.diagnostics import GroupFigures
@@ -49,17 +51,39 @@ class Change:
 
 
 @dataclass(frozen=True, slots=True)
+class MeanChange:
+    """The evidence bound over questions, in nats: those of which something was valid at both times.
+
+    Args:
+        before, after, change: means, and after − before.
+        low, high: 95 % interval of the change, Student's t over questions; None for fewer than two of them.
+        p_value: two-sided, that nothing changes; None as well.
+        questions: how many.
+    """
+
+    before: float
+    after: float
+    change: float
+    low: float | None
+    high: float | None
+    p_value: float | None
+    questions: int
+
+
+@dataclass(frozen=True, slots=True)
 class Changes:
     """What became of the questions that were sampled twice.
 
     Args:
         compared, improved, worse: how many there are, and for how many the evidence bound rose, and fell.
+        mean: over all of them; None where nothing was valid twice.
         shown: those that were asked for.
     """
 
     compared: int
     improved: int
     worse: int
+    mean: MeanChange | None
     shown: Sequence[Change]
 
 
@@ -67,8 +91,8 @@ def compare(
     run: str | Path,
     other: str | Path | None = None,
     *,
-    first: int | None = None,
-    last: int | None = None,
+    first: int | Sequence[int] | None = None,
+    last: int | Sequence[int] | None = None,
     improved_first: bool = False,
     limit: int | None = None,
 ) -> Changes:
@@ -77,7 +101,7 @@ def compare(
     Args:
         run: the run.
         other: another one, whose last times are compared with the last times of `run`; None compares within `run`.
-        first, last: the iterations to compare; None takes the first and the last time of each question.
+        first, last: the iterations to compare, one or several; None takes the first and the last time of each question.
         improved_first: show what improved most; else what became worst.
         limit: so many are shown, at most.
     """
@@ -91,8 +115,25 @@ def compare(
         compared=len(pairs),
         improved=sum(pair.change > 0 for pair in pairs.values()),
         worse=sum(pair.change < 0 for pair in pairs.values()),
+        mean=_mean_change(list(pairs.values())),
         shown=[Change(b, a, pair.change) for b, a, pair in zip(before, after, ordered, strict=True)],
     )
+
+
+def _mean_change(pairs: Sequence[Pair]) -> MeanChange | None:
+    bounds = np.array([(pair.before.bound, pair.after.bound) for pair in pairs]).reshape(-1, 2)
+    known = bounds[np.isfinite(bounds).all(axis=1)]
+    if not len(known):
+        return None
+    (before, after), changes = known.mean(axis=0).tolist(), known[:, 1] - known[:, 0]
+    low = high = p_value = None
+    if len(changes) > 1 and changes.std() > 0:
+        from scipy.stats import ttest_1samp
+
+        test = ttest_1samp(changes, 0.0)
+        interval = test.confidence_interval(0.95)
+        low, high, p_value = float(interval.low), float(interval.high), float(test.pvalue)
+    return MeanChange(before, after, float(changes.mean()), low, high, p_value, len(known))
 
 
 def since(run: str | Path, iteration: int | None) -> dict[str, Pair]:
@@ -124,16 +165,17 @@ def _pairs(before: Mapping[str, Time], after: Mapping[str, Time]) -> dict[str, P
     return {name: Pair(before[name], after[name]) for name in before if name in after}
 
 
-def _within(run: str | Path, first: int | None, last: int | None) -> dict[str, Pair]:
+def _within(run: str | Path, first: int | Sequence[int] | None, last: int | Sequence[int] | None) -> dict[str, Pair]:
     """Two times of each question, the second later: in the iterations named, else its first and its last one."""
-    named = [number for number in (first, last) if number is not None]
-    chosen_parts(run, named)  # refuses one that was not logged
+    early, late = ({given} if isinstance(given, int) else given and set(given) for given in (first, last))
+    named = {*(early or ()), *(late or ())}
+    chosen_parts(run, sorted(named))  # refuses one that was not logged
     before: dict[str, Time] = {}
     after: dict[str, Time] = {}
-    for name, time in _times(run, sorted(set(named)) if len(named) == 2 else None):
-        if first in (None, time.iteration):
+    for name, time in _times(run, sorted(named) if early and late else None):
+        if early is None or time.iteration in early:
             before.setdefault(name, time)
-        if last in (None, time.iteration):
+        if late is None or time.iteration in late:
             after[name] = time
     pairs = _pairs(before, after)
     return {name: pair for name, pair in pairs.items() if pair.before.iteration < pair.after.iteration}
