@@ -34,6 +34,7 @@ from dro_rl.likelihood.packing import Row, lay_out
 States = tuple[Tensor, Tensor, Tensor]
 """Queries, keys and values, (batch, heads, tokens, head size)."""
 WAYS = ("packed", "flex", "varlen", "rows")
+ON_A_CPU = ("packed", "rows")
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,8 @@ class Way:
         return self.read(self.attend(query, key, value))
 
 
-def way_of(name: str, shape: Shape, groups: int, device: str) -> Way | None:
-    """The way of a name; None where the device has none.
+def way_of(name: str, shape: Shape, groups: int, device: str) -> Way:
+    """The way of a name.
 
     Args:
         groups: heads of queries for each of keys and values.
@@ -99,8 +100,6 @@ def way_of(name: str, shape: Shape, groups: int, device: str) -> Way | None:
     if name == "rows":
         attend = partial(scaled_dot_product_attention, is_causal=True, enable_gqa=True)
         return Way(shape.apart, attend, shape.together)
-    if device == "cpu":
-        return None
     return _flex(shape, device) if name == "flex" else _varlen(shape, device)
 
 
@@ -150,12 +149,10 @@ def dense(states: States, shape: Shape) -> Tensor:
     return scaled_dot_product_attention(*states, attn_mask=mask, enable_gqa=True)
 
 
-def measure(name: str, shape: Shape, model: str, device: str, dtype: str, repeats: int) -> dict[str, Any] | None:
+def measure(name: str, shape: Shape, model: str, device: str, dtype: str, repeats: int) -> dict[str, Any]:
     """Seconds and memory of one way, forward and backward, and how far it is from the dense mask in float32."""
     size = harness.model_size(model)
     way = way_of(name, shape, size.heads // size.key_value_heads, device)
-    if way is None:
-        return None
     torch.manual_seed(0)
     heads = (size.heads, size.key_value_heads, size.key_value_heads)
     wide = [torch.randn(1, each, shape.tokens, size.width // size.heads, device=device) for each in heads]
@@ -205,14 +202,11 @@ def main(
         {"m": size, "way": name, "measured": harness.apart(measure, name=name, shape=shape, **options)}
         for size in m
         for shape in [Shape(size, prompt, completion)]
-        for name in WAYS
+        for name in (ON_A_CPU if device == "cpu" else WAYS)
     ]
     lines = []
     for row in rows:
         measured = row["measured"]
-        if measured is None:
-            lines.append([str(row["m"]), row["way"], "left out", "", "", "", ""])
-            continue
         packed = next(each["measured"] for each in rows if each["m"] == row["m"] and each["way"] == "packed")
         lines.append(
             [

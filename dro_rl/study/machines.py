@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 from dro_rl.files import written_whole
-from dro_rl.job.identity import this_machine
 from dro_rl.rows.small import read_object
 from dro_rl.runs import RECORD
 
@@ -16,6 +15,8 @@ FILE = "machines.json"
 
 def note_machine(folder: Path) -> None:
     """Add this machine to a study's."""
+    from dro_rl.job.identity import this_machine  # it imports torch, which showing a study does not need
+
     known = _noted(folder)
     if (here := this_machine()) not in known:
         with written_whole(folder / FILE) as beside:
