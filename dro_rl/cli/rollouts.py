@@ -273,13 +273,13 @@ def diff(
     early, late = iterations_of(run, first, "--from"), iterations_of(other or run, last, "--to")
     found = compare(run, other, first=early, last=late, improved_first=sort == "improved", limit=limit)
     if json:
-        mean = None if found.mean is None else asdict(found.mean)
-        counts = {"compared": found.compared, "improved": found.improved, "worse": found.worse, "mean": mean}
+        counts = {"compared": found.compared, "improved": found.improved, "worse": found.worse}
+        moved = None if found.mean is None else asdict(found.mean)
         items = [
             {"evidence_change": change.evidence, "before": change.before, "after": change.after}
             for change in found.shown
         ]
-        print_json({"run": run, "other": other, **counts, "questions": items})
+        print_json({"run": run, "other": other, **counts, "mean": moved, "questions": items})
         return
     out = console()
     print_changes(out, found.shown)
