@@ -27,7 +27,18 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks import harness
-from benchmarks.harness import OUTPUT, DeviceOption, DtypeOption, ModelOption, OutputOption, RepeatsOption, cell, median
+from benchmarks.harness import (
+    OUTPUT,
+    CompletionOption,
+    DeviceOption,
+    DtypeOption,
+    ModelOption,
+    OutputOption,
+    PromptOption,
+    RepeatsOption,
+    cell,
+    median,
+)
 from dro_rl.likelihood.attention import packed_attention
 from dro_rl.likelihood.packing import Row, lay_out
 
@@ -35,6 +46,7 @@ States = tuple[Tensor, Tensor, Tensor]
 """Queries, keys and values, (batch, heads, tokens, head size)."""
 WAYS = ("packed", "flex", "varlen", "rows")
 ON_A_CPU = ("packed", "rows")
+SIZES = [4, 16]
 
 
 @dataclass(frozen=True)
@@ -186,9 +198,9 @@ def _share(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
 
 def main(
     context: typer.Context,
-    m: Annotated[list[int], typer.Option(help="Selections of the prompt.")] = [4, 16],  # noqa: B006
-    prompt: Annotated[int, typer.Option(help="Tokens of the prompt (P).")] = 3000,
-    completion: Annotated[int, typer.Option(help="Tokens of a selection (R).")] = 30,
+    m: Annotated[list[int], typer.Option(help="Selections of the prompt.")] = SIZES,
+    prompt: PromptOption = 3000,
+    completion: CompletionOption = 30,
     model: ModelOption = "512x4",
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "float32",

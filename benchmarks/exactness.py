@@ -18,7 +18,14 @@ import typer
 from torch import Tensor
 
 from benchmarks import harness
-from benchmarks.harness import OUTPUT, DeviceOption, ModelOption, OutputOption
+from benchmarks.harness import (
+    OUTPUT,
+    CompletionOption,
+    DeviceOption,
+    ModelOption,
+    OutputOption,
+    PromptOption,
+)
 from dro_rl.likelihood import completion_logps
 
 Paths = dict[tuple[str, bool], tuple[Tensor, Tensor]]
@@ -84,8 +91,8 @@ def _seconds(action: Any, device: str) -> float:
 def main(
     context: typer.Context,
     m: Annotated[int, typer.Option(help="Selections of the prompt.")] = 8,
-    prompt: Annotated[int, typer.Option(help="Tokens of the prompt (P).")] = 1000,
-    completion: Annotated[int, typer.Option(help="Tokens of a selection (R).")] = 30,
+    prompt: PromptOption = 1000,
+    completion: CompletionOption = 30,
     matrix: Annotated[int, typer.Option(help="Rows and columns of the matrices of the ceilings.")] = 2048,
     model: ModelOption = "256x4",
     device: DeviceOption = "cpu",

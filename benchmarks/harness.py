@@ -38,6 +38,8 @@ ModelOption = Annotated[str, typer.Option(help="A random Llama: WIDTHxLAYERS (51
 DeviceOption = Annotated[Literal["cpu", "cuda"], typer.Option(help="Where it runs.")]
 DtypeOption = Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of the weights and the computation.")]
 RepeatsOption = Annotated[int, typer.Option(help="Runs timed, after one that is not.")]
+PromptOption = Annotated[int, typer.Option(help="Tokens of the prompt (P).")]
+CompletionOption = Annotated[int, typer.Option(help="Tokens of a selection (R).")]
 OutputOption = Annotated[Path, typer.Option(help="Folder of the Markdown and JSON files.")]
 OUTPUT = Path("runs/bench")
 

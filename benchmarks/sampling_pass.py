@@ -17,7 +17,17 @@ import torch
 import typer
 
 from benchmarks import harness
-from benchmarks.harness import OUTPUT, DeviceOption, DtypeOption, ModelOption, OutputOption, RepeatsOption, cell, median
+from benchmarks.harness import (
+    OUTPUT,
+    CompletionOption,
+    DeviceOption,
+    DtypeOption,
+    ModelOption,
+    OutputOption,
+    RepeatsOption,
+    cell,
+    median,
+)
 from dro_rl.engines.decoding import Decoder
 from dro_rl.engines.protocol import GenerationRequest
 from dro_rl.likelihood import row_logps
@@ -61,7 +71,7 @@ def main(
     m: Annotated[list[int], typer.Option(help="Selections of a prompt.")] = SIZES,
     questions: Annotated[int, typer.Option(help="Prompts of a step.")] = 1,
     prompt: Annotated[int, typer.Option(help="Tokens of a prompt (P).")] = 3000,
-    completion: Annotated[int, typer.Option(help="Tokens of a selection (R).")] = 30,
+    completion: CompletionOption = 30,
     checkpointing: Annotated[bool, typer.Option(help="Recompute layers in the backward pass.")] = False,
     model: ModelOption = "512x4",
     device: DeviceOption = "cpu",

@@ -17,7 +17,18 @@ import torch
 import typer
 
 from benchmarks import harness
-from benchmarks.harness import OUTPUT, DeviceOption, DtypeOption, ModelOption, OutputOption, RepeatsOption, cell, median
+from benchmarks.harness import (
+    OUTPUT,
+    CompletionOption,
+    DeviceOption,
+    DtypeOption,
+    ModelOption,
+    OutputOption,
+    PromptOption,
+    RepeatsOption,
+    cell,
+    median,
+)
 from dro_rl.likelihood import completion_logps
 
 SIZES, PLAIN_SIZES = [1, 2, 4, 8, 16], [1, 8]
@@ -44,8 +55,8 @@ def main(
     context: typer.Context,
     m: Annotated[list[int], typer.Option(help="Selections of the prompt.")] = SIZES,
     plain_m: Annotated[list[int], typer.Option(help="Where the plain path is measured too.")] = PLAIN_SIZES,
-    prompt: Annotated[int, typer.Option(help="Tokens of the prompt (P).")] = 3000,
-    completion: Annotated[int, typer.Option(help="Tokens of a selection (R).")] = 30,
+    prompt: PromptOption = 3000,
+    completion: CompletionOption = 30,
     model: ModelOption = "512x4",
     device: DeviceOption = "cpu",
     dtype: DtypeOption = "float32",

@@ -568,7 +568,7 @@ def test_two_times_are_found_in_one_reading(
         return log.read(paths, columns)
 
     monkeypatch.setattr(changes, "log", types.SimpleNamespace(read=read_once))
-    found = changes.compare(thrice, **compared)
+    found = changes.compare(thrice, **{name: [number] for name, number in compared.items()})
     assert len(opened) == len(set(opened)) == {0: 3, 1: 3, 2: len({*compared.values()})}[len(compared)]
     first, last = compared.get("first", 1), compared.get("last", 3)
     assert found.compared == (0 if first == last else 2)

@@ -91,8 +91,8 @@ def compare(
     run: str | Path,
     other: str | Path | None = None,
     *,
-    first: int | Sequence[int] | None = None,
-    last: int | Sequence[int] | None = None,
+    first: Sequence[int] | None = None,
+    last: Sequence[int] | None = None,
     improved_first: bool = False,
     limit: int | None = None,
 ) -> Changes:
@@ -101,7 +101,7 @@ def compare(
     Args:
         run: the run.
         other: another one, whose last times are compared with the last times of `run`; None compares within `run`.
-        first, last: the iterations to compare, one or several; None takes the first and the last time of each question.
+        first, last: the iterations to compare; None takes the first and the last time of each question.
         improved_first: show what improved most; else what became worst.
         limit: so many are shown, at most.
     """
@@ -165,27 +165,26 @@ def _pairs(before: Mapping[str, Time], after: Mapping[str, Time]) -> dict[str, P
     return {name: Pair(before[name], after[name]) for name in before if name in after}
 
 
-def _within(run: str | Path, first: int | Sequence[int] | None, last: int | Sequence[int] | None) -> dict[str, Pair]:
+def _within(run: str | Path, first: Sequence[int] | None, last: Sequence[int] | None) -> dict[str, Pair]:
     """Two times of each question, the second later: in the iterations named, else its first and its last one."""
-    early, late = ({given} if isinstance(given, int) else given and set(given) for given in (first, last))
-    named = {*(early or ()), *(late or ())}
-    chosen_parts(run, sorted(named))  # refuses one that was not logged
+    named = sorted({*(first or ()), *(last or ())})
+    chosen_parts(run, named)  # refuses one that was not logged
     before: dict[str, Time] = {}
     after: dict[str, Time] = {}
-    for name, time in _times(run, sorted(named) if early and late else None):
-        if early is None or time.iteration in early:
+    for name, time in _times(run, named if first and last else None):
+        if first is None or time.iteration in first:
             before.setdefault(name, time)
-        if late is None or time.iteration in late:
+        if last is None or time.iteration in last:
             after[name] = time
     pairs = _pairs(before, after)
     return {name: pair for name, pair in pairs.items() if pair.before.iteration < pair.after.iteration}
 
 
-def _last_times(run: str | Path, iterations: int | Sequence[int] | None) -> dict[str, Time]:
+def _last_times(run: str | Path, iterations: Sequence[int] | None) -> dict[str, Time]:
     return dict(_times(run, iterations))
 
 
-def _times(run: str | Path, iterations: int | Sequence[int] | None) -> Iterator[tuple[str, Time]]:
+def _times(run: str | Path, iterations: Sequence[int] | None) -> Iterator[tuple[str, Time]]:
     """Every question as it was sampled in some iterations, or in all, in the order of time."""
     chosen = parts_of(run) if iterations is None else chosen_parts(run, iterations)
     for number, paths in chosen.items():

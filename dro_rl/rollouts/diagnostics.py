@@ -230,16 +230,12 @@ class GroupFigures:
     @cached_property
     def answer_logp(self) -> np.ndarray:
         """Mean of log p(y|x,d_z) under p over what is valid, nats; NaN where nothing is."""
-        weighed = np.where(self._of.valid & (self.policy > 0), self.policy * self._answers, 0.0)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return self._total(weighed) / self.policy_valid
+        return self._expected(self._answers)
 
     @cached_property
     def reward(self) -> np.ndarray:
         """Mean of what the objective weighs, under p over what is valid; NaN where nothing is."""
-        weighed = np.where(self._of.valid & (self.policy > 0), self.policy * self._of.reward, 0.0)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return self._total(weighed) / self.policy_valid
+        return self._expected(self._of.reward)
 
     @cached_property
     def policy_valid(self) -> np.ndarray:
@@ -288,6 +284,12 @@ class GroupFigures:
         """By k: (rollouts,) how many of the first k selected are supporting."""
         row, supporting, place = self._of.row, self._of.supporting, self._of.place
         return {k: np.bincount(row[supporting & (place < k)], minlength=len(self._group)) for k in RECALL_AT}
+
+    def _expected(self, values: np.ndarray) -> np.ndarray:
+        """Means over the valid rollouts of each question, which count as `policy` would draw them."""
+        weighed = np.where(self._of.valid & (self.policy > 0), self.policy * values, 0.0)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return self._total(weighed) / self.policy_valid
 
     def _found(self, share: np.ndarray, k: int) -> np.ndarray:
         with np.errstate(invalid="ignore", divide="ignore"):

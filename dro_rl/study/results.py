@@ -134,6 +134,8 @@ class Results:
     def _ended_before(self, folder: Path, stage: str) -> bool:
         """Whether a training ended, as it may, before an iteration that it was to have."""
         asked = iteration_of(stage)
+        if not asked:
+            return False
         known = [number for each in read_stages(folder) if (number := iteration_of(each["stage"]))]
         return bool(known) and max(known) < asked <= recipe_of(folder)["num_iterations"]
 
