@@ -20,7 +20,7 @@ import typer
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from benchmarks import child, commands, harness, operations, rollout_log, world
+from benchmarks import child, commands, gpu, harness, operations, rollout_log, world
 from dro_rl.cli import app as dro_rl_app
 from dro_rl.engines.decoding import Decoder
 from dro_rl.engines.protocol import GenerationRequest
@@ -302,8 +302,6 @@ def test_the_list_ends_with_all_that_it_started(tmp_path: Path) -> None:
 
 
 def test_a_part_that_fails_or_is_too_slow_is_said_and_the_next_goes_on(tmp_path: Path, monkeypatch) -> None:
-    from benchmarks import gpu
-
     listed = [
         gpu.Part("missing", ("no_such_benchmark",), 60),
         gpu.Part("slow", ("timeit", "-n", "1", "-r", "1", "-s", "import time", "time.sleep(60)"), 1),
@@ -324,13 +322,21 @@ def test_a_part_that_fails_or_is_too_slow_is_said_and_the_next_goes_on(tmp_path:
     assert found["late"] == "left out: no time"
 
 
-@pytest.mark.slow
-def test_the_list_for_a_gpu_runs_through_on_a_cpu(tmp_path: Path) -> None:
-    from benchmarks import gpu
+@pytest.mark.parametrize(
+    "part", [part for part in gpu.parts("cpu", Path("out")) if part.name != "real"], ids=lambda part: part.name
+)
+@pytest.mark.usefixtures("in_this_process")
+def test_each_benchmark_of_the_list_runs_on_a_cpu_as_it_is_listed(tmp_path: Path, part: gpu.Part) -> None:
+    module, *options, output = part.arguments
+    assert (options[-1], output) == ("--output", f"out/{part.name}")
+    assert run(module.removeprefix("benchmarks."), tmp_path, *options[:-1])["rows"]
 
-    gpu.main(minutes=15, device="cpu", output=tmp_path)
-    found = json.loads((tmp_path / "gpu.json").read_text())["parts"]
-    assert {each["part"]: each["state"] for each in found} == {each["part"]: "done" for each in found}
+
+@pytest.mark.slow
+def test_the_list_ends_in_a_training(tmp_path: Path) -> None:
+    *_, training = gpu.parts("cpu", tmp_path)
+    assert gpu.run(training, 500)["state"] == "done"
+    assert (tmp_path / "real" / "selector").is_dir()
 
 
 def test_a_policy_gets_off_a_place_where_rollouts_differ(tmp_path: Path) -> None:
