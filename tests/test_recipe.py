@@ -80,6 +80,13 @@ def test_two_recipes_are_refused() -> None:
         (["--lora_target_modules", "q_proj", "v_proj"], {"lora_target_modules": ["q_proj", "v_proj"]}),
         (["--num-generations=4"], {"num_generations": 4}),
         (["--output_dir", "a b"], {"output_dir": "a b"}),
+        (["--dataset_config", "12"], {"dataset_config": "12"}),
+        (["--dataset_config", "'012'"], {"dataset_config": "012"}),
+        (["--dataset_config", "null"], {"dataset_config": None}),
+        (["--output_dir=2026-01-02"], {"output_dir": "2026-01-02"}),
+        (["--output_dir", "null"], {"output_dir": None}),
+        (["--output_dir", "true"], {"output_dir": "true"}),
+        (["--output_dir"], {"output_dir": True}),
         (
             ["--chat_template_kwargs", "{enable_thinking: false}"],
             {"chat_template_kwargs": {"enable_thinking": False}},

@@ -233,6 +233,43 @@ def test_seeds_may_be_given_in_place_of_the_files(tmp_path: Path) -> None:
         assert said in refused.output
 
 
+def test_keys_after_a_study_go_over_those_of_all_and_under_a_variants_own(tmp_path: Path) -> None:
+    variants = {"joint": {}, "wide": {"num_generations": 16}, "random": {"of": "joint", "control": "random"}}
+    study = made(
+        tmp_path, claims={}, seeds=[0], keys={"num_iterations": 2, "questions_per_iteration": 8}, variants=variants
+    )
+    elsewhere = str(tmp_path / "other runs")
+    over = ["--num_generations", "4", "--dataset_config", "12", "--num_iterations", "3", "--output_dir", elsewhere]
+    joint, wide, random = dro_rl("study", "run", study.path, *over, "--print").output.splitlines()
+    for command in (joint, wide):
+        words = shlex.split(command)
+        assert words[words.index("--dataset_config") + 1] == "'12'"
+        assert "--num_iterations 3" in command
+    assert "--num_generations 4" in joint
+    assert "--num_generations 16" in wide
+    assert shlex.split(random.partition("  #")[0])[2] == f"{elsewhere}/joint/seed-0"
+
+    shown = dro_rl("study", "show", study.path, "--seeds", "0,1", *over)
+    assert shown.exit_code == 0, shown.output
+    page = (tmp_path / "other runs" / "report.md").read_text(encoding="utf-8")
+    assert f"dro-rl study run {study.path} --seeds 0,1 --num_generations 4 " in page
+    assert f"--output_dir '{elsewhere}'" in page
+    for wrong, said in (
+        (
+            ["--num_generation", "4"],
+            "command line: num_generation: 4: there is no such key. Did you mean num_generations?",
+        ),
+        (["--seed", "4"], "command line: seed: 4: the study gives each arm its own"),
+        (["--output_dir"], "command line: output_dir: True: this is a folder"),
+        (["--num_generations", "x"], "num_generations: 'x': "),
+    ):
+        refused = dro_rl("study", "run", study.path, *wrong)
+        assert refused.exit_code == 2
+        assert said in refused.output
+    unnamed = dro_rl("study", "run", "--num_generations", "4")
+    assert "a study comes first. Name it: `dro-rl study ls`." in unnamed.output
+
+
 def test_metrics_of_the_log_that_the_dev_split_has_too_are_told_apart() -> None:
     assert {"evidence_bound", "train/answer_logp", "train/recall@3", "rollouts/clean", "ess"} <= set(LOGGED)
     assert "answer_logp" not in LOGGED

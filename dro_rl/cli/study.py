@@ -10,13 +10,20 @@ import typer
 
 if TYPE_CHECKING:
     from dro_rl.study.arms import Arm
+    from dro_rl.study.plan import Study
     from dro_rl.study.run import Outcome
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
-File = Annotated[
-    str, typer.Argument(metavar="STUDY", help="A study's file, or a shipped one's name.", show_default=False)
+Arguments = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="STUDY",
+        help="A study's file, or a shipped one's name; --key value after it goes over the keys of all its variants.",
+        show_default=False,
+    ),
 ]
+KEYS_AFTER = {"allow_extra_args": True, "ignore_unknown_options": True}
 Seeds = Annotated[
     str | None,
     typer.Option("--seeds", metavar="LIST", help="Seeds in place of the file's, commas between.", show_default=False),
@@ -58,9 +65,9 @@ def ls(json: Json = False) -> None:
         typer.echo(f"{name:{width}}  {about}")
 
 
-@app.command("run")
+@app.command("run", context_settings=KEYS_AFTER)
 def run(
-    file: File,
+    arguments: Arguments,
     seeds: Seeds = None,
     jobs: Annotated[
         int | None, typer.Option("--jobs", min=1, help="Arms at once. Without it, one a GPU, or two without any.")
@@ -79,14 +86,14 @@ def run(
       dro-rl study run joint
       dro-rl study run joint --seeds 0,1,2,3,4
       dro-rl study run mine.yaml --jobs 4
+      dro-rl study run real_nq --dataset_name questions --output_dir runs/studies/questions
       dro-rl study run mine.yaml --print > commands.sh
     """
     import shlex
 
     from dro_rl.study.arms import arms_of, check_unchanged
-    from dro_rl.study.plan import read_study
 
-    study = read_study(file, _numbers(seeds))
+    study = _study(arguments, seeds)
     arms = arms_of(study)
     missing = [arm for arm in arms if not arm.done]
     if print_only:
@@ -100,6 +107,18 @@ def run(
     if missing:
         _run(study, missing, jobs)
     typer.echo(f"results: dro-rl study show {study.called}")
+
+
+def _study(arguments: list[str], seeds: str | None) -> Study:
+    """The study that a command names, with what goes over it."""
+    from dro_rl.errors import InputError
+    from dro_rl.recipe import parse_command_line
+    from dro_rl.study.plan import read_study
+
+    file, over = parse_command_line(arguments)
+    if file is None:
+        raise InputError("command line", " ".join(arguments), "a study comes first", "Name it: `dro-rl study ls`.")
+    return read_study(file, _numbers(seeds), over)
 
 
 def _numbers(seeds: str | None) -> list[int] | None:
@@ -192,9 +211,9 @@ class _Lines:
             typer.echo(line, err=outcome.wrong is not None)
 
 
-@app.command("show")
+@app.command("show", context_settings=KEYS_AFTER)
 def show(
-    file: File,
+    arguments: Arguments,
     seeds: Seeds = None,
     page: Annotated[
         Path | None,
@@ -211,14 +230,14 @@ def show(
       dro-rl study show joint
       dro-rl study show joint --seeds 0,1,2,3,4
       dro-rl study show joint --page docs/evidence.md
+      dro-rl study show real_nq --dataset_name questions --output_dir runs/studies/questions
     """
     from dro_rl.cli.output import print_json
-    from dro_rl.study.plan import read_study
     from dro_rl.study.plots import plot_study
     from dro_rl.study.report import make_report, write_report, write_section
     from dro_rl.study.results import Results
 
-    study = read_study(file, _numbers(seeds))
+    study = _study(arguments, seeds)
     results = Results(study)
     report = make_report(study, results)
     write_report(study.output_dir, report)
@@ -284,7 +303,7 @@ def _that_fit(
         yield [*head[:2], *(head[i] for i in part)], [[*row[:2], *(row[i] for i in part)] for row in shown]
 
 
-@app.command("gradients", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command("gradients", context_settings=KEYS_AFTER)
 def gradients(
     arguments: Annotated[
         list[str],

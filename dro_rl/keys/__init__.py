@@ -113,6 +113,12 @@ class Key:
         phrase += f", {self.rule.says}" if self.rule else ""
         return f"{phrase}, or null" if types.NoneType in kinds else phrase
 
+    def is_text(self, value: Any) -> bool:
+        """Whether what YAML reads as this scalar can only be meant as text: 12, true, 2026-01-02."""
+        kinds = _alternatives(self.kind)
+        other = value is None or isinstance(value, str | list | dict)
+        return str in kinds and not other and not any(as_kind(value, kind)[0] for kind in kinds)
+
     def check(self, value: Any) -> Any:
         """The value as the key's type. Raises `InputError` for one that is not, or that breaks the key's rule."""
         for kind in _alternatives(self.kind):

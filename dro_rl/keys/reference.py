@@ -71,3 +71,8 @@ def keys_text(word: str = "") -> str:
 def as_yaml(value: Any) -> str:
     """The value as a recipe has it, in one line."""
     return yaml.safe_dump(value, default_flow_style=True, width=math.inf).removesuffix("\n").removesuffix("\n...")
+
+
+def as_options(keys: Mapping[str, Any]) -> list[str]:
+    """Keys as words of a command line: `--key`, its value, and so on."""
+    return [word for key, value in keys.items() for word in (f"--{key}", as_yaml(value))]

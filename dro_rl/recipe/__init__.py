@@ -117,7 +117,8 @@ def parse_command_line(arguments: Sequence[str]) -> tuple[str | None, dict[str, 
     """Split `RECIPE [--key value …]` into the recipe's path and its overrides.
 
     The recipe is the first positional argument or `--config`. Values are YAML: `--target_ess null`, `--bf16 true`,
-    `--lora_target_modules [q_proj, v_proj]`. A key without a value is true.
+    `--lora_target_modules [q_proj, v_proj]`; text is text, though YAML would read `--dataset_config 12` as a number. A
+    key without a value is true.
     """
     path: str | None = None
     values: dict[str, list[str]] = {}
@@ -151,4 +152,6 @@ def _command_line_value(key: str, items: list[str]) -> Any:
         raise InputError(
             f"--{key}", " ".join(items), f"a value is YAML ({shorten(error.value)})", "Put quotes around it."
         ) from None
+    if len(parsed) == 1 and key in KEYS and KEYS[key].is_text(parsed[0]):
+        return items[0]
     return parsed[0] if len(parsed) == 1 else parsed or True

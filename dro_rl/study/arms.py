@@ -12,7 +12,7 @@ from dro_rl.data import dev_beside
 from dro_rl.errors import InputError
 from dro_rl.evaluation.stages import FINAL, read_stages
 from dro_rl.flat_yaml import read_yaml
-from dro_rl.keys.reference import KEYS, as_yaml
+from dro_rl.keys.reference import KEYS, as_options
 from dro_rl.recipe import read_keys
 from dro_rl.study.metrics import RESULT
 from dro_rl.study.plan import MODELS, Study, Variant, overrides
@@ -88,9 +88,7 @@ def _arm(study: Study, variant: Variant, seed: int) -> Arm:
     if variant.starts_from is not None:
         assert needs is not None
         keys = {**{key: str(needs / key.partition("_")[0]) for key in MODELS}, **keys}
-    words = [study.base]
-    for key, value in keys.items():
-        words += [f"--{key}", as_yaml(value)]
+    words = [study.base, *as_options(keys)]
     if variant.measure is not None:
         return Arm(variant, seed, folder, ["study", "gradients", *words], study.base, keys, needs)
     return Arm(variant, seed, folder, ["train", *words, "--resume_from_checkpoint", "auto"], study.base, keys, needs)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from dro_rl.evaluation.stages import iteration_of
 from dro_rl.flat_yaml import read_yaml
 from dro_rl.keys import at_least, check_keys, keys_of, option, within
 from dro_rl.keys.inherited import REFUSED, WITHOUT_EFFECT
-from dro_rl.keys.reference import KEYS
+from dro_rl.keys.reference import KEYS, as_options
 from dro_rl.keys.run import RunConfig
 from dro_rl.keys.training import TrainingKeys
 from dro_rl.recipe import read_keys
@@ -160,17 +161,24 @@ class Study:
     claims: Mapping[str, Claim]
 
 
-def read_study(path: str | Path, seeds: Sequence[int] | None = None) -> Study:
+def read_study(path: str | Path, seeds: Sequence[int] | None = None, over: Mapping[str, Any] | None = None) -> Study:
     """Read a study's file, or the shipped one of that name, and check all that needs neither data nor torch.
 
     Args:
         path: the file, or the name.
         seeds: in place of the file's.
+        over: keys of a recipe that go over the study's `keys`, and under a variant's own; and `output_dir`, in place of
+            the file's.
 
     Raises:
         InputError: naming the file, where in it, the value, the rule and the fix.
     """
-    path = find(path, STUDIES)
+    path, over = find(path, STUDIES), dict(over or {})
+    output_dir = over.pop("output_dir", None)
+    with at("command line"):
+        _recipe_keys(over)
+        if not isinstance(output_dir, str | None):
+            raise InputError("output_dir", output_dir, "this is a folder", "Name one.")
     with at(str(path)):
         given = read_yaml(path)
         _check_names(given, keys_of(StudyKeys))
@@ -185,26 +193,28 @@ def read_study(path: str | Path, seeds: Sequence[int] | None = None) -> Study:
             raise InputError("seeds", asked, "a study has seeds, each once", "Use seeds: [0, 1, 2].")
         if not keys.variants:
             raise InputError("variants", Phrase("missing"), "a study has at least one variant", "Name one.")
-        output_dir = Path(keys.output_dir or f"runs/studies/{path.stem}")
+        folder = Path(output_dir or keys.output_dir or f"runs/studies/{path.stem}")
         with at("keys"):
             _recipe_keys(keys.keys)
-        variants = {name: _variant(name, value, keys.keys) for name, value in keys.variants.items()}
+        common = {**keys.keys, **over}
+        variants = {name: _variant(name, value, common) for name, value in keys.variants.items()}
         for variant in variants.values():
             with at(f"variants.{variant.name}"):
-                _check_variant(variant, variants, base, output_dir)
+                _check_variant(variant, variants, base, folder)
         claims = {name: _claim(name, value, variants, keys.level) for name, value in keys.claims.items()}
         for name, stage, trained in _stages(variants, claims):
             with at(name):
-                _check_stage(stage, *read_keys(base, overrides(variants[trained], 0, output_dir)))
+                _check_stage(stage, *read_keys(base, overrides(variants[trained], 0, folder)))
         metrics = keys.metrics if keys.metrics is not None else _usual(variants.values(), claims)
         for metric in metrics:
             _check_metric("metrics", metric, sorted({name for v in variants.values() for name in v.metrics}))
         shown = dict.fromkeys([*metrics, *(claim.metric for claim in claims.values())])
-    called = path.stem if path.resolve().parent == STUDIES.resolve() else str(path)
-    called += "" if seeds is None else f" --seeds {','.join(map(str, seeds))}"
-    return Study(
-        path.stem, path, called, headline(path), base, output_dir, asked, tuple(shown), variants, claims
-    )  # fmt: skip
+    shipped = path.resolve().parent == STUDIES.resolve()
+    words = [path.stem if shipped else str(path)]
+    words += [] if seeds is None else ["--seeds", ",".join(map(str, seeds))]
+    words += as_options({**over, **({} if output_dir is None else {"output_dir": output_dir})})
+    called = shlex.join(words)
+    return Study(path.stem, path, called, headline(path), base, folder, asked, tuple(shown), variants, claims)
 
 
 @contextmanager
