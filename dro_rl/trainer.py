@@ -44,7 +44,7 @@ from dro_rl.engines.protocol import TrainedSelector
 from dro_rl.errors import InputError, is_out_of_memory
 from dro_rl.evaluation.evaluator import evaluate_stage, evaluated_before
 from dro_rl.evaluation.results import UNITS
-from dro_rl.evaluation.stages import FINAL, with_stage
+from dro_rl.evaluation.stages import FINAL, means_of, with_stage
 from dro_rl.likelihood.prefill import Prefills
 from dro_rl.likelihood.room import Room
 from dro_rl.models.module import SelectorGenerator
@@ -438,10 +438,10 @@ class DROTrainer(_BaseTrainer):
         if summary is None:
             return self.evaluate(stage=FINAL)
         self.stages = with_stage(self.stages, summary)
-        return self._report(summary)
+        return means_of(summary)
 
     def _report(self, summary: dict[str, Any]) -> dict[str, float]:
-        metrics = {f"eval_{name}": value for name, value in summary.items() if isinstance(value, int | float)}
+        metrics = means_of(summary)
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

@@ -369,9 +369,9 @@ def test_a_line_says_what_a_person_asks(tmp_path: Path, capsys: Any, monkeypatch
     lines.on_train_begin(settings, state, None)  # type: ignore[arg-type]
     watch.end_iteration(1, replace(GOOD, clean=0.5))
     state.global_step = 1
-    lines.on_log(
-        settings, state, None, {"loss": 0.5, "ess": 3.2, "recall@1": 0.4, "recall@3": 0.6, "time/rollout": 1.5}
-    )  # type: ignore[arg-type]
+    times = {"time/rollout": 1.5, "time/evaluation": 100.0}  # which a line of its own is about
+    step = {"loss": 0.5, "ess": 3.2, "recall@1": 0.4, "recall@3": 0.6, **times}
+    lines.on_log(settings, state, None, step)  # type: ignore[arg-type]
     state.global_step = 2
     lines.on_step_end(settings, state, None)  # type: ignore[arg-type]
     dev = {"eval_em": 17.0, "eval_f1": 24.5, "eval_recall@1": 40.0, "eval_recall@3": 60.0, "eval_valid": 100.0}

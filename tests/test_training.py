@@ -502,8 +502,14 @@ def test_training_stops_when_dev_no_longer_improves(job: Job) -> None:
     ],
 )
 def test_what_is_kept_is_evaluated_once(
-    job: Job, monkeypatch: pytest.MonkeyPatch, best: bool, lost: str | None, measured: list[str]
+    job: Job,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    best: bool,
+    lost: str | None,
+    measured: list[str],
 ) -> None:
+    """Defect: the line of the last evaluation was printed twice where it was made once."""
     stages: list[str] = []
 
     def recorded(*args: Any, stage: str, **kwargs: Any) -> dict[str, Any]:
@@ -517,6 +523,7 @@ def test_what_is_kept_is_evaluated_once(
     monkeypatch.setattr("dro_rl.job.assembly.evaluate_stage", recorded)
     run = job(num_iterations=2, early_stopping_patience=None, load_best_model_at_end=best)
     assert stages == measured
+    assert capsys.readouterr().out.count("  dev: em ") == len(measured)
     results, conditions = read_results(run / "evaluation" / "final.parquet")
     assert conditions.stage == read_stages(run)[-1]["stage"] == "final"
     questions = load_questions(str(run.parent / "world"), "dev")

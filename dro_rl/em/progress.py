@@ -235,7 +235,8 @@ class LineProgress(ProgressCallback):
             return
         recall = recalls(cast(DROConfig, args).spec.most)[-1]
         if "loss" in logs:
-            seconds = sum(value for name, value in logs.items() if name.startswith("time/"))
+            took = {name: value for name, value in logs.items() if name.startswith("time/")}
+            seconds = sum(took.values()) - took.get("time/evaluation", 0.0)
             parts = [f"loss {logs['loss']:.3f}"]
             parts += [f"{label} {logs[name]:{form}}" for name, label, form in _columns(recall) if name in logs]
             far = [] if self._draws(args) else [self._how_far(state)]

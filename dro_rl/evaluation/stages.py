@@ -55,6 +55,11 @@ def with_stage(stages: Sequence[dict[str, Any]], summary: dict[str, Any]) -> lis
     return [*(known for known in stages if known["stage"] != summary["stage"]), summary]
 
 
+def means_of(summary: Mapping[str, Any]) -> dict[str, float]:
+    """A stage's means as a trainer logs them: `eval_<metric>`, percent, and nats for log-probabilities."""
+    return {f"eval_{name}": value for name, value in summary.items() if isinstance(value, int | float)}
+
+
 def write_stages(output_dir: str | Path, stages: Sequence[dict[str, Any]]) -> None:
     """Write `summary.json`, whole."""
     with written_whole(summary_path(output_dir)) as beside:
