@@ -716,9 +716,13 @@ def test_gradients_are_read_as_they_were_measured(tmp_path: Path) -> None:
 
 
 def test_a_study_of_which_nothing_has_run_is_shown_as_that(tmp_path: Path) -> None:
-    path = study_file(tmp_path)
+    path = study_file(tmp_path, seeds=list(range(6)), variants={"joint": {}, "frozen": {}, "random": {}}, claims={})
     shown = dro_rl("study", "show", path)
     assert shown.exit_code == 0, shown.output
+    assert "not run to the end: joint/seed-0, frozen/seed-0, random/seed-0, " in shown.output
+    assert ", and 10 more\n" in shown.output
+    path = study_file(tmp_path)
+    shown = dro_rl("study", "show", path)
     assert "undecided: not run" in shown.output
     assert json.loads((tmp_path / "study" / "report.json").read_text())["claims"][0]["a"] is None
 

@@ -253,7 +253,7 @@ def show(
 def _print(report: Any, page: Path, picture: Path | None) -> None:
     from rich.table import Table
 
-    from dro_rl.study.report import NOTE, interval, mean_rows, number
+    from dro_rl.study.report import NOTE, interval, mean_rows, number, some
     from dro_rl.terminal import console
 
     out = console()
@@ -277,7 +277,7 @@ def _print(report: Any, page: Path, picture: Path | None) -> None:
         out.print(table)
     out.print(NOTE, style="dim")
     if report.missing:
-        out.print(f"not run to the end: {', '.join(report.missing)}", soft_wrap=True)
+        out.print(f"not run to the end: {some(report.missing)}", soft_wrap=True)
     for arm, stages in report.ended_before.items():
         out.print(f"{arm} ended before {', '.join(stages)}", soft_wrap=True)
     out.print(f"report  {page}, .json{'' if picture is None else ', .png'}", soft_wrap=True)

@@ -281,13 +281,19 @@ def to_markdown(report: StudyReport) -> str:
     lines += [f"- run: `dro-rl study run {report.called}`, then `dro-rl study show {report.called}`"]
     lines += [f"- machine: {machine}" for machine in report.machines]
     if report.missing:
-        lines += [f"- not run to the end: {', '.join(report.missing)}"]
+        lines += [f"- not run to the end: {some(report.missing)}"]
     lines += [f"- {arm} ended before {', '.join(stages)}" for arm, stages in report.ended_before.items()]
     if report.claims:
         lines += ["", *_table(CLAIM_HEAD, claim_rows(report))]
     head, rows = mean_rows(report)
     lines += ["", *_table(head, rows), "", NOTE, ""]
     return "\n".join(lines)
+
+
+def some(names: Sequence[str], most: int = 8) -> str:
+    """Names in a sentence, and how many more where they are many."""
+    more = len(names) - most
+    return ", ".join(names) if more <= 0 else f"{', '.join(names[:most])}, and {more} more"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
