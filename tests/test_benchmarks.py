@@ -261,24 +261,37 @@ def test_attention_is_compared_where_a_device_has_it(tmp_path: Path) -> None:
         assert found[way]["gradients"] < 1e-6
 
 
-def flash(query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int,
-          *, window_size: tuple[int, int], enable_gqa: bool) -> Tensor:  # fmt: skip
-    """What FlashAttention of variable length does, sequence by sequence."""
-    assert window_size == (-1, 0)  # all before, none after
+def by_window(*states: Any, window_size: tuple[int, int], enable_gqa: bool) -> Tensor:
+    """FlashAttention of variable length as torch 2.13 has it: all before, none after."""
+    assert (window_size, enable_gqa) == ((-1, 0), True)
+    return flash(*states)
+
+
+def by_flag(*states: Any, is_causal: bool) -> Tensor:
+    """As torch 2.10 has it, which shares the heads of keys without being told."""
+    assert is_causal
+    return flash(*states)
+
+
+def flash(query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int) -> Tensor:
+    """What it does, sequence by sequence."""
     pieces = [slice(*each) for each in itertools.pairwise(cu_q.tolist())]
     assert {piece.stop - piece.start for piece in pieces} == {max_q}
     states = [[each[piece].movedim(0, 1)[None] for each in (query, key, value)] for piece in pieces]
-    done = [nn.functional.scaled_dot_product_attention(*each, is_causal=True, enable_gqa=enable_gqa) for each in states]
+    done = [nn.functional.scaled_dot_product_attention(*each, is_causal=True, enable_gqa=True) for each in states]
     return torch.cat([each[0].movedim(1, 0) for each in done])
 
 
+@pytest.mark.parametrize("varlen", [by_window, by_flag])
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_what_only_a_gpu_runs_attends_as_the_dense_mask_does(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_only_a_gpu_runs_attends_as_the_dense_mask_does(
+    monkeypatch: pytest.MonkeyPatch, varlen: Callable[..., Tensor]
+) -> None:
     """Its layout and its mask, by slower kernels that a CPU has."""
     from benchmarks import attention
 
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", flash)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen)
     shape = attention.Shape(3, 20, 4)
     query, key, value = (torch.randn(1, heads, shape.tokens, 16) for heads in (4, 2, 2))
     expected = attention.dense((query, key, value), shape)
