@@ -32,7 +32,7 @@ from dro_rl.em.fast_path import FastPath
 from dro_rl.em.finite import largest, refuse_nonfinite, refuse_nonfinite_rollouts
 from dro_rl.em.iteration import Iterations, Rollouts
 from dro_rl.em.m_step import MicroBatch
-from dro_rl.em.memory import KEYS, TOKENS, held, out_of_memory, to_come
+from dro_rl.em.memory import KEYS, TOKENS, GiveBack, held, out_of_memory, to_come
 from dro_rl.em.method import Method
 from dro_rl.em.mismatch import EngineMismatch
 from dro_rl.em.optimizer import align, clip, parameter_groups, role_factors
@@ -131,6 +131,7 @@ class DROTrainer(_BaseTrainer):
         self.signals = SignalWatch(self.schedule, self.run_dir, metric, speaks=self.is_world_process_zero())
         self.add_callback(self.signals)
         self.add_callback(LineProgress(self.schedule, self.signals))
+        self.add_callback(GiveBack())
         self.reference = reference.to(self.accelerator.device).eval() if reference is not None else None
         self.stages: list[dict[str, Any]] = []
         self._kept_step: int | None = None  # whose weights were gone back to

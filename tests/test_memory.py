@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import itertools
 import logging
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch import nn
@@ -18,7 +21,7 @@ from training_world import largest_difference, weights, world
 
 from dro_rl import likelihood, train
 from dro_rl.data import load_questions
-from dro_rl.em.memory import held, to_come
+from dro_rl.em.memory import GiveBack, held, to_come
 from dro_rl.errors import InputError, is_out_of_memory
 from dro_rl.job.assembly import build_prompters, load_models
 from dro_rl.job.model_checks import check_models
@@ -301,3 +304,22 @@ def test_auto_is_refused_where_processes_meet_in_each_pass(
     recipe = load_recipe(world(tmp_path), {"tokens_per_microbatch": "auto"})
     monkeypatch.setenv(f"ACCELERATE_USE_{variable}", "true")
     assert refusal(lambda: check_models(recipe)).startswith("tokens_per_microbatch: auto, under ")
+
+
+# What the C library keeps -----------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="malloc_trim is glibc's")
+def test_what_a_step_has_freed_goes_back_to_the_system() -> None:
+    """Defect: a process grew from step to step, to half as much again, by what lay free between what was held."""
+    process, pieces = psutil.Process(), [bytearray(100_000) for _ in range(2000)]
+    whole = process.memory_info().rss
+    del pieces[::2]  # every second one: nothing is free at the end, where glibc gives back by itself
+    kept = process.memory_info().rss
+    arguments: Any = SimpleNamespace(device=torch.device("cuda"))
+    GiveBack().on_step_end(arguments, None, None)  # type: ignore[arg-type]
+    assert process.memory_info().rss > kept - 20_000_000
+    arguments.device = torch.device("cpu")
+    GiveBack().on_step_end(arguments, None, None)  # type: ignore[arg-type]
+    assert process.memory_info().rss < min(kept, whole) - 60_000_000
+    assert len(pieces) == 1000

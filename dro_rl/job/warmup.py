@@ -31,6 +31,7 @@ from trl.trainer import utils
 
 from dro_rl import __version__
 from dro_rl.config import DROConfig
+from dro_rl.em.memory import GiveBack, give_back
 from dro_rl.em.progress import SupervisedProgress
 from dro_rl.errors import InputError, Phrase
 from dro_rl.files import damage, file_sha256, written_whole
@@ -219,7 +220,7 @@ def train_supervised(job: WarmUp, scratch: Path, run: RunConfig, training: DROCo
         args=arguments,
         train_dataset=examples,
         processing_class=job.prompter.tokenizer,
-        callbacks=[SupervisedProgress(f"warm-up of the {job.role}")],
+        callbacks=[SupervisedProgress(f"warm-up of the {job.role}"), GiveBack()],
     )
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
@@ -237,6 +238,7 @@ def train_supervised(job: WarmUp, scratch: Path, run: RunConfig, training: DROCo
         AcceleratorState._reset_state()
     del trainer, model, examples
     gc.collect()
+    give_back()
 
 
 @contextmanager
