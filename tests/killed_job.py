@@ -1,6 +1,6 @@
-"""Runs the job and kills it with SIGKILL when a function is called for the n-th time: `killed_job.py PLACE N RECIPE …`.
+"""Runs the job, and kills it with SIGKILL when a function is called for the n-th time.
 
-PLACE is `module:attribute` or `module:Class.attribute`; a leading `after:` kills when the call returns.
+A place is `module:attribute` or `module:Class.attribute`; a leading `after:` kills when the call returns.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import importlib
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -35,8 +36,10 @@ def kill_at(place: str, count: int) -> None:
     setattr(holder, name, killing)
 
 
-if __name__ == "__main__":
-    kill_at(sys.argv[1], int(sys.argv[2]))
+def run(arguments: Sequence[str], place: str | None = None, count: int = 0) -> None:
+    """The job of a command line, killed at the `count`-th call of a place, if one is given."""
+    if place is not None:
+        kill_at(place, count)
     from dro_rl.train import run_job
 
-    sys.exit(run_job(sys.argv[3:]))
+    sys.exit(run_job(list(arguments)))
