@@ -255,6 +255,22 @@ def test_training_moves_much_further_than_that_tolerance(job: Job) -> None:
     assert largest_difference(weights(run), start) > 1e-3
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A recipe, and the weights that one process trains by it: it scores first.
+
+    AdamW has a state to go on with. Its epsilon is large, since a small one turns rounding into whole steps.
+    """
+    folder = tmp_path_factory.mktemp("alone")
+    recipe = world(
+        folder / "world", questions_per_iteration=4, num_iterations=4, fused_e_step="off", optim="adamw_torch",
+        adam_epsilon=1.0,
+    )  # fmt: skip
+    one = launch(recipe, folder / "one")
+    assert one.returncode == 0, one.stderr[-3000:]
+    return recipe, weights(folder / "one")
+
+
 FUSED_BY_PARTS = ["--per_device_train_batch_size", "8", "--tokens_per_microbatch", "200", "--fused_e_step", "auto"]
 
 
@@ -274,20 +290,13 @@ FUSED_BY_PARTS = ["--per_device_train_batch_size", "8", "--tokens_per_microbatch
         "fsdp2, groups span processes",
     ],
 )
-def test_two_processes_train_to_the_weights_of_one_and_resume(tmp_path: Path, config: str, options: list[str]) -> None:
-    """One process scores first. Two fuse, with as many parts as they have room for, and wait for each other.
-
-    AdamW has a state to go on with. Its epsilon is large, since a small one turns rounding into whole steps.
-    """
-    recipe = world(
-        tmp_path / "world", questions_per_iteration=4, num_iterations=4, fused_e_step="off", optim="adamw_torch",
-        adam_epsilon=1.0,
-    )  # fmt: skip
-    one = launch(recipe, tmp_path / "one")
-    assert one.returncode == 0, one.stderr[-3000:]
+def test_two_processes_train_to_the_weights_of_one_and_resume(
+    tmp_path: Path, alone: tuple[Path, dict[str, torch.Tensor]], config: str, options: list[str]
+) -> None:
+    """Two fuse, with as many parts as they have room for, and wait for each other."""
+    recipe, expected = alone
     two = launch(recipe, tmp_path / "two", *options, processes=2, config=config)
     assert two.returncode == 0, two.stderr[-3000:]
-    expected = weights(tmp_path / "one")
     assert largest_difference(expected, weights(tmp_path / "two")) < 2e-6
 
     half = launch(recipe, tmp_path / "half", *options, "--max_steps", "2", processes=2, config=config)
