@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import errno
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import islice
 
 from dro_rl.shown import visible
@@ -83,6 +83,11 @@ def closest(name: str, known: Iterable[str]) -> str:
     """Some of the names that there are, the nearest first where one is near, of so many as can be compared at once."""
     some = list(islice(known, 5000))
     return ", ".join(map(repr, difflib.get_close_matches(name, some, 3, 0.4) or some[:3]))
+
+
+def some(names: Sequence[str], most: int = 6) -> str:
+    """Names in a sentence, the first of them and how many more where they are many."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def first_line(error: BaseException) -> str:

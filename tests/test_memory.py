@@ -323,3 +323,11 @@ def test_what_a_step_has_freed_goes_back_to_the_system() -> None:
     GiveBack().on_step_end(arguments, None, None)  # type: ignore[arg-type]
     assert process.memory_info().rss < min(kept, whole) - 60_000_000
     assert len(pieces) == 1000
+
+
+def test_each_step_gives_back(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the warm-ups too."""
+    steps: list[object] = []
+    monkeypatch.setattr("dro_rl.em.memory.give_back", lambda: steps.append(None))
+    job(warmup="both", warmup_selector_steps=2, warmup_generator_steps=3, warmup_batch_size=2, max_steps=2)
+    assert len(steps) == 2 + 3 + 2

@@ -720,7 +720,7 @@ def test_a_study_of_which_nothing_has_run_is_shown_as_that(tmp_path: Path) -> No
     shown = dro_rl("study", "show", path)
     assert shown.exit_code == 0, shown.output
     assert "not run to the end: joint/seed-0, frozen/seed-0, random/seed-0, " in shown.output
-    assert ", and 10 more\n" in shown.output
+    assert " and 12 more\n" in shown.output
     path = study_file(tmp_path)
     shown = dro_rl("study", "show", path)
     assert "undecided: not run" in shown.output

@@ -253,7 +253,8 @@ def show(
 def _print(report: Any, page: Path, picture: Path | None) -> None:
     from rich.table import Table
 
-    from dro_rl.study.report import NOTE, interval, mean_rows, number, some
+    from dro_rl.errors import some
+    from dro_rl.study.report import NOTE, interval, mean_rows, number
     from dro_rl.terminal import console
 
     out = console()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from dro_rl.data.hub import saved_rows
 from dro_rl.data.manifest import SPLITS, read_manifest
-from dro_rl.errors import InputError, Phrase
+from dro_rl.errors import InputError, Phrase, some
 from dro_rl.records import AS_NAMED, is_field, question_rows, renamed
 from dro_rl.rows import SUFFIXES, Bad, Rows, Wanted, Watch, is_readable, refuse, stem
 
@@ -185,7 +185,7 @@ def _there(folder: Path) -> str:
     )
     if not names:
         return f"no files in .{', .'.join(SUFFIXES)}"
-    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+    return some(names)
 
 
 def _say(word: str, split: str) -> None:

@@ -133,7 +133,7 @@ def parse_command_line(arguments: Sequence[str]) -> tuple[str | None, dict[str, 
         elif key is None or (key == "config" and values["config"]):
             if path is not None:
                 raise InputError(
-                    "command line", argument, "one recipe, then --key value", "Remove it, or name its key."
+                    "command line", argument, "one recipe or study, then --key value", "Remove it, or name its key."
                 )
             path = argument
         else:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from dro_rl.errors import InputError, Phrase, did_you_mean
+from dro_rl.errors import InputError, Phrase, did_you_mean, some
 from dro_rl.evaluation.stages import iteration_of
 from dro_rl.flat_yaml import read_yaml
 from dro_rl.keys import at_least, check_keys, keys_of, option, within
@@ -173,10 +173,11 @@ def read_study(path: str | Path, seeds: Sequence[int] | None = None, over: Mappi
     Raises:
         InputError: naming the file, where in it, the value, the rule and the fix.
     """
-    path, over = find(path, STUDIES), dict(over or {})
-    output_dir = over.pop("output_dir", None)
+    path, over = find(path, STUDIES), over or {}
+    output_dir = over.get("output_dir")
+    common = {key: value for key, value in over.items() if key != "output_dir"}
     with at("command line"):
-        _recipe_keys(over)
+        _recipe_keys(common)
         if not isinstance(output_dir, str | None):
             raise InputError("output_dir", output_dir, "this is a folder", "Name one.")
     with at(str(path)):
@@ -196,7 +197,7 @@ def read_study(path: str | Path, seeds: Sequence[int] | None = None, over: Mappi
         folder = Path(output_dir or keys.output_dir or f"runs/studies/{path.stem}")
         with at("keys"):
             _recipe_keys(keys.keys)
-        common = {**keys.keys, **over}
+        common = {**keys.keys, **common}
         variants = {name: _variant(name, value, common) for name, value in keys.variants.items()}
         for variant in variants.values():
             with at(f"variants.{variant.name}"):
@@ -212,8 +213,7 @@ def read_study(path: str | Path, seeds: Sequence[int] | None = None, over: Mappi
     shipped = path.resolve().parent == STUDIES.resolve()
     words = [path.stem if shipped else str(path)]
     words += [] if seeds is None else ["--seeds", ",".join(map(str, seeds))]
-    words += as_options({**over, **({} if output_dir is None else {"output_dir": output_dir})})
-    called = shlex.join(words)
+    called = shlex.join([*words, *as_options(over)])
     return Study(path.stem, path, called, headline(path), base, folder, asked, tuple(shown), variants, claims)
 
 
@@ -421,4 +421,4 @@ def _check_metric(place: str, metric: str, known: Sequence[str], of: str = "") -
 
 
 def _few(names: Sequence[str], most: int = 6) -> str:
-    return f" ({', '.join(names[:most])}{', …' if len(names) > most else ''})" if names else ", and there is none"
+    return f" ({some(names, most)})" if names else ", and there is none"

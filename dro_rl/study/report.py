@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from dro_rl.errors import InputError, Phrase
+from dro_rl.errors import InputError, Phrase, some
 from dro_rl.evaluation.stages import iteration_of
 from dro_rl.evaluation.statistics import CONFIDENCE
 from dro_rl.files import written_whole
@@ -288,12 +288,6 @@ def to_markdown(report: StudyReport) -> str:
     head, rows = mean_rows(report)
     lines += ["", *_table(head, rows), "", NOTE, ""]
     return "\n".join(lines)
-
-
-def some(names: Sequence[str], most: int = 8) -> str:
-    """Names in a sentence, and how many more where they are many."""
-    more = len(names) - most
-    return ", ".join(names) if more <= 0 else f"{', '.join(names[:most])}, and {more} more"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
