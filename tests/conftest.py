@@ -15,6 +15,7 @@ os.environ.update(
     DRO_RL_SERVER_KEY="a key that only tests know",
 )
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from dro_rl import files
 from dro_rl.prompts import TEMPLATES
 from dro_rl.records import Document, Question
 
@@ -142,8 +144,23 @@ def questions() -> list[Question]:
     ]  # fmt: skip
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_power_is_lost() -> None:
+    """Bytes reach the disk when they like: jobs wait for it at every file, which is most of the time of small ones."""
+    files._sync = lambda path: None
+
+
+@pytest.fixture(scope="session")
+def imported() -> None:
+    """What a job imports is there for good, and no job looks through it for garbage, which takes half a second each."""
+    import dro_rl.job.run  # noqa: F401
+
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture
-def job(tmp_path: Path) -> Callable[..., Path]:
+def job(tmp_path: Path, imported: None) -> Callable[..., Path]:
     """Runs the job in this process with some keys changed, in a folder of its own."""
     from training_world import world
 

@@ -148,6 +148,7 @@ def test_the_recipes_of_the_small_pretrained_model_train(name: str, tmp_path: Pa
         "generator_model_name_or_path": tmp_path / "model",
         "output_dir": tmp_path / "run",
         "warmup_cache_dir": tmp_path / "cache",
+        "warmup_selector_steps": 2,
         "warmup_generator_steps": 2,
         "max_train_samples": 16,
         "max_eval_samples": 4,

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import killed_job
 import pytest
+from apart import apart
 from training_world import launch, weights, world
 
 from dro_rl.rollouts import log as rollout_log
@@ -65,26 +64,15 @@ def rollouts(run: Path) -> str:
     return repr(rollout_log.read(rollout_log.part_paths(run)).to_pylist())
 
 
-def apart(function: Callable[..., None], *arguments: Any) -> int | None:
-    """The status with which a process of its own ends. It begins as a copy of one that has imported everything."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["killed_job", "dro_rl.job.run"])
-    process = context.Process(target=function, args=arguments)
-    process.start()
-    process.join(300)
-    status = process.exitcode
-    process.kill()  # one that hangs
-    return status
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_killed_and_resumed_run_equals_one_never_killed(unbroken: Path, moment: str) -> None:
     place, count = MOMENTS[moment]
     run = unbroken / moment.replace(" ", "-")
     options = [str(unbroken / "recipe.yaml"), "--output_dir", str(run)]
-    assert apart(killed_job.run, options, place, count) == -signal.SIGKILL
-    assert apart(killed_job.run, [*options, "--resume_from_checkpoint", "auto"]) == 0
+    assert apart(killed_job.run, options, place, count).returncode == -signal.SIGKILL
+    rest = apart(killed_job.run, [*options, "--resume_from_checkpoint", "auto"])
+    assert rest.returncode == 0, rest.stderr[-2000:]
 
     expected, actual = weights(unbroken / "unbroken"), weights(run)
     assert set(expected) == set(actual)

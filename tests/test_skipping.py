@@ -36,7 +36,7 @@ def test_two_processes_that_leave_questions_out_train_as_two_that_do_not(
     recipe = world(tmp_path / "world", **settings)
     finished = {}
     for name, bound in (("lean", "1e-12"), ("whole", "0")):
-        finished[name] = launch(recipe, tmp_path / name, processes=2, config=config, script=(SCRIPT, bound))
+        finished[name] = launch(recipe, tmp_path / name, processes=2, config=config, job=(SCRIPT, bound))
         assert finished[name].returncode == 0, finished[name].stderr[-3000:]
     said = {name: re.findall(r"pass of process (\d): (\w+), skips (\d+)", job.stdout) for name, job in finished.items()}
     assert {skipped for _, _, skipped in said["whole"]} == {"0"}

@@ -40,6 +40,7 @@ from dro_rl.errors import InputError, LackError
 from dro_rl.models.loading import LoraSettings, add_adapter
 from dro_rl.proposal import SamplingParams, rollout_seed
 from dro_rl.recipe import load_recipe
+from dro_rl.train import run_job
 
 
 @pytest.fixture
@@ -174,16 +175,12 @@ def test_settings_that_cannot_work_are_refused(tmp_path: Path, settings: dict, k
     assert fix in error.value.fix
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("without_vllm")
 def test_without_vllm_a_job_that_asks_for_it_names_the_extra_before_anything_is_loaded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe = world(tmp_path, rollout_engine="vllm")
-    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['vllm'] = None\n")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    done = launch(recipe, tmp_path / "run")
-    assert done.returncode == 3
-    assert "pip install 'dro_rl[vllm]'" in done.stderr
+    assert run_job([str(world(tmp_path, rollout_engine="vllm"))]) == 3
+    assert "pip install 'dro_rl[vllm]'" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

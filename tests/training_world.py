@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from random import Random
@@ -16,6 +15,7 @@ from typing import Any
 
 import torch
 import yaml
+from apart import apart, ranks, script
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
@@ -131,19 +131,12 @@ def launch(
     *options: str,
     processes: int = 1,
     config: str = "ddp",
-    script: Sequence[str] = (str(ROOT / "dro_rl" / "train.py"),),
+    job: Sequence[str] = (str(ROOT / "dro_rl" / "train.py"),),
 ) -> subprocess.CompletedProcess[str]:
-    """Run the job as a user would, or a script of the tests that runs it."""
-    job = [*script, str(recipe), "--output_dir", str(output), *options]
-    if processes == 1:
-        command = [sys.executable, *job]
-    else:
-        settings = ROOT / "recipes" / "accelerate" / f"{config}.yaml"
-        command = [
-            sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(settings),
-            "--num_processes", str(processes), "--mixed_precision", "no", "--main_process_port", "0", *job,
-        ]  # fmt: skip
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    """Run the job, or a script of the tests that runs it, with the environment that a launcher gives its processes."""
+    told = ranks(ROOT / "recipes" / "accelerate" / f"{config}.yaml", processes) if processes > 1 else [{}]
+    path, *before = job
+    return apart(script, path, [*before, str(recipe), "--output_dir", str(output), *options], environments=told)
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
