@@ -16,7 +16,7 @@ os.environ.update(
 )
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -151,12 +151,14 @@ def _no_power_is_lost() -> None:
 
 
 @pytest.fixture(scope="session")
-def imported() -> None:
+def imported() -> Iterator[None]:
     """What a job imports is there for good, and no job looks through it for garbage, which takes half a second each."""
     import dro_rl.job.run  # noqa: F401
 
     gc.collect()
     gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture

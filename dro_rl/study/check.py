@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from dro_rl.progress import Progress
 from dro_rl.recipe import read_keys
 from dro_rl.study.arms import Arm, arm_folder, check_unchanged
 from dro_rl.study.plan import MODELS, Study, Variant, at, overrides
@@ -19,9 +20,12 @@ def check_arms(study: Study, arms: Sequence[Arm], processes: int = 1) -> None:
     from dro_rl.recipe import load_recipe
 
     check_unchanged(study, arms)
-    for arm in {arm.variant.name: arm for arm in reversed(arms) if arm.keys}.values():
-        with at(f"{study.path}: variants.{arm.variant.name}"):
-            prepare(load_recipe(study.base, {**arm.keys, **_first_models(study, arm.variant)}), processes)
+    first = {arm.variant.name: arm for arm in reversed(arms) if arm.keys}
+    with Progress(len(first), "checks", "variants") as progress:
+        for name, arm in first.items():
+            with at(f"{study.path}: variants.{name}"):
+                prepare(load_recipe(study.base, {**arm.keys, **_first_models(study, arm.variant)}), processes)
+            progress.update(1)
 
 
 def _first_models(study: Study, variant: Variant) -> dict[str, str]:
