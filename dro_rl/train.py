@@ -73,7 +73,7 @@ def _refusing(arguments: Sequence[str]) -> int:
                     Phrase(f"full ({first_line(error)})"),
                     "what a job loads has room",
                     "Load less, with dtype: bfloat16 and adapters over a base that is shared or quantised (share_base, "
-                    "quantization); in a warm-up, lower warmup_batch_size.",
+                    "quantization); in a warm-up, lower warmup_batch_size, raise warmup_gradient_accumulation_steps.",
                 )
             )
         found = from_system(error)

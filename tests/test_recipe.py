@@ -195,7 +195,8 @@ IMPOSSIBLE = [
             "max_answer_length", "selector_steps", "generator_steps", "eval_iterations",
             "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
             "questions_per_iteration", "max_prompt_length", "early_stopping_patience",
-            "max_train_samples", "max_eval_samples", "warmup_batch_size", "temperature", "top_p",
+            "max_train_samples", "max_eval_samples", "warmup_batch_size", "warmup_gradient_accumulation_steps",
+            "temperature", "top_p",
             "weight_temperature", "target_ess", "warmup_selector_steps", "warmup_generator_steps",
             "warmup_selector_learning_rate", "warmup_generator_learning_rate",
         )
@@ -446,7 +447,7 @@ SIZES = {
     "dataset_name", "dataset_config", "max_train_samples", "max_eval_samples", "output_dir", "questions_per_iteration",
     "selector_model_name_or_path", "generator_model_name_or_path", "num_iterations", "early_stopping_patience",
     "max_prompt_length", "learning_rate", "lr_scheduler_type", "warmup_steps", "gradient_checkpointing", "bf16",
-    "gradient_accumulation_steps", "warmup_batch_size", "warmup_selector_steps",
+    "gradient_accumulation_steps", "warmup_batch_size", "warmup_gradient_accumulation_steps", "warmup_selector_steps",
     "warmup_generator_steps", "warmup_selector_learning_rate", "warmup_generator_learning_rate",
 }  # fmt: skip
 """What makes a recipe small; everything else is what it does."""

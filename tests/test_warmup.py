@@ -257,6 +257,20 @@ def test_logits_are_made_where_something_is_learned_and_nothing_changes_by_it(
         assert torch.allclose(one, other, atol=1e-6)
 
 
+def test_a_step_of_several_passes_is_one_of_as_many_questions(home: Path, tmp_path: Path) -> None:
+    """Questions differ in tokens, each of which weighs the same."""
+    trained = []
+    for batch, passes in ((4, 1), (2, 2), (1, 4)):
+        recipe = recipe_with(
+            home, warmup_cache_dir=str(tmp_path / str(batch)), warmup_batch_size=batch,
+            warmup_gradient_accumulation_steps=passes,
+        )  # fmt: skip
+        trained.append(load_model(warm_up(job(home), questions(8), recipe.run, recipe.training)))
+    for other in trained[1:]:
+        for one, two in zip(trained[0].parameters(), other.parameters(), strict=True):
+            assert torch.allclose(one, two, atol=1e-6)
+
+
 # The cache
 
 
@@ -353,6 +367,7 @@ KEYS = {
     "the order": {"warmup_selector_order": "random"},
     "K": {"num_selected": 3},
     "the batch size": {"warmup_batch_size": 2},
+    "the passes of a step": {"warmup_gradient_accumulation_steps": 2},
     "weight decay": {"weight_decay": 0.5},
     "the clip": {"max_grad_norm": 0.5},
 }

@@ -143,7 +143,7 @@ def examples_of(
     if job.role == "selector" and run.warmup_selector_order == "quotes":
         named = {key: value for key, value in job.model_kwargs.items() if key in ("revision", "trust_remote_code")}
         positions, _ = positions_of(AutoConfig.from_pretrained(job.model, **named))
-        wanted = job.steps * run.warmup_batch_size * PartialState().num_processes
+        wanted = job.steps * run.warmup_questions * PartialState().num_processes
         if wanted < 0:
             return quoted_examples(questions, job.prompter, training, positions)
         # A conversation takes a while to make: no more of them than the steps take.
@@ -177,7 +177,8 @@ def fingerprint(
         (job.lora, job.merged),
         (job.prompter.source, job.prompter.max_prompt_length, job.prompter.chat_template_kwargs),
         (training.num_selected, training.windows, order if job.role == "selector" else run.warmup_generator_documents),
-        (job.steps, job.learning_rate, run.warmup_batch_size, training.weight_decay, training.max_grad_norm),
+        (job.steps, job.learning_rate, run.warmup_batch_size, run.warmup_gradient_accumulation_steps),
+        (training.weight_decay, training.max_grad_norm),
         (training.seed, training.bf16, training.fp16, PartialState().num_processes),
         (transformers.__version__, trl.__version__, __version__),
     )
@@ -193,6 +194,7 @@ def train_supervised(job: WarmUp, scratch: Path, run: RunConfig, training: DROCo
     arguments = trl.SFTConfig(
         output_dir=str(scratch),
         per_device_train_batch_size=run.warmup_batch_size,
+        gradient_accumulation_steps=run.warmup_gradient_accumulation_steps,
         max_steps=job.steps,
         num_train_epochs=1,
         learning_rate=job.learning_rate,

@@ -140,7 +140,10 @@ class RunConfig:
     warmup_generator_learning_rate: float = option(
         1e-5, "Learning rate of the generator's warm-up.", above(0, "Use a positive rate, or warmup: none.")
     )
-    warmup_batch_size: int = option(8, "Questions a device and step of the warm-up.", at_least(1))
+    warmup_batch_size: int = option(8, "Questions a device and pass of the warm-up.", at_least(1))
+    warmup_gradient_accumulation_steps: int = option(
+        1, "Passes of a step of the warm-up: as many questions in less memory.", at_least(1)
+    )
     warmup_cache_dir: str = option(
         "~/.cache/dro_rl/warmup",
         "Where warmed-up models, and what solvable found, are kept: a folder that all nodes of a run share.",
@@ -198,6 +201,11 @@ class RunConfig:
                 "what is shared is frozen, and each role trains adapters on it",
                 "Set both, to 16 say, or leave share_base out.",
             )
+
+    @property
+    def warmup_questions(self) -> int:
+        """Of a step of the warm-up, on each device."""
+        return self.warmup_batch_size * self.warmup_gradient_accumulation_steps
 
     def of(self, role: Role) -> RoleSettings:
         """A role's own settings: the one place that reads keys by a role's name."""

@@ -173,7 +173,7 @@ def _counts(recipe: Recipe, schedule: Schedule, questions: int, dev: int, device
     iterations = schedule.iterations(steps)
     boundaries = math.ceil(iterations / training.eval_iterations)
     every = training.save_steps * steps if 0 < training.save_steps < 1 else training.save_steps
-    batch = run.warmup_batch_size * devices
+    batch = run.warmup_questions * devices
     asked = {role: run.of(role).warmup_steps for role in ROLES if run.of(role).warms}
     return Counts(
         schedule=schedule,
@@ -263,7 +263,7 @@ class _Planner:
             yield {"tokens_per_microbatch": tokens}
             tokens //= 2
         if run.warmup != "none" and run.warmup_batch_size > 1:
-            yield {"warmup_batch_size": 1}
+            yield {"warmup_batch_size": 1, "warmup_gradient_accumulation_steps": run.warmup_questions}
         if training.per_device_eval_batch_size > 1:
             yield {"per_device_eval_batch_size": 1}
         if not training.gradient_checkpointing:
