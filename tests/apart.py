@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -78,8 +79,10 @@ def _ended(processes: Sequence[Any], deadline: float) -> int:
         status = next((each.exitcode for each in running if each.exitcode), 0)
         running = [each for each in running if each.exitcode is None]
     for process in running:
-        for each in (*psutil.Process(process.pid).children(recursive=True), process):
-            each.kill()
+        with suppress(psutil.NoSuchProcess):  # it has ended meanwhile
+            for each in psutil.Process(process.pid).children(recursive=True):
+                each.kill()
+        process.kill()
         process.join()
         status = status or process.exitcode
     return status

@@ -146,7 +146,7 @@ def questions() -> list[Question]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_power_is_lost() -> None:
-    """Bytes reach the disk when they like: jobs wait for it at every file, which is most of the time of small ones."""
+    """Bytes reach the disk when they like: jobs wait for it at every file, a hundred times each."""
     files._sync = lambda path: None
 
 

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner, Result
 
 from dro_rl.cli import app
+from dro_rl.files import folder_written_whole
 from dro_rl.models import fetch
 from dro_rl.models.fetch import PACKAGED, Packaged
 
@@ -147,6 +148,16 @@ def test_another_model_in_its_place_is_left_alone(
     assert result.exit_code == 2
     assert "converted from another file, tiny.gguf" in result.stderr
     assert AutoModelForCausalLM.from_pretrained(folder).config.hidden_size == 64
+
+
+def test_a_whole_folder_that_says_nothing_of_its_file_is_not_taken_for_the_model(
+    packaged: Packaged, tmp_path: Path
+) -> None:
+    with folder_written_whole(tmp_path / "tiny", sealed=True) as beside:
+        (beside / "config.json").write_text("{}")
+    result = fetched(tmp_path / "tiny")
+    assert result.exit_code == 2
+    assert "converted_from.json is missing" in result.stderr
 
 
 def test_the_shipped_names_have_hashes() -> None:

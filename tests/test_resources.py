@@ -464,6 +464,21 @@ def test_advice_makes_it_fit(changes: dict[str, Any], key: str) -> None:
     assert plan_of("quickstart", changes | plan.advice.changes, tight).fits
 
 
+def test_a_warm_up_of_fewer_questions_a_pass_has_as_many_a_step() -> None:
+    """Where its passes are what does not fit."""
+    changes = {
+        **QUICKSTART, "rollout_engine": "transformers", "warmup": "selector", "warmup_batch_size": 256,
+        "warmup_gradient_accumulation_steps": 2, "tokens_per_microbatch": 1024, "per_device_eval_batch_size": 1,
+    }  # fmt: skip
+    room = machine(1, "80GB", None)
+    tight = replace(room, memory=int(plan_of("quickstart", changes, room).peak.total) - 2**20)
+    plan = plan_of("quickstart", changes, tight)
+    assert plan.advice is not None
+    assert plan.advice.changes == {"warmup_batch_size": 1, "warmup_gradient_accumulation_steps": 512}
+    assert plan_of("quickstart", changes | plan.advice.changes, tight).fits
+    assert plan_of("quickstart", changes | plan.advice.changes, tight).counts.warmup_batch == plan.counts.warmup_batch
+
+
 def test_where_nothing_helps_the_plan_says_so() -> None:
     plan = plan_of("quickstart", QUICKSTART, Machine("cuda", 1, GIB // 2, None, here=False))
     assert plan.advice is not None

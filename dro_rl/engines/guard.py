@@ -13,6 +13,7 @@ import hmac
 import os
 import secrets
 from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +65,8 @@ def _make(path: Path) -> None:
     try:
         with os.fdopen(descriptor, "w") as file:
             file.write(secrets.token_urlsafe(32) + "\n")
-        os.link(beside, path)
-    except FileExistsError:
-        pass  # the other was
+        with suppress(FileExistsError):  # the other was first
+            os.link(beside, path)
     finally:
         beside.unlink()
 
